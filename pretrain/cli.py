@@ -1,0 +1,112 @@
+"""The command line: subcommands and their arguments. Everything else is imported when it is needed."""
+
+import argparse
+import errno
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pretrain import __version__
+from pretrain.errors import UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        The exit code: 0 done, 2 a mistake that the user can mend (told in one line; ``--debug`` adds the traceback),
+        128 + n ended by signal n.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    given = [argument for argument in given if argument != "--debug"]
+    try:
+        if given[:1] == ["fit"]:  # its options are the config's, known only to LightningCLI
+            from pretrain.train.fit import fit
+
+            return fit(given[1:])
+        options = _parser().parse_args(given)
+        code: int = options.command(options)
+        return code
+    except UserError as error:
+        message = str(error)
+        if debug:
+            raise
+    except OSError as error:
+        if debug or error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.EMFILE):
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        message = f"{where}{os.strerror(error.errno)}; free some space, or choose a place that can be written to"
+    except KeyboardInterrupt:
+        message = "interrupted"
+    print(f"pretrain: error: {message}", file=sys.stderr)
+    return 130 if message == "interrupted" else 2
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise UserError(f"{message}; see `{self.prog} --help`")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="pretrain", description="Pre-train ESM-style masked language models.")
+    parser.add_argument("--version", action="version", version=f"pretrain {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    command = commands.add_parser("prepare", help="tokenise sources into a corpus")
+    command.add_argument("sources", nargs="+", metavar="SOURCE", help="FASTA, .jsonl or .txt files, also gzipped")
+    command.add_argument("--out", required=True, type=Path, metavar="DIR", help="the corpus to write")
+    command.add_argument("--tokenizer", default="esm", help="'esm' (default), a tokenizer.json or a directory with one")
+    command.set_defaults(command=_prepare)
+
+    command = commands.add_parser("tokenizer", help="train a byte-level BPE tokenizer on text")
+    command.add_argument("sources", nargs="+", metavar="SOURCE", help=".jsonl or .txt files, also gzipped")
+    command.add_argument("--out", required=True, type=Path, metavar="FILE", help="the tokenizer.json to write")
+    command.add_argument("--vocab_size", type=int, default=8192, help="number of ids (default 8192)")
+    command.set_defaults(command=_tokenizer)
+
+    commands.add_parser("fit", help="train, or continue a run: pretrain fit -c CONFIG [--run DIR]", add_help=False)
+
+    command = commands.add_parser("inspect", help="look at a corpus or a run: counts, figures, a picture of the curves")
+    command.add_argument("path", type=Path, metavar="RUN_OR_CORPUS")
+    command.add_argument("--picture", type=Path, metavar="PNG", help="draw the run's curves into this file")
+    command.set_defaults(command=_inspect)
+
+    command = commands.add_parser("export", help="write a directory that transformers loads")
+    command.add_argument("run", type=Path, metavar="RUN", help="a run, or one of its checkpoints")
+    command.add_argument("--out", required=True, type=Path, metavar="DIR", help="the directory to write")
+    command.set_defaults(command=_export)
+    return parser
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    from pretrain.corpus.prepare import prepare
+    from pretrain.corpus.tokenizer import load_tokenizer
+
+    corpus = prepare(options.sources, options.out, load_tokenizer(options.tokenizer))
+    print(f"{options.out}: {corpus.num_sequences:,} sequences, {corpus.num_tokens:,} tokens")
+    return 0
+
+
+def _tokenizer(options: argparse.Namespace) -> int:
+    from pretrain.corpus.prepare import train_tokenizer_file
+
+    tokenizer = train_tokenizer_file(options.sources, options.out, options.vocab_size)
+    print(f"{options.out}: {tokenizer.vocab_size:,} ids")
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from pretrain.downstream.inspect import inspect
+
+    print(inspect(options.path, options.picture))
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from pretrain.downstream.export import export
+
+    print(export(options.run, options.out))
+    return 0

@@ -1,0 +1,75 @@
+"""The numbers to beat: unigram and bigram perplexity on the very positions that validation asks about."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pretrain.corpus.batch import PackDataset
+from pretrain.corpus.packing import Pack
+from pretrain.corpus.store import Corpus
+
+Int64 = NDArray[np.int64]
+
+_SAMPLE_TOKENS = 2**26
+"""Counting stops after about this many training tokens: more would not change a digit that is shown."""
+
+_CHUNK = 1024
+
+_PRIOR = 10.0
+"""Weight, in observations, of the unigram distribution in each bigram context (a Dirichlet prior)."""
+
+
+class Baselines(NamedTuple):
+    """Perplexities on the validation targets."""
+
+    unigram: float
+    bigram: float
+
+
+def perplexities(train: Corpus, validation: PackDataset, packs: Iterable[Pack]) -> Baselines:
+    """Score the validation targets with counts from the training corpus.
+
+    The bigram model sees the true left neighbour of each target, even where the language model sees ``<mask>``: a
+    baseline that is helped a little, so that beating it means something.
+
+    Args:
+        train: Where the counts are from.
+        validation: What makes the validation batches.
+        packs: The validation packs.
+    """
+    questions = [_questions(validation, pack) for pack in packs]
+    left, target = (np.concatenate(column) for column in zip(*questions, strict=True))
+    size = train.tokenizer.vocab_size
+    wanted, where = np.unique(left * size + target, return_inverse=True)
+
+    single = np.ones(size)  # add-one, so that nothing is impossible
+    context = np.zeros(size)
+    pairs = np.zeros(len(wanted))
+    seen = 0
+    for first in range(0, len(train), _CHUNK):
+        tokens = np.concatenate([train.tokens(i) for i in range(first, min(first + _CHUNK, len(train)))]).astype(np.int64)
+        before, after = tokens[:-1], tokens[1:]
+        inside = (after != train.tokenizer.cls_token_id) & (after != train.tokenizer.eos_token_id)
+        before, after = before[inside], after[inside]
+        single += np.bincount(after, minlength=size)
+        context += np.bincount(before, minlength=size)
+        keys = before * size + after
+        place = np.minimum(np.searchsorted(wanted, keys), len(wanted) - 1)
+        pairs += np.bincount(place[wanted[place] == keys], minlength=len(wanted))
+        seen += len(tokens)
+        if seen > _SAMPLE_TOKENS:
+            break
+    unigram = single[target] / single.sum()
+    bigram = (pairs[where] + _PRIOR * unigram) / (context[left] + _PRIOR)
+    return Baselines(*(float(np.exp(-np.log(p).mean())) for p in (unigram, bigram)))
+
+
+def _questions(validation: PackDataset, pack: Pack) -> tuple[Int64, Int64]:
+    """The true left neighbours of a pack's targets, and the targets."""
+    batch = validation[pack]
+    crops = zip(pack.indices.tolist(), pack.starts.tolist(), pack.lengths.tolist(), strict=True)
+    # The token before each of a crop's, also where that lies before the crop; what stands before <cls> is never used.
+    before = [validation.corpus.tokens(i)[np.arange(start - 1, start + length - 1)] for i, start, length in crops]
+    return np.concatenate(before)[batch.target_positions.numpy()].astype(np.int64), batch.targets.numpy()

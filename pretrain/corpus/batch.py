@@ -1,0 +1,75 @@
+"""From a pack's description to its tensors: all that a loader worker does."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from pretrain.corpus.masking import Masking
+from pretrain.corpus.packing import Pack
+from pretrain.corpus.store import Corpus
+
+
+@dataclass
+class Batch:
+    """One pack as tensors: T tokens of N sequences laid end to end, M of them targets.
+
+    Attributes:
+        input_ids: The corrupted tokens.
+        cu_seqlens: Where the sequences begin, and T last.
+        target_positions: Places of the targets in the pack, ascending.
+        targets: The original tokens there.
+        max_seqlen: Length of the longest sequence.
+        pack: The description that this was made from.
+    """
+
+    input_ids: Int[Tensor, " T"]
+    cu_seqlens: Int[Tensor, " N+1"]
+    target_positions: Int[Tensor, " M"]
+    targets: Int[Tensor, " M"]
+    max_seqlen: int
+    pack: Pack
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        """The same batch on another device."""
+        return replace(self, **{k: v.to(device, non_blocking=non_blocking) for k, v in self._tensors().items()})
+
+    def pin_memory(self) -> "Batch":
+        """The same batch in page-locked memory, as ``DataLoader(pin_memory=True)`` asks for."""
+        return replace(self, **{k: v.pin_memory() for k, v in self._tensors().items()})
+
+    def _tensors(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+
+class PackDataset(Dataset[Batch]):
+    """A pure function from a pack's description to its batch.
+
+    Args:
+        corpus: Where the tokens are.
+        masking: How they are masked.
+    """
+
+    def __init__(self, corpus: Corpus, masking: Masking) -> None:
+        self.corpus, self.masking = corpus, masking
+
+    def __getitem__(self, pack: Pack) -> Batch:
+        crops = zip(pack.indices.tolist(), pack.starts.tolist(), (pack.starts + pack.lengths).tolist(), strict=True)
+        tokens = np.concatenate([self.corpus.tokens(index)[start:end] for index, start, end in crops])
+        cu_seqlens = np.concatenate([[0], np.cumsum(pack.lengths)])
+        first = cu_seqlens[:-1] + (pack.starts == 0)
+        inputs, positions, targets = self.masking.apply(
+            tokens, first, pack.maskable, pack.targets, pack.epochs, pack.indices
+        )
+        return Batch(
+            input_ids=torch.from_numpy(inputs),
+            cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
+            target_positions=torch.from_numpy(positions),
+            targets=torch.from_numpy(targets),
+            max_seqlen=int(pack.lengths.max()),
+            pack=pack,
+        )

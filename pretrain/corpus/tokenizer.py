@@ -1,0 +1,221 @@
+"""Tokenizers: strings to ids. The ESM alphabet for proteins; trained or loaded `tokenizers` files for text.
+
+The only place in the project that knows a token's id by heart.
+"""
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pretrain.errors import UserError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+SPECIAL_TOKENS = ("<cls>", "<pad>", "<eos>", "<unk>")
+ESM_ALPHABET = (*SPECIAL_TOKENS, *"LAGVSERTIDPKQNFYMHWCXBUZO.-", "<null_1>", "<mask>")
+"""The 33 tokens of ESM-1b and ESM-2, in their order (facebookresearch/esm, `esm/data.py`, "ESM-1b")."""
+
+_RESIDUES = "LAGVSERTIDPKQNFYMHWC"
+_NOT_IN_ALPHABET = 255
+
+
+class InvalidSymbolError(ValueError):
+    """A symbol that the tokenizer does not know, with its place in the string (from 1)."""
+
+    def __init__(self, symbol: str, position: int, allowed: str) -> None:
+        super().__init__(f"{symbol!r} at position {position}")
+        self.symbol, self.position, self.allowed = symbol, position, allowed
+
+
+class Tokenizer(ABC):
+    """What the corpus needs of a tokenizer.
+
+    Every sequence is stored as ``<cls> tokens <eos>``; so a crop shows the model whether it holds a real beginning or
+    a real end, as in ESM-2 (Lin et al. 2023, supplementary A.2).
+    """
+
+    name: str
+    tokens: tuple[str, ...]
+    cls_token_id: int
+    pad_token_id: int
+    eos_token_id: int
+    unk_token_id: int
+    mask_token_id: int
+    replacement_ids: NDArray[np.int64]
+    """Ids that masking may draw random tokens from: never a special one."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, special ones included."""
+        return len(self.tokens)
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the mapping from strings to ids; two corpora can only be used together if theirs agree."""
+        return hashlib.sha256(self.serialize().encode()).hexdigest()[:16]
+
+    @property
+    def dtype(self) -> np.dtype[np.unsignedinteger]:
+        """The smallest unsigned integer type that holds every id."""
+        return np.dtype(np.min_scalar_type(self.vocab_size - 1))
+
+    @abstractmethod
+    def encode(self, text: bytes) -> NDArray[np.unsignedinteger]:
+        """One sequence (UTF-8 or ASCII) to ids with ``<cls>`` in front and ``<eos>`` behind.
+
+        Raises:
+            InvalidSymbolError: If a symbol has no id.
+        """
+
+    @abstractmethod
+    def serialize(self) -> str:
+        """The tokenizer as text: what `load_tokenizer` reads back from a corpus."""
+
+
+class ProteinTokenizer(Tokenizer):
+    """ESM's alphabet, one token a residue. Lower case counts as upper case; a ``*`` at the end (stop) is dropped.
+
+    ``J`` (leucine or isoleucine) has no token in ESM's alphabet and is read as ``X``.
+    """
+
+    name = "esm"
+    tokens = ESM_ALPHABET
+    cls_token_id, pad_token_id, eos_token_id, unk_token_id = range(4)
+    mask_token_id = ESM_ALPHABET.index("<mask>")
+    replacement_ids = np.array([ESM_ALPHABET.index(residue) for residue in _RESIDUES])
+
+    def __init__(self) -> None:
+        table = np.full(256, _NOT_IN_ALPHABET, np.uint8)
+        for token_id, token in enumerate(ESM_ALPHABET):
+            if len(token) == 1:
+                table[[ord(token), ord(token.lower())]] = token_id
+        table[[ord("J"), ord("j")]] = ESM_ALPHABET.index("X")
+        self._table = table.tobytes()
+
+    def encode(self, text: bytes) -> NDArray[np.unsignedinteger]:  # noqa: D102
+        residues = text.removesuffix(b"*").translate(self._table)
+        if (bad := residues.find(_NOT_IN_ALPHABET)) >= 0:
+            raise InvalidSymbolError(text[bad : bad + 1].decode("latin1"), bad + 1, "the letters A-Z, '-' and '.'")
+        return np.frombuffer(b"".join((bytes([self.cls_token_id]), residues, bytes([self.eos_token_id]))), np.uint8)
+
+    def serialize(self) -> str:  # noqa: D102
+        return json.dumps({"name": self.name, "tokens": self.tokens})
+
+
+class TextTokenizer(Tokenizer):
+    """A Hugging Face `tokenizers` tokenizer, as `train_tokenizer` makes it or as any ``tokenizer.json`` describes it.
+
+    Args:
+        serialized: The content of a ``tokenizer.json``.
+        source: Where it came from, for messages.
+    """
+
+    name = "text"
+
+    def __init__(self, serialized: str, source: str) -> None:
+        from tokenizers import Tokenizer as Backend
+
+        try:
+            backend: tokenizers.Tokenizer = Backend.from_str(serialized)
+        except Exception as error:  # the library raises plain Exception
+            raise UserError(f"{source}: not a tokenizer.json that `tokenizers` reads ({error})") from error
+        backend.no_padding()
+        backend.no_truncation()
+        backend.encode_special_tokens = True  # "<mask>" written out in a document is text, not a mask
+        self.backend = backend
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        self.tokens = tuple(sorted(vocabulary, key=lambda token: vocabulary[token]))
+        if sorted(vocabulary.values()) != list(range(len(vocabulary))):
+            raise UserError(f"{source}: its ids have gaps; a tokenizer with ids 0 to n-1 is needed")
+
+        def find(role: str, *names: str) -> int:
+            for name in names:
+                if name in vocabulary:
+                    return vocabulary[name]
+            raise UserError(f"{source}: has no {role} token; one of {', '.join(names)} is needed in its vocabulary")
+
+        self.cls_token_id = find("begin", "<cls>", "[CLS]", "<s>")
+        self.pad_token_id = find("padding", "<pad>", "[PAD]")
+        self.eos_token_id = find("end", "<eos>", "[SEP]", "</s>")
+        self.unk_token_id = find("unknown", "<unk>", "[UNK]")
+        self.mask_token_id = find("mask", "<mask>", "[MASK]")
+        special = {i for i, added in backend.get_added_tokens_decoder().items() if added.special}
+        special |= {self.cls_token_id, self.pad_token_id, self.eos_token_id, self.unk_token_id, self.mask_token_id}
+        self.replacement_ids = np.array(sorted(set(range(len(vocabulary))) - special))
+
+    def encode(self, text: bytes) -> NDArray[np.unsignedinteger]:  # noqa: D102
+        try:
+            document = text.decode()
+        except UnicodeDecodeError as error:
+            raise InvalidSymbolError(repr(text[error.start : error.end]), error.start + 1, "UTF-8 text") from error
+        ids = self.backend.encode(document, add_special_tokens=False).ids
+        return np.array([self.cls_token_id, *ids, self.eos_token_id], self.dtype)
+
+    def serialize(self) -> str:  # noqa: D102
+        return self.backend.to_str()
+
+
+def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
+    """``esm``, a ``tokenizer.json``, or a directory that holds one (such as a transformers model's).
+
+    Raises:
+        UserError: If there is no such tokenizer, or it lacks a token that masked language models need.
+    """
+    if str(name_or_path) == ProteinTokenizer.name:
+        return ProteinTokenizer()
+    path = Path(name_or_path)
+    path = path / "tokenizer.json" if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(
+            f"tokenizer '{name_or_path}' not found; give 'esm' for proteins, a tokenizer.json, or a directory with one "
+            "(`pretrain tokenizer SOURCE --out tokenizer.json` trains one)"
+        )
+    return tokenizer_from_string(path.read_text(encoding="utf-8"), str(path))
+
+
+def tokenizer_from_string(serialized: str, source: str) -> Tokenizer:
+    """What `Tokenizer.serialize` wrote, back to a tokenizer. ``source`` is named in errors."""
+    try:
+        content = json.loads(serialized)
+    except ValueError as error:
+        raise UserError(f"{source}: not JSON ({error}); a tokenizer.json is expected") from error
+    if isinstance(content, dict) and content.get("name") == ProteinTokenizer.name:
+        return ProteinTokenizer()
+    return TextTokenizer(serialized, source)
+
+
+def train_tokenizer(documents: Iterable[str], vocab_size: int) -> TextTokenizer:
+    """Train a byte-level BPE tokenizer: any input can be encoded, nothing is unknown.
+
+    Special tokens take the same first ids as in ESM's alphabet. ``vocab_size=261`` gives a plain byte tokenizer.
+    Reference: Sennrich et al. 2016; byte-level as in GPT-2 (Radford et al. 2019, section 2.2).
+
+    Args:
+        documents: The training text.
+        vocab_size: Number of ids in all; at least 261 (256 bytes and 5 special tokens).
+    """
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    special = [*SPECIAL_TOKENS, "<mask>"]
+    smallest = 256 + len(special)
+    if vocab_size < smallest:
+        raise UserError(f"vocab size is {vocab_size}; at least {smallest} ids are needed (256 bytes and {len(special)} special)")
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(documents, trainer)
+    return TextTokenizer(backend.to_str(), "the trained tokenizer")

@@ -1,0 +1,1 @@
+"""A run to something that a user wants: a loaded model, an exported directory."""

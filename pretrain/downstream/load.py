@@ -1,0 +1,72 @@
+"""`pretrain.load`: a trained encoder from a run, a checkpoint or a transformers directory."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pretrain.errors import UserError
+from pretrain.model.config import EncoderConfig
+from pretrain.model.encoder import Encoder
+from pretrain.model.hf import from_hf, from_hf_config
+from pretrain.train.checkpoint import newest_checkpoint, read_checkpoint
+from pretrain.train.run import CHECKPOINTS
+
+
+def load(path: str | Path) -> Encoder:
+    """An `Encoder` in eval mode, on the CPU.
+
+    Args:
+        path: A run directory (its newest checkpoint), a ``.ckpt`` file, or a directory that transformers' or
+            `pretrain export`'s ``save_pretrained`` wrote (``config.json`` and ``model.safetensors``).
+
+    Raises:
+        UserError: If there is no model at ``path``, or one of another kind than ESM-2.
+    """
+    path = Path(path)
+    if (path / "config.json").is_file():
+        return _from_transformers(path)
+    return encoder_of(checkpoint_of(path))
+
+
+def checkpoint_of(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint file, or of a run's newest readable checkpoint."""
+    if path.is_file():
+        return read_checkpoint(path)
+    if not path.exists():
+        raise UserError(f"{path}: not found; give a run directory, a .ckpt file or a transformers directory")
+    newest = newest_checkpoint(path / CHECKPOINTS)
+    if newest is None:
+        raise UserError(f"{path}: holds neither {CHECKPOINTS}/step-*.ckpt nor config.json; give a run or a transformers directory")
+    return newest[1]
+
+
+def encoder_of(checkpoint: dict[str, Any]) -> Encoder:
+    """The encoder of an `MLMModule` checkpoint, in eval mode."""
+    try:
+        encoder = Encoder(EncoderConfig(**checkpoint["hyper_parameters"]["encoder"]))
+        prefix = "encoder."
+        state = {name.removeprefix(prefix): value for name, value in checkpoint["state_dict"].items() if name.startswith(prefix)}
+        encoder.load_state_dict(state)
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"the checkpoint is not one of an MLMModule ({str(error).splitlines()[0]})") from error
+    return encoder.eval()
+
+
+def _from_transformers(path: Path) -> Encoder:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    weights = path / "model.safetensors"
+    if not weights.is_file():
+        raise UserError(f"{path}: has no model.safetensors; save the model with save_pretrained")
+    try:
+        config = from_hf_config(json.loads((path / "config.json").read_text(encoding="utf-8")))
+        state = load_file(weights)
+    except (ValueError, SafetensorError) as error:
+        raise error if isinstance(error, UserError) else UserError(f"{path}: damaged model ({error})") from error
+    encoder = Encoder(config)
+    # Ours computes rotary frequencies where the file has none (transformers' older versions did the same).
+    encoder.load_state_dict({"inv_freq": encoder.inv_freq, **from_hf(state, config)})
+    return encoder.to(torch.float32).eval()

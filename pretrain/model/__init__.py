@@ -1,0 +1,1 @@
+"""Batches to logits. This room knows tensors; it must not know files, corpora or training."""

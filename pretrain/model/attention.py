@@ -1,0 +1,89 @@
+"""Variable-length attention over packed sequences: one function, a CUDA and a CPU backend.
+
+Each token attends to the tokens of its own sequence, wherever that lies in the pack; nothing is padded.
+"""
+
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the sequences lie in a pack, worked out once for all layers.
+
+    Attributes:
+        cu_seqlens: Where the sequences begin, and the number of tokens last.
+        max_seqlen: Length of the longest sequence.
+        lengths: Tokens of each sequence, as plain integers; None on CUDA, where reading them would stall the GPU.
+    """
+
+    cu_seqlens: Int[Tensor, " N+1"]
+    max_seqlen: int
+    lengths: list[int] | None
+
+    @classmethod
+    def of(cls, cu_seqlens: Int[Tensor, " N+1"], max_seqlen: int | None = None) -> "Layout":
+        """The layout of a pack. ``max_seqlen`` spares a CUDA pack the look at its lengths."""
+        if cu_seqlens.is_cuda and max_seqlen is not None:
+            return cls(cu_seqlens, max_seqlen, None)
+        lengths = cu_seqlens.diff().tolist()
+        longest = max(lengths, default=0)
+        return cls(cu_seqlens, longest, None if cu_seqlens.is_cuda else lengths)
+
+
+def variable_length_attention(
+    query: Float[Tensor, "Q H d"],
+    key: Float[Tensor, "T H d"],
+    value: Float[Tensor, "T H d"],
+    queries: Layout,
+    keys: Layout,
+) -> Float[Tensor, "Q H d"]:
+    """Softmax attention within each sequence, scaled by 1/sqrt(d).
+
+    Args:
+        query: Queries of N sequences, end to end; a sequence may have fewer queries than keys, or none.
+        key: Keys of the same sequences.
+        value: Values of the same sequences.
+        queries: Layout of ``query``.
+        keys: Layout of ``key`` and ``value``.
+
+    Returns:
+        The attended values, laid out as ``query``.
+    """
+    if query.is_cuda:
+        from torch.nn.attention.varlen import varlen_attn
+
+        # By position: the keyword arguments after these changed between torch 2.10 and 2.13.
+        attended: Tensor = varlen_attn(
+            query, key, value, queries.cu_seqlens, keys.cu_seqlens, queries.max_seqlen, keys.max_seqlen
+        )
+        return attended
+    return _attention_by_sequence(query, key, value, queries, keys)
+
+
+_SHORT = 256
+"""On CPU, below this length SDPA's plain matrix products are faster than its flash kernel, above it slower."""
+
+
+def _attention_by_sequence(query: Tensor, key: Tensor, value: Tensor, queries: Layout, keys: Layout) -> Tensor:
+    assert queries.lengths is not None and keys.lengths is not None
+    # Neighbours of the same shape go into one call; the sampler sorts packs by length, so there are many.
+    shapes = [(shape, len(list(run))) for shape, run in groupby(zip(queries.lengths, keys.lengths, strict=True))]
+    query_runs = [count * rows for (rows, _), count in shapes]
+    key_runs = [count * length for (_, length), count in shapes]
+    attended = []
+    # One split for all sequences: its backward is one concatenation, where a slice's is a full-size tensor each.
+    runs = zip(query.split(query_runs), key.split(key_runs), value.split(key_runs), shapes, strict=True)
+    for q, k, v, ((rows, length), count) in runs:
+        if not rows:
+            continue
+        q, k, v = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in (q, k, v))  # [count, H, length, d]
+        with sdpa_kernel(SDPBackend.MATH if length < _SHORT else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
+            attended.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1))
+    return torch.cat(attended) if attended else query

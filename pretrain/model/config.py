@@ -1,0 +1,99 @@
+"""`EncoderConfig`: the encoder's shape, the named sizes, and the arithmetic that a step costs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pretrain.errors import UserError
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Shape of an ESM-2 encoder; the names are those of transformers' ``EsmConfig``.
+
+    Attributes:
+        hidden_size: Width of the residual stream.
+        num_hidden_layers: Number of blocks.
+        num_attention_heads: Heads in each block; they divide ``hidden_size`` into even parts.
+        intermediate_size: Width of the feed-forward layer; four times ``hidden_size`` if not given.
+        vocab_size: Number of token ids.
+        pad_token_id: Id of the padding token; its embedding stays zero.
+        mask_token_id: Id of the mask token, for token dropout.
+        token_dropout: Zero the embeddings of masked tokens and rescale the rest (ESM-1b and ESM-2).
+        layer_norm_eps: Epsilon of every layer norm.
+        rope_theta: Base period of the rotary embedding.
+        initializer_range: Standard deviation of the initial weights.
+    """
+
+    hidden_size: int = 320
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 20
+    intermediate_size: int | None = None
+    vocab_size: int = 33
+    pad_token_id: int = 1
+    mask_token_id: int = 32
+    token_dropout: bool = True
+    layer_norm_eps: float = 1e-5
+    rope_theta: float = 10_000.0
+    initializer_range: float = 0.02
+
+    def __post_init__(self) -> None:
+        if self.intermediate_size is None:
+            object.__setattr__(self, "intermediate_size", 4 * self.hidden_size)
+        if min(self.hidden_size, self.num_hidden_layers, self.num_attention_heads, self.ffn_size, self.vocab_size) < 1:
+            raise UserError(f"every size of an encoder must be at least 1; given: {self}")
+        if self.hidden_size % (2 * self.num_attention_heads):
+            raise UserError(
+                f"hidden_size {self.hidden_size} cannot be divided into {self.num_attention_heads} heads of even size "
+                f"(rotary embeddings turn pairs); give a multiple of {2 * self.num_attention_heads}"
+            )
+
+    @classmethod
+    def named(cls, size: str) -> "EncoderConfig":
+        """A published ESM-2 shape: ``8M``, ``35M``, ``150M``, ``650M``, ``3B`` or ``15B`` (Lin et al. 2023, table S1)."""
+        if size not in ESM2_SIZES:
+            raise UserError(f"no ESM-2 size '{size}'; there are {', '.join(ESM2_SIZES)}")
+        layers, width, heads = ESM2_SIZES[size]
+        return cls(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads)
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def ffn_size(self) -> int:
+        """``intermediate_size``, filled in."""
+        assert self.intermediate_size is not None
+        return self.intermediate_size
+
+    def training_flops(self, lengths: Sequence[int] | np.ndarray, targets: Sequence[int] | np.ndarray) -> float:
+        """Floating-point operations of forward and backward over a pack, as executed: matrix products only.
+
+        The last block's queries, output projection and feed-forward, and the head, run on target positions only. A
+        multiplication and an addition are two operations; the backward pass costs twice the forward.
+
+        Args:
+            lengths: Tokens of each sequence.
+            targets: Target positions in each sequence.
+        """
+        lengths, targets = np.asarray(lengths, np.float64), np.asarray(targets, np.float64)
+        width, tokens, rows = self.hidden_size, lengths.sum(), targets.sum()
+        after_attention = 2 * width * width + 4 * width * self.ffn_size  # output projection, feed-forward
+        block = tokens * (6 * width * width + after_attention) + 4 * width * (lengths**2).sum()
+        last = tokens * 4 * width * width + rows * (2 * width * width + after_attention)
+        last += 4 * width * (targets * lengths).sum()
+        head = rows * (2 * width * width + 2 * width * self.vocab_size)
+        return float(3 * ((self.num_hidden_layers - 1) * block + last + head))
+
+
+ESM2_SIZES = {
+    "8M": (6, 320, 20),
+    "35M": (12, 480, 20),
+    "150M": (30, 640, 20),
+    "650M": (33, 1280, 20),
+    "3B": (36, 2560, 40),
+    "15B": (48, 5120, 40),
+}
+"""Layers, width and heads of the published models."""

@@ -1,0 +1,202 @@
+"""The ESM-2 encoder and its masked-language-model head, over packed sequences.
+
+Lin et al., "Evolutionary-scale prediction of atomic-level protein structure with a language model", Science 2023; the
+function computed is that of transformers' ``EsmForMaskedLM`` (and of facebookresearch/esm, ``esm/model/esm2.py``) with
+the same weights.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from pretrain.model.attention import Layout, variable_length_attention
+from pretrain.model.config import EncoderConfig
+
+TOKEN_DROPOUT_TRAIN_RATIO = 0.15 * 0.8
+"""Share of masked tokens in ESM's own training. A constant of the function at every masking rate: exports rely on it."""
+
+
+class Encoder(nn.Module):
+    """Packed token ids to logits.
+
+    Args:
+        config: The encoder's shape.
+    """
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.head = MaskedLMHead(config)
+        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+        self.inv_freq: Tensor
+        self.register_buffer("inv_freq", 1.0 / config.rope_theta**exponents)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise as BERT and transformers' ESM do: weights normal, biases zero, layer norms one."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=self.config.initializer_range)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+            if isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+        nn.init.zeros_(self.embedding.weight[self.config.pad_token_id].detach())
+        nn.init.zeros_(self.head.bias)
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, " T"],
+        cu_seqlens: Int[Tensor, " N+1"],
+        max_seqlen: int | None = None,
+        positions: Int[Tensor, " M"] | None = None,
+    ) -> Float[Tensor, "M V"]:
+        """Logits at ``positions``, or everywhere.
+
+        Args:
+            input_ids: T tokens of N whole sequences, end to end.
+            cu_seqlens: Where the sequences begin in ``input_ids``, and T last; int32.
+            max_seqlen: Length of the longest sequence, or a bound of it; read from ``cu_seqlens`` if not given.
+            positions: The M places in the pack to predict, ascending; all T if not given. The last block and the head
+                compute no other.
+
+        Returns:
+            Logits over the vocabulary, one row a position.
+        """
+        hidden = self.hidden_states(input_ids, cu_seqlens, max_seqlen, positions)
+        logits: Tensor = self.head(hidden, self.embedding.weight)
+        return logits
+
+    def hidden_states(
+        self,
+        input_ids: Int[Tensor, " T"],
+        cu_seqlens: Int[Tensor, " N+1"],
+        max_seqlen: int | None = None,
+        positions: Int[Tensor, " M"] | None = None,
+    ) -> Float[Tensor, "M D"]:
+        """The final layer-normed hidden states: what the head reads. Arguments as for `forward`."""
+        layout = Layout.of(cu_seqlens, max_seqlen)
+        starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
+        sequence = torch.repeat_interleave(lengths, output_size=len(input_ids))  # [T], the sequence that each token is of
+
+        hidden = self.embedding(input_ids)
+        if self.config.token_dropout:
+            hidden = hidden * self._token_dropout_scale(input_ids, sequence, lengths)[:, None]
+
+        angles = (torch.arange(len(input_ids), device=input_ids.device) - starts[sequence])[:, None] * self.inv_freq
+        rotation = angles.cos().to(hidden.dtype), angles.sin().to(hidden.dtype)  # [T, d/2] each
+
+        for block in self.blocks[:-1]:
+            hidden = block(hidden, rotation, layout)
+        rows = None if positions is None else Rows.of(positions, sequence, layout)
+        hidden = self.blocks[-1](hidden, rotation, layout, rows)
+        normed: Tensor = self.norm(hidden)
+        return normed
+
+    def _token_dropout_scale(
+        self, input_ids: Int[Tensor, " T"], sequence: Int[Tensor, " T"], lengths: Int[Tensor, " N"]
+    ) -> Float[Tensor, " T"]:
+        """Zero at masked tokens; elsewhere what keeps the sequence's expected sum as in training (ESM-1b's trick)."""
+        masked = input_ids == self.config.mask_token_id
+        weight = self.embedding.weight
+        observed = torch.zeros(len(lengths), dtype=torch.float32, device=weight.device)
+        observed = observed.index_add(0, sequence, masked.float()) / lengths
+        scale = (1 - TOKEN_DROPOUT_TRAIN_RATIO) / (1 - observed)
+        return torch.where(masked, 0.0, scale[sequence]).to(weight.dtype)
+
+
+class Rows:
+    """The places of a pack that the last block is asked for, and how they divide among the sequences."""
+
+    def __init__(self, positions: Int[Tensor, " M"], layout: Layout) -> None:
+        self.positions = positions
+        self.layout = layout
+
+    @classmethod
+    def of(cls, positions: Int[Tensor, " M"], sequence: Int[Tensor, " T"], pack: Layout) -> "Rows":
+        """Rows at ``positions`` (ascending) of a pack; ``sequence`` tells whose each token is."""
+        num_sequences = len(pack.cu_seqlens) - 1
+        counts = torch.zeros(num_sequences + 1, dtype=torch.int32, device=positions.device)
+        counts.index_add_(0, sequence[positions] + 1, torch.ones_like(positions, dtype=torch.int32))
+        # A sequence has no more rows than tokens, so the pack's longest bounds them without a look at the counts.
+        return cls(positions, Layout.of(counts.cumsum(0, dtype=torch.int32), pack.max_seqlen))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block: rotary self-attention, then a GELU feed-forward layer.
+
+    Args:
+        config: The encoder's shape.
+    """
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.num_heads = config.num_attention_heads
+        self.attention_norm = nn.LayerNorm(width, config.layer_norm_eps)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.ffn_norm = nn.LayerNorm(width, config.layer_norm_eps)
+        self.ffn_in = nn.Linear(width, config.ffn_size)
+        self.ffn_out = nn.Linear(config.ffn_size, width)
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "T D"],
+        rotation: tuple[Float[Tensor, "T d/2"], Float[Tensor, "T d/2"]],
+        layout: Layout,
+        rows: Rows | None = None,
+    ) -> Float[Tensor, "Q D"]:
+        """The block's output at ``rows``, or everywhere: keys and values always come from the whole pack."""
+        normed = self.attention_norm(hidden)
+        if rows is None:
+            query_layout = layout
+            qkv = self.qkv(normed).unflatten(-1, (3, self.num_heads, -1))  # [T, 3, H, d]
+            query, key = rotate(qkv[:, :2], rotation).unbind(1)
+            value = qkv[:, 2]
+        else:
+            query_layout = rows.layout
+            hidden = hidden[rows.positions]
+            width = hidden.shape[-1]
+            query = F.linear(normed[rows.positions], self.qkv.weight[:width], self.qkv.bias[:width])
+            key, value = (
+                F.linear(normed, self.qkv.weight[width:], self.qkv.bias[width:])
+                .unflatten(-1, (2, self.num_heads, -1))
+                .unbind(1)
+            )
+            cos, sin = rotation
+            query = rotate(query.unflatten(-1, (self.num_heads, -1)), (cos[rows.positions], sin[rows.positions]))
+            key = rotate(key, rotation)
+        attended = variable_length_attention(query, key, value, query_layout, layout)
+        hidden = hidden + self.out(attended.flatten(1))
+        return hidden + self.ffn_out(F.gelu(self.ffn_in(self.ffn_norm(hidden))))
+
+
+def rotate(x: Float[Tensor, "T *heads d"], rotation: tuple[Tensor, Tensor]) -> Float[Tensor, "T *heads d"]:
+    """Rotary position embedding (Su et al. 2021), pairing dimension i with i + d/2 as ESM does."""
+    shape = (len(x), *[1] * (x.ndim - 2), -1)
+    cos, sin = (part.view(shape) for part in rotation)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+class MaskedLMHead(nn.Module):
+    """Dense, GELU, layer norm, then the transposed embedding and a bias (RoBERTa's head, as ESM uses it).
+
+    Args:
+        config: The encoder's shape.
+    """
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, hidden: Float[Tensor, "M D"], embedding: Float[Tensor, "V D"]) -> Float[Tensor, "M V"]:
+        """Logits; ``embedding`` is the encoder's own (tied) embedding matrix."""
+        return F.linear(self.norm(F.gelu(self.dense(hidden))), embedding, self.bias)

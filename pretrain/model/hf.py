@@ -1,0 +1,113 @@
+"""To and from transformers' ``EsmForMaskedLM``: the same tensors under other names, nothing computed."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pretrain.errors import UserError
+from pretrain.model.config import EncoderConfig
+
+_NAMES = {
+    "embedding.weight": "esm.embeddings.word_embeddings.weight",
+    "inv_freq": "esm.rotary_embeddings.inv_freq",
+    "norm.weight": "esm.encoder.emb_layer_norm_after.weight",
+    "norm.bias": "esm.encoder.emb_layer_norm_after.bias",
+    "head.dense.weight": "lm_head.dense.weight",
+    "head.dense.bias": "lm_head.dense.bias",
+    "head.norm.weight": "lm_head.layer_norm.weight",
+    "head.norm.bias": "lm_head.layer_norm.bias",
+    "head.bias": "lm_head.bias",
+}
+_BLOCK_NAMES = {
+    "attention_norm": "attention.LayerNorm",
+    "out": "attention.output.dense",
+    "ffn_norm": "LayerNorm",
+    "ffn_in": "intermediate.dense",
+    "ffn_out": "output.dense",
+}
+_QKV = ("query", "key", "value")
+
+
+def to_hf_config(config: EncoderConfig, **special: Any) -> dict[str, Any]:
+    """Arguments of transformers' ``EsmConfig``; ``special`` adds what the encoder does not know (such as token ids)."""
+    return {
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "intermediate_size": config.intermediate_size,
+        "vocab_size": config.vocab_size,
+        "pad_token_id": config.pad_token_id,
+        "mask_token_id": config.mask_token_id,
+        "token_dropout": config.token_dropout,
+        "layer_norm_eps": config.layer_norm_eps,
+        "rope_theta": config.rope_theta,
+        "initializer_range": config.initializer_range,
+        "position_embedding_type": "rotary",
+        "emb_layer_norm_before": False,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        **special,
+    }
+
+
+def from_hf_config(config: dict[str, Any]) -> EncoderConfig:
+    """The encoder that computes what ``EsmForMaskedLM`` with this config computes.
+
+    Raises:
+        UserError: If the config describes another function than ESM-2's.
+    """
+    needed = {"model_type": "esm", "position_embedding_type": "rotary", "emb_layer_norm_before": (False, None)}
+    for name, allowed in needed.items():
+        value = config.get(name)
+        if value not in (allowed if isinstance(allowed, tuple) else (allowed,)):
+            raise UserError(f"{name} is {value!r} in the model's config; only ESM-2 models ({name} {allowed!r}) can be read")
+    ours = {field: config[field] for field in EncoderConfig.__dataclass_fields__ if config.get(field) is not None}
+    return EncoderConfig(**ours)
+
+
+def to_hf(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """An `Encoder`'s state dict under transformers' names."""
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if name in _NAMES:
+            renamed[_NAMES[name]] = tensor
+            continue
+        _, layer, module, kind = name.split(".")
+        prefix = f"esm.encoder.layer.{layer}"
+        if module == "qkv":
+            for part, piece in zip(_QKV, tensor.chunk(3), strict=True):
+                renamed[f"{prefix}.attention.self.{part}.{kind}"] = piece.contiguous()
+        else:
+            renamed[f"{prefix}.{_BLOCK_NAMES[module]}.{kind}"] = tensor
+    renamed["lm_head.decoder.weight"] = renamed[_NAMES["embedding.weight"]]
+    return renamed
+
+
+def from_hf(state: dict[str, Tensor], config: EncoderConfig) -> dict[str, Tensor]:
+    """The reverse of `to_hf`; what an `Encoder` has no use for (pooler, contact head) is left out.
+
+    Stored rotary frequencies are kept, also those that older versions stored once a layer: converted ESM-2 models
+    carry rounded ones, which belong to the function.
+
+    Raises:
+        UserError: If a tensor is missing.
+    """
+    per_layer = "esm.encoder.layer.0.attention.self.rotary_embeddings.inv_freq"
+    state = {_NAMES["inv_freq"]: state[per_layer], **state} if per_layer in state else state
+    ours: dict[str, Tensor] = {}
+    try:
+        for name, theirs in _NAMES.items():
+            if name == "inv_freq" and theirs not in state:
+                continue
+            ours[name] = state[theirs]
+        for layer in range(config.num_hidden_layers):
+            theirs, mine = f"esm.encoder.layer.{layer}", f"blocks.{layer}"
+            for kind in ("weight", "bias"):
+                for name, module in _BLOCK_NAMES.items():
+                    ours[f"{mine}.{name}.{kind}"] = state[f"{theirs}.{module}.{kind}"]
+                parts = [state[f"{theirs}.attention.self.{part}.{kind}"] for part in _QKV]
+                ours[f"{mine}.qkv.{kind}"] = torch.cat(parts)
+    except KeyError as error:
+        raise UserError(f"the model has no tensor {error}; a complete EsmForMaskedLM is needed") from error
+    return ours

@@ -1,0 +1,154 @@
+"""`pretrain fit`: from config files and overrides to a trained run; the same command again continues it."""
+
+import logging
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import yaml
+from jsonargparse import ArgumentError, Namespace
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.utilities import rank_zero_only
+
+from pretrain.corpus.datamodule import MLMDataModule
+from pretrain.corpus.tokenizer import load_tokenizer
+from pretrain.errors import UserError
+from pretrain.train.checkpoint import AtomicCheckpointIO, RunInterruptedError, StepCheckpoint
+from pretrain.train.logging import EventLogger, LearningRateMonitor, MetricsFile, ProgressBar
+from pretrain.train.module import MLMModule
+from pretrain.train.report import final_figures, header, summary
+from pretrain.train.run import CHECKPOINTS, Run
+from pretrain.train.throughput import Throughput
+
+_QUIET = (
+    ".*does not have many workers.*",  # a worker costs a core that a small machine needs for training
+    ".*your dataloader is not resumable.*",  # it need not be: the sampler seeks to the step
+    ".*is smaller than the logging interval.*",
+    ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
+)
+
+
+class FitCLI(LightningCLI):
+    """The settings of a run: a model, data, a trainer, checkpoints; links between values that must agree."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:  # noqa: D102
+        parser.add_argument("--run", type=str | None, default=None, help="Run directory (default: runs/<first config>).")
+        parser.add_argument(
+            "--allow_change", type=bool, default=False, help="Continue a run with other learning-rate, masking, ... settings."
+        )
+        parser.add_argument(
+            "--validate_every_n_steps", type=int, default=1000, help="Steps between validations; one is always held last."
+        )
+        parser.add_class_arguments(StepCheckpoint, "checkpoint", skip={"directory"}, instantiate=False)
+        parser.link_arguments("seed_everything", "data.seed")
+        parser.link_arguments("data.tokenizer", "model.encoder.vocab_size", lambda name: load_tokenizer(name).vocab_size)
+        parser.link_arguments("data.tokenizer", "model.encoder.pad_token_id", lambda name: load_tokenizer(name).pad_token_id)
+        parser.link_arguments("data.tokenizer", "model.encoder.mask_token_id", lambda name: load_tokenizer(name).mask_token_id)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse what was given; Lightning's own version warns when that is also what stands in ``sys.argv``."""
+        self.config = parser.parse_args(args)
+
+    def before_instantiate_classes(self) -> None:
+        """Open the run, and refuse a config that is not its own, before anything is built or written."""
+        config = self.config
+        if config.trainer.max_steps < 1:
+            raise UserError(f"trainer.max_steps is {config.trainer.max_steps}; say how many optimizer steps the run takes")
+        if config.validate_every_n_steps < 1:
+            raise UserError(f"validate_every_n_steps is {config.validate_every_n_steps}; give 1 or more")
+        first = Path(config.config[0].relative) if config.config else None
+        if config.run is None and first is None:
+            raise UserError("no config and no run directory; give -c CONFIG, for example -c configs/quickstart.yaml")
+        self.run = Run(Path(config.run) if config.run else Path("runs") / first.stem)  # type: ignore[union-attr]
+        self.settings = yaml.safe_load(self.parser.dump(config, skip_link_targets=False))
+        for name in ("config", "run", "allow_change"):
+            self.settings.pop(name, None)
+        self.changes = self.run.check(self.settings, config.allow_change)
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """A Trainer with the run's checkpoints, loggers, monitor and progress bar."""
+        settings: Namespace = self.config_init.trainer
+        logger: Any = settings.logger
+        loggers: list[Any] = []
+        if logger is not False:
+            extra = logger if isinstance(logger, list) else [] if logger in (None, True) else [logger]
+            loggers = [EventLogger(self.run.directory, self.run.step), MetricsFile(self.run.directory, self.run.step), *extra]
+        callbacks: list[pl.Callback] = [Throughput(), _ValidateLast()]
+        callbacks += [LearningRateMonitor()] if loggers else []
+        callbacks += [ProgressBar()] if settings.enable_progress_bar is not False else []
+        callbacks += [StepCheckpoint(self.run.directory / CHECKPOINTS, **self.config_init.checkpoint)]
+        given = settings.callbacks or []
+        plugins = settings.plugins or []
+        return super().instantiate_trainer(
+            logger=loggers or False,
+            callbacks=[*callbacks, *(given if isinstance(given, list) else [given])],
+            plugins=[AtomicCheckpointIO(), *(plugins if isinstance(plugins, list) else [plugins])],
+            val_check_interval=self.config_init.validate_every_n_steps * settings.accumulate_grad_batches,
+            check_val_every_n_epoch=None,
+        )
+
+
+class _ValidateLast(pl.Callback):
+    """Let Lightning validate after the last step, also where the interval does not fall on it."""
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step >= trainer.max_steps:
+            trainer.should_stop = True
+
+
+def fit(arguments: Sequence[str]) -> int:
+    """Train, or continue to train, as the arguments say.
+
+    Returns:
+        The exit code: 0 when the run is finished, 128 + n when signal n ended it after a whole step.
+
+    Raises:
+        UserError: On any mistake in the arguments, the config, the data or the run directory.
+    """
+    for name in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for pattern in _QUIET:
+        warnings.filterwarnings("ignore", pattern)
+    try:
+        cli = FitCLI(
+            MLMModule,
+            MLMDataModule,
+            run=False,
+            save_config_callback=None,
+            load_from_checkpoint_support=False,
+            seed_everything_default=0,
+            trainer_defaults={"max_steps": -1, "log_every_n_steps": 1, "num_sanity_val_steps": 0, "enable_model_summary": False},
+            parser_kwargs={"exit_on_error": False, "prog": "pretrain fit", "description": fit.__doc__},
+            args=list(arguments),
+        )
+    except ArgumentError as error:
+        raise UserError(" ".join(str(error).split())) from error
+    run, trainer, module, data = cli.run, cli.trainer, cli.model, cli.datamodule
+    for problem in run.problems:
+        _say(f"passed over: {problem}")
+    if run.step >= trainer.max_steps and run.result:
+        _say(f"{run.directory}: finished already (step {run.step} of {trainer.max_steps})\n{summary(run.directory, run.result)}")
+        return 0
+    data.prepare_data()
+    data.setup("fit")
+    data.check_packs(trainer.world_size, trainer.accumulate_grad_batches)
+    rank_zero_only(run.record_start)(cli.settings, yaml.safe_dump(cli.settings, sort_keys=False), cli.changes)
+    _say(header(run, trainer, module, data))
+    try:
+        trainer.fit(module, data, ckpt_path=run.checkpoint, weights_only=True)
+    except RunInterruptedError as interruption:
+        _say(f"\n{interruption}; the same command continues the run")
+        return 128 + interruption.signal_number
+    result = final_figures(trainer, module, data)
+    rank_zero_only(run.record_result)(result)
+    _say(f"\n{run.directory}: finished\n{summary(run.directory, result)}")
+    return 0
+
+
+@rank_zero_only
+def _say(text: str) -> None:
+    print(text, flush=True)

@@ -1,0 +1,195 @@
+"""What a run shows and keeps: TensorBoard events, metrics.csv, the learning-rate monitor and the progress bar.
+
+All of them continue across a resume without gaps or repeats: what a killed process had logged beyond its last
+checkpoint is taken back, since those steps are computed again.
+"""
+
+import csv
+import os
+import time
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning import callbacks
+from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.loggers.logger import Logger
+from pytorch_lightning.utilities import rank_zero_only
+from tqdm import tqdm
+
+METRICS_FILE = "metrics.csv"
+
+
+class EventLogger(TensorBoardLogger):
+    """TensorBoard events directly in the run directory.
+
+    Args:
+        run: The run directory.
+        first_step: Step that this process begins with; events of earlier processes from there on are purged.
+    """
+
+    def __init__(self, run: Path, first_step: int) -> None:
+        super().__init__(run, name="", version="", default_hp_metric=False, purge_step=first_step)
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:  # noqa: D102
+        super().log_metrics(_without_epoch(metrics), step)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the run's config.yaml says more."""
+
+    @rank_zero_only
+    def save(self) -> None:  # noqa: D102
+        """Nothing: the writer flushes by itself every two minutes and at the end; Lightning would at every step."""
+
+
+class MetricsFile(Logger):
+    """Every logged value as a line ``step,name,value`` of ``metrics.csv``, appended.
+
+    Args:
+        run: The run directory.
+        first_step: Step that this process begins with; lines from there on are cut off first.
+    """
+
+    def __init__(self, run: Path, first_step: int) -> None:
+        super().__init__()
+        self.path = run / METRICS_FILE
+        self.first_step = first_step
+        self._file: Any = None
+
+    @property
+    def name(self) -> str | None:  # noqa: D102
+        return None
+
+    @property
+    def version(self) -> str | None:  # noqa: D102
+        return None
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:  # noqa: D102
+        if self._file is None:
+            self._file = self._open()
+        for name, value in _without_epoch(metrics).items():
+            self._file.write(f"{step},{name},{float(value):.9g}\n")
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the run's config.yaml says more."""
+
+    @rank_zero_only
+    def save(self) -> None:  # noqa: D102
+        if self._file is not None:
+            self._file.flush()
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:  # noqa: D102
+        self.save()
+
+    def _open(self) -> Any:
+        kept = [row for row in read_metrics(self.path) if row[0] < self.first_step]
+        aside = self.path.with_name(f".{self.path.name}.partial")
+        with aside.open("w", newline="", encoding="utf-8") as file:
+            file.write("step,name,value\n")
+            file.writelines(f"{step},{name},{value:.9g}\n" for step, name, value in kept)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.rename(self.path)
+        return self.path.open("a", newline="", encoding="utf-8")
+
+
+def read_metrics(path: Path) -> list[tuple[int, str, float]]:
+    """The lines of a ``metrics.csv``, as (step, name, value); one that a killed process left half-written is dropped."""
+    if not path.exists():
+        return []
+    rows: list[tuple[int, str, float]] = []
+    with path.open(newline="", encoding="utf-8") as file:
+        for line in file:
+            fields = next(csv.reader([line]), [])
+            if len(fields) == 3 and fields[0].isdigit() and line.endswith("\n"):
+                rows.append((int(fields[0]), fields[1], float(fields[2])))
+    return rows
+
+
+def _without_epoch(metrics: Mapping[str, float]) -> dict[str, float]:
+    # Lightning adds its own epoch to everything; the whole run is one of those. `data/epoch` is the one that counts.
+    return {name: value for name, value in metrics.items() if name != "epoch"}
+
+
+class LearningRateMonitor(callbacks.LearningRateMonitor):
+    """Lightning's monitor, once an optimizer step: under accumulation the original repeats itself at each micro-batch."""
+
+    def __init__(self) -> None:
+        super().__init__(logging_interval="step")
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:  # noqa: D102
+        if args[-1] % trainer.accumulate_grad_batches == 0:
+            super().on_train_batch_start(trainer, *args, **kwargs)
+
+
+class ProgressBar(callbacks.ProgressBar):
+    """One bar over the whole run, in optimizer steps: time left, loss, learning rate, real tokens a second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._bar: Any = None
+        self._enabled = True
+
+    def disable(self) -> None:  # noqa: D102
+        self._enabled = False
+
+    def enable(self) -> None:  # noqa: D102
+        self._enabled = True
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: D102
+        self._bar = tqdm(
+            total=trainer.max_steps,
+            initial=trainer.global_step,
+            unit="step",
+            dynamic_ncols=True,
+            smoothing=0.05,
+            mininterval=0.5,
+            disable=not (self._enabled and trainer.is_global_zero),
+            bar_format="{l_bar}{bar}| step {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
+        )
+        self._shown = 0.0
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:  # noqa: D102
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        now = time.monotonic()
+        if not self._bar.disable and (now - self._shown > 0.5 or trainer.global_step == trainer.max_steps):
+            self._shown = now  # reading the loss waits for the GPU, so not at every step
+            self._bar.set_postfix_str(self._figures(trainer), refresh=False)
+        self._bar.update(trainer.global_step - self._bar.n)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: D102
+        if self._bar is not None:
+            self._bar.set_description_str("validating")
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: D102
+        if self._bar is not None:
+            self._bar.set_description_str()
+            figures = trainer.callback_metrics
+            if not self._bar.disable and "val/perplexity" in figures:
+                text = f"validation after step {trainer.global_step}: perplexity {figures['val/perplexity']:.3f}"
+                self._bar.write(f"  {text}, accuracy {figures['val/accuracy']:.1%}")
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:  # noqa: D102
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    @staticmethod
+    def _figures(trainer: pl.Trainer) -> str:
+        figures = trainer.callback_metrics  # of the step before: callbacks are called before this one's are logged
+        shown = [f"lr {trainer.optimizers[0].param_groups[0]['lr']:.2e}"]
+        if "train/loss" in figures:
+            shown.insert(0, f"loss {figures['train/loss']:.3f}")
+        if "throughput/tokens_per_second" in figures:
+            shown.append(f"{figures['throughput/tokens_per_second'] / 1000:.1f}k tokens/s")
+        return ", ".join(shown)

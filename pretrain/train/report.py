@@ -1,0 +1,77 @@
+"""What a run tells people: what will run, before it starts; how it went, once it is finished."""
+
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+
+from pretrain.corpus.datamodule import MLMDataModule
+from pretrain.train.module import MLMModule
+from pretrain.train.run import Run
+from pretrain.train.throughput import peak_flops
+
+
+def header(run: Run, trainer: pl.Trainer, module: MLMModule, data: MLMDataModule) -> str:
+    """Model, data, hardware and where the run begins, in a few lines."""
+    config = module.encoder.config
+    parameters = sum(p.numel() for p in module.parameters())
+    corpus, validation = data.train_corpus, data.validation_corpus
+    held_out = f", {validation.num_sequences:,} for validation" if validation else ", no validation"
+    shape = f"{config.num_hidden_layers} layers, {config.hidden_size} wide, {config.num_attention_heads} heads"
+    rate, source = peak_flops(trainer.strategy.root_device)
+    device = trainer.strategy.root_device.type
+    attention = "varlen_attn" if device == "cuda" else "SDPA by sequence"
+    hardware = f"{trainer.world_size} x {device}, {trainer.precision}, attention by {attention}"
+    begin = f"continues after step {run.step} of {trainer.max_steps}" if run.step else f"{trainer.max_steps} steps"
+    return "\n".join(
+        [
+            f"{run.directory}: {begin}",
+            f"  model     {parameters:,} parameters: {shape}",
+            f"  data      {corpus.num_sequences:,} sequences, {corpus.num_tokens:,} tokens{held_out}",
+            f"  step      {data.global_batch_tokens:,} tokens, crops of at most {data.max_length}",
+            f"  hardware  {hardware}; MFU against {rate / 1e12:.3g} TFLOP/s ({source})",
+        ]
+    )
+
+
+def final_figures(trainer: pl.Trainer, module: MLMModule, data: MLMDataModule) -> dict[str, Any]:
+    """What ``result.json`` holds: where the run ended and its validation beside the baselines."""
+    state = data.state_dict()
+    result: dict[str, Any] = {
+        "steps": trainer.global_step,
+        "parameters": sum(p.numel() for p in module.parameters()),
+        "tokens_seen": state["tokens"],
+        "epochs": state["cursor"] / len(data.train_corpus),
+        "train_sources": [str(source) for source in data.train],
+        "train_sequences": len(data.train_corpus),
+        "train_corpus": data.train_corpus.fingerprint,
+    }
+    if (baselines := data.baselines()) and data.validation_corpus:
+        result["validation_sources"] = [str(source) for source in data.validation]
+        result["validation_sequences"] = len(data.validation_corpus)
+        result |= {name: float(trainer.callback_metrics[name]) for name in ("val/loss", "val/perplexity", "val/accuracy")}
+        result |= {"unigram_perplexity": baselines.unigram, "bigram_perplexity": baselines.bigram}
+    return result
+
+
+def summary(run: Path, result: dict[str, Any]) -> str:
+    """The end of a run: perplexity beside the numbers to beat, and what to do next."""
+    lines = [f"  {result['steps']:,} steps, {result['tokens_seen']:,} tokens, {result['epochs']:.1f} epochs"]
+    if "val/perplexity" in result:
+        model, unigram, bigram = (result[k] for k in ("val/perplexity", "unigram_perplexity", "bigram_perplexity"))
+        lines += [
+            "",
+            "  perplexity on the masked validation positions (lower is better)",
+            f"    unigram    {unigram:8.3f}",
+            f"    bigram     {bigram:8.3f}",
+            f"    this run   {model:8.3f}   ({1 - model / unigram:+.1%} below unigram, {1 - model / bigram:+.1%} below bigram)",
+        ]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "  look at it    tensorboard --logdir " + str(run),
+            f"  continue it   pretrain fit -c {run}/config.yaml --run {run} --allow_change true --trainer.max_steps {2 * result['steps']}",
+            f"  export it     pretrain export {run} --out {run}/export",
+        ]
+    )

@@ -1,0 +1,106 @@
+"""How fast a run is: real tokens a second, model FLOPs utilisation, and the share of time spent waiting for data."""
+
+import statistics
+import time
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+from pretrain.corpus.batch import Batch
+from pretrain.train.module import MLMModule
+
+DATASHEET_BF16 = {
+    "GB200": 2500e12,
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10": 125e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+    "V100": 125e12,
+}
+"""Dense half-precision matrix rate of GPUs (NVIDIA's datasheets, FLOP/s, without sparsity), by a part of their name."""
+
+
+def peak_flops(device: torch.device) -> tuple[float, str]:
+    """The FLOP/s that utilisation is measured against, and where the figure is from.
+
+    A GPU in the table counts with its datasheet's rate; anything else with a matrix product measured here and now.
+    """
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for part, rate in DATASHEET_BF16.items():
+            if part in name:
+                return rate, f"datasheet rate of {part}"
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return matmul_rate(device, dtype), f"measured {str(dtype).removeprefix('torch.')} matrix products"
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 2048, repeats: int = 5) -> float:
+    """Median FLOP/s of a square matrix product."""
+    size = size if device.type == "cpu" else 4 * size
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+
+    def seconds() -> float:
+        begin = time.perf_counter()
+        torch.mm(a, b)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - begin
+
+    seconds()  # warm up
+    return 2.0 * size**3 / statistics.median(seconds() for _ in range(repeats))
+
+
+class Throughput(pl.Callback):
+    """Logs ``throughput/*`` at every step, over the steps since it last did.
+
+    It never synchronises a GPU: over many steps the host runs at the GPU's pace. Validation and the writing of
+    checkpoints are not counted. Put it first among the callbacks, so that what others do between batches is not taken
+    for waiting.
+    """
+
+    def __init__(self) -> None:
+        self._peak = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: D102
+        self._peak = self._peak or peak_flops(pl_module.device)[0] * trainer.world_size
+        self._last = time.perf_counter()
+        self._tokens, self._flops, self._seconds, self._wait = 0, 0.0, 0.0, 0.0
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:  # noqa: D102
+        now = time.perf_counter()
+        self._wait += now - self._last
+        self._seconds += now - self._last
+        self._last = now
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:  # noqa: D102
+        assert isinstance(pl_module, MLMModule)
+        now = time.perf_counter()
+        self._seconds += now - self._last
+        self._last = now
+        self._tokens += int(batch.pack.lengths.sum())
+        self._flops += pl_module.encoder.config.training_flops(batch.pack.lengths, batch.pack.targets)
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        # Packs cost nearly the same on every process, so this one's share stands for all.
+        self.log_dict(
+            {
+                "throughput/tokens_per_second": self._tokens * trainer.world_size / self._seconds,
+                "throughput/mfu": self._flops * trainer.world_size / self._seconds / self._peak,
+                "throughput/data_wait": self._wait / self._seconds,
+            }
+        )
+        self._tokens, self._flops, self._seconds, self._wait = 0, 0.0, 0.0, 0.0
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: D102
+        self._last = time.perf_counter()
