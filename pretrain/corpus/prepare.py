@@ -7,13 +7,14 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from pretrain.corpus.sources import Record, read_records
+from pretrain.corpus.sources import Record, kind, read_records
 from pretrain.corpus.store import FORMAT_VERSION, Corpus, is_corpus, write_corpus
 from pretrain.corpus.tokenizer import InvalidSymbolError, Tokenizer, train_tokenizer
 from pretrain.errors import UserError
@@ -29,17 +30,20 @@ def prepare(sources: Sequence[str | Path], out: Path, tokenizer: Tokenizer) -> C
         UserError: If a source is unreadable or holds something that has no token, or ``out`` exists already.
     """
     paths = [Path(source) for source in sources]
+    if not paths:
+        raise UserError("no source is given; name at least one file")
+    for path in paths:
+        kind(path)  # a misspelt name shows at once, not after the hours that the files before it take
     if out.exists():
         raise UserError(f"{out}: exists already; choose another place, or remove it first")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"{out}: cannot be made, as {error.filename} is a file; choose another place") from error
     partial = out.parent / f".{out.name}.partial"
-    with (out.parent / f".{out.name}.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # somebody is preparing the same corpus: wait, then take theirs
-            if is_corpus(out):
-                return Corpus(out)
+    with _exclusive(out.parent / f".{out.name}.lock"):
+        if is_corpus(out):  # somebody was preparing the same corpus: take theirs
+            return Corpus(out)
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
@@ -47,8 +51,26 @@ def prepare(sources: Sequence[str | Path], out: Path, tokenizer: Tokenizer) -> C
             partial.rename(out)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-            Path(lock.name).unlink(missing_ok=True)
     return Corpus(out)
+
+
+@contextmanager
+def _exclusive(path: Path) -> Iterator[None]:
+    """Wait for the lock file at ``path``, hold it, and remove it."""
+    while True:
+        with path.open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                ours = os.path.samestat(os.fstat(lock.fileno()), path.stat())
+            except FileNotFoundError:
+                ours = False
+            if not ours:  # the one that held it removed it, so it protects nothing: try again with the present one
+                continue
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
 
 
 def open_or_prepare(sources: Sequence[str | Path], tokenizer: Tokenizer) -> Corpus:
@@ -69,10 +91,8 @@ def open_or_prepare(sources: Sequence[str | Path], tokenizer: Tokenizer) -> Corp
             )
         return corpus
     key = hashlib.sha256(json.dumps([FORMAT_VERSION, tokenizer.fingerprint]).encode())
-    for source in sources:
-        path = Path(source)
-        if not path.is_file():
-            raise UserError(f"{path}: no such file; give a source file, or a corpus made by `pretrain prepare`")
+    for path in map(Path, sources):
+        key.update(kind(path).encode())  # the same bytes make another corpus as .txt than as .jsonl
         with path.open("rb") as file:
             key.update(hashlib.file_digest(file, "sha256").digest())
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -92,8 +112,8 @@ def _tokenise(paths: Sequence[Path], tokenizer: Tokenizer) -> Iterator[tuple[str
 
 def _describe(path: Path, record: Record, error: InvalidSymbolError) -> str:
     return (
-        f"{path}:{record.line}: record '{record.id}' has {error.symbol!r} at position {error.position}; "
-        f"allowed are {error.allowed}; correct or remove it"
+        f"{path}:{record.line}: record '{record.id}' has {error.symbol} at position {error.position}; "
+        f"allowed: {error.allowed}; correct or remove it"
     )
 
 

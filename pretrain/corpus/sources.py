@@ -31,14 +31,11 @@ def read_records(path: Path) -> Iterator[Record]:
         UserError: If the file is missing, empty, truncated or not what its name or first byte says; names file and
             line.
     """
-    if not path.exists():
-        raise UserError(f"{path}: no such file")
-    if path.is_dir():
-        raise UserError(f"{path}: is a directory; name the files in it, or a corpus made by `pretrain prepare`")
+    read = _READERS[kind(path)]
     count = 0
     try:
         with _open(path) as file:
-            for record in _reader(path)(path, file):
+            for record in read(path, file):
                 count += 1
                 yield record
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -47,24 +44,30 @@ def read_records(path: Path) -> Iterator[Record]:
         raise UserError(f"{path}: is empty; at least one sequence is needed")
 
 
-def _open(path: Path) -> IO[bytes]:
-    with path.open("rb") as file:
-        gzipped = file.read(2) == b"\x1f\x8b"
-    return cast(IO[bytes], gzip.open(path)) if gzipped else path.open("rb")
+def kind(path: Path) -> str:
+    """What ``path`` holds, by its name: ``fasta``, ``jsonl`` or ``txt``.
 
-
-def _reader(path: Path) -> Callable[[Path, IO[bytes]], Iterator[Record]]:
+    Raises:
+        UserError: If there is no such file, or its name says nothing known.
+    """
+    if not path.exists():
+        raise UserError(f"{path}: no such file; give a source file, or a corpus made by `pretrain prepare`")
+    if path.is_dir():
+        raise UserError(f"{path}: is a directory; name the files in it, or a single corpus made by `pretrain prepare`")
     suffixes = {suffix.lower() for suffix in path.suffixes}
-    if suffixes & {".fasta", ".fa", ".faa", ".fas"}:
-        return _read_fasta
-    if suffixes & {".jsonl", ".ndjson"}:
-        return _read_json_lines
-    if suffixes & {".txt"}:
-        return _read_lines
+    for name, known in _SUFFIXES.items():
+        if suffixes & known:
+            return name
     raise UserError(
         f"{path}: unknown kind of file; the name must end in .fasta, .fa, .faa, .fas (sequences), .jsonl "
         "(objects with a 'text') or .txt (one document a line), with or without .gz"
     )
+
+
+def _open(path: Path) -> IO[bytes]:
+    with path.open("rb") as file:
+        gzipped = file.read(2) == b"\x1f\x8b"
+    return cast(IO[bytes], gzip.open(path)) if gzipped else path.open("rb")
 
 
 def _read_fasta(path: Path, file: IO[bytes]) -> Iterator[Record]:
@@ -98,18 +101,31 @@ def _read_json_lines(path: Path, file: IO[bytes]) -> Iterator[Record]:
             continue
         try:
             fields = json.loads(raw)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}:{number}: not a JSON object on one line ({error})") from error
         text = fields.get("text") if isinstance(fields, dict) else None
         if not isinstance(text, str) or not text:
             raise UserError(f"{path}:{number}: an object with a non-empty string 'text' is expected")
+        name = str(fields.get("id", number))
         try:
-            yield Record(str(fields.get("id", number)), text.encode(), number)
+            name.encode()
+            record = Record(name, text.encode(), number)
         except UnicodeEncodeError as error:
-            raise UserError(f"{path}:{number}: 'text' holds half a surrogate pair ({error}); valid Unicode is needed") from error
+            raise UserError(
+                f"{path}:{number}: 'id' or 'text' holds half a surrogate pair ({error}); valid Unicode is needed"
+            ) from error
+        yield record
 
 
 def _read_lines(path: Path, file: IO[bytes]) -> Iterator[Record]:
     for number, raw in enumerate(file, 1):
         if text := raw.strip():
             yield Record(str(number), text, number)
+
+
+_SUFFIXES = {"fasta": {".fasta", ".fa", ".faa", ".fas"}, "jsonl": {".jsonl", ".ndjson"}, "txt": {".txt"}}
+_READERS: dict[str, Callable[[Path, IO[bytes]], Iterator[Record]]] = {
+    "fasta": _read_fasta,
+    "jsonl": _read_json_lines,
+    "txt": _read_lines,
+}

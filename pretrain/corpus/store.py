@@ -61,7 +61,7 @@ class Corpus:
             sizes = [len(shard.offsets) - 1 for shard in self._shards]
             if sizes != [shard["num_sequences"] for shard in manifest["shards"]] or sum(sizes) != self.num_sequences:
                 raise UserError(f"{self.path}: the shards do not hold the sequences that {MANIFEST} counts; prepare it again")
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise UserError(f"{error.filename}: not found; a corpus is a directory that `pretrain prepare` made") from error
         except (KeyError, TypeError, ValueError, pa.ArrowException) as error:
             if isinstance(error, UserError):

@@ -27,10 +27,10 @@ _NOT_IN_ALPHABET = 255
 
 
 class InvalidSymbolError(ValueError):
-    """A symbol that the tokenizer does not know, with its place in the string (from 1)."""
+    """A symbol, as a message shows it, that the tokenizer does not know, with its place in the string (from 1)."""
 
     def __init__(self, symbol: str, position: int, allowed: str) -> None:
-        super().__init__(f"{symbol!r} at position {position}")
+        super().__init__(f"{symbol} at position {position}")
         self.symbol, self.position, self.allowed = symbol, position, allowed
 
 
@@ -102,7 +102,8 @@ class ProteinTokenizer(Tokenizer):
     def encode(self, text: bytes) -> NDArray[np.unsignedinteger]:  # noqa: D102
         residues = text.removesuffix(b"*").translate(self._table)
         if (bad := residues.find(_NOT_IN_ALPHABET)) >= 0:
-            raise InvalidSymbolError(text[bad : bad + 1].decode("latin1"), bad + 1, "the letters A-Z, '-' and '.'")
+            symbol = text[bad : bad + 4].decode("utf-8", "replace")[0]
+            raise InvalidSymbolError(repr(symbol), bad + 1, "the letters A-Z, '-' and '.'")
         return np.frombuffer(b"".join((bytes([self.cls_token_id]), residues, bytes([self.eos_token_id]))), np.uint8)
 
     def serialize(self) -> str:  # noqa: D102
@@ -177,7 +178,11 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
             f"tokenizer '{name_or_path}' not found; give 'esm' for proteins, a tokenizer.json, or a directory with one "
             "(`pretrain tokenizer SOURCE --out tokenizer.json` trains one)"
         )
-    return tokenizer_from_string(path.read_text(encoding="utf-8"), str(path))
+    try:
+        serialized = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not text ({error}); a tokenizer.json is expected") from error
+    return tokenizer_from_string(serialized, str(path))
 
 
 def tokenizer_from_string(serialized: str, source: str) -> Tokenizer:

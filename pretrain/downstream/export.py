@@ -85,7 +85,8 @@ def _write_model(encoder: Encoder, tokenizer: Tokenizer, max_length: int, out: P
     model = _hf_model(encoder, tokenizer, max_length)
     for parameter in model.esm.contact_head.parameters():
         torch.nn.init.zeros_(parameter)  # no contact head was trained: better none than a random one
-    model.save_pretrained(out)
+    # Under the names that the model itself and every published ESM-2 have, not those of TensorFlow's times.
+    model.save_pretrained(out, save_original_format=False)
 
 
 def _write_tokenizer(tokenizer: Tokenizer, max_length: int, out: Path) -> None:

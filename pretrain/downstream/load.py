@@ -68,5 +68,9 @@ def _from_transformers(path: Path) -> Encoder:
         raise error if isinstance(error, UserError) else UserError(f"{path}: damaged model ({error})") from error
     encoder = Encoder(config)
     # Ours computes rotary frequencies where the file has none (transformers' older versions did the same).
-    encoder.load_state_dict({"inv_freq": encoder.inv_freq, **from_hf(state, config)})
+    try:
+        encoder.load_state_dict({"inv_freq": encoder.inv_freq, **from_hf(state, config)})
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: model.safetensors does not fit config.json ({reason})") from error
     return encoder.to(torch.float32).eval()

@@ -136,7 +136,7 @@ class Block(nn.Module):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         width = config.hidden_size
-        self.num_heads = config.num_attention_heads
+        self.heads = config.num_attention_heads, config.head_dim
         self.attention_norm = nn.LayerNorm(width, config.layer_norm_eps)
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
@@ -155,7 +155,7 @@ class Block(nn.Module):
         normed = self.attention_norm(hidden)
         if rows is None:
             query_layout = layout
-            qkv = self.qkv(normed).unflatten(-1, (3, self.num_heads, -1))  # [T, 3, H, d]
+            qkv = self.qkv(normed).unflatten(-1, (3, *self.heads))  # [T, 3, H, d]
             query, key = rotate(qkv[:, :2], rotation).unbind(1)
             value = qkv[:, 2]
         else:
@@ -165,11 +165,11 @@ class Block(nn.Module):
             query = F.linear(normed[rows.positions], self.qkv.weight[:width], self.qkv.bias[:width])
             key, value = (
                 F.linear(normed, self.qkv.weight[width:], self.qkv.bias[width:])
-                .unflatten(-1, (2, self.num_heads, -1))
+                .unflatten(-1, (2, *self.heads))
                 .unbind(1)
             )
             cos, sin = rotation
-            query = rotate(query.unflatten(-1, (self.num_heads, -1)), (cos[rows.positions], sin[rows.positions]))
+            query = rotate(query.unflatten(-1, self.heads), (cos[rows.positions], sin[rows.positions]))
             key = rotate(key, rotation)
         attended = variable_length_attention(query, key, value, query_layout, layout)
         hidden = hidden + self.out(attended.flatten(1))

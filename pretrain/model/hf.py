@@ -1,5 +1,6 @@
 """To and from transformers' ``EsmForMaskedLM``: the same tensors under other names, nothing computed."""
 
+import re
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ _BLOCK_NAMES = {
     "ffn_out": "output.dense",
 }
 _QKV = ("query", "key", "value")
+_PER_LAYER_INV_FREQ = r"^esm\.encoder\.layer\.[0*]\.attention\.self\.rotary_embeddings\.inv_freq$"
 
 
 def to_hf_config(config: EncoderConfig, **special: Any) -> dict[str, Any]:
@@ -57,12 +59,20 @@ def from_hf_config(config: dict[str, Any]) -> EncoderConfig:
     Raises:
         UserError: If the config describes another function than ESM-2's.
     """
-    needed = {"model_type": "esm", "position_embedding_type": "rotary", "emb_layer_norm_before": (False, None)}
+    needed: dict[str, tuple[Any, ...]] = {
+        "model_type": ("esm",),
+        "position_embedding_type": ("rotary",),
+        "emb_layer_norm_before": (False, None),
+        "tie_word_embeddings": (True, None),
+        "is_decoder": (False, None),
+    }
     for name, allowed in needed.items():
-        value = config.get(name)
-        if value not in (allowed if isinstance(allowed, tuple) else (allowed,)):
-            raise UserError(f"{name} is {value!r} in the model's config; only ESM-2 models ({name} {allowed!r}) can be read")
+        if (value := config.get(name)) not in allowed:
+            raise UserError(f"{name} is {value!r} in the model's config; only ESM-2 models ({name} {allowed[0]!r}) can be read")
     ours = {field: config[field] for field in EncoderConfig.__dataclass_fields__ if config.get(field) is not None}
+    # Only these two have the same defaults here and there; any other, if missing, would be a guess.
+    if missing := EncoderConfig.__dataclass_fields__.keys() - ours.keys() - {"rope_theta", "initializer_range"}:
+        raise UserError(f"{', '.join(sorted(missing))} is missing in the model's config; give the config.json that was saved with it")
     return EncoderConfig(**ours)
 
 
@@ -88,13 +98,15 @@ def from_hf(state: dict[str, Tensor], config: EncoderConfig) -> dict[str, Tensor
     """The reverse of `to_hf`; what an `Encoder` has no use for (pooler, contact head) is left out.
 
     Stored rotary frequencies are kept, also those that older versions stored once a layer: converted ESM-2 models
-    carry rounded ones, which belong to the function.
+    carry rounded ones, which belong to the function. transformers 5 saves a model that it has not loaded under those
+    older names, with a literal ``*`` for the layer and layer norms in TensorFlow's words: these are read, too.
 
     Raises:
         UserError: If a tensor is missing.
     """
-    per_layer = "esm.encoder.layer.0.attention.self.rotary_embeddings.inv_freq"
-    state = {_NAMES["inv_freq"]: state[per_layer], **state} if per_layer in state else state
+    modern = ((_PER_LAYER_INV_FREQ, _NAMES["inv_freq"]), (r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
+    for pattern, name in modern:
+        state = {**{re.sub(pattern, name, old): tensor for old, tensor in state.items()}, **state}
     ours: dict[str, Tensor] = {}
     try:
         for name, theirs in _NAMES.items():

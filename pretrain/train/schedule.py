@@ -22,7 +22,7 @@ class InverseSqrtScheduler(LambdaLR):
     Args:
         optimizer: Its parameter groups' learning rates are the peaks.
         warmup_steps: Optimizer steps until the peak.
-        last_epoch: Steps taken already; -1 to start afresh (torch's name and convention).
+        last_epoch: Steps taken already, less one; hence -1 to start afresh (torch's name and convention).
         warmup_init_lr: Learning rate before the first step, when there is a warmup.
 
     Raises:
