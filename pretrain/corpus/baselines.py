@@ -49,7 +49,9 @@ def perplexities(train: Corpus, validation: PackDataset, packs: Iterable[Pack]) 
     pairs = np.zeros(len(wanted))
     seen = 0
     for first in range(0, len(train), _CHUNK):
-        tokens = np.concatenate([train.tokens(i) for i in range(first, min(first + _CHUNK, len(train)))]).astype(np.int64)
+        tokens = np.concatenate([train.tokens(i) for i in range(first, min(first + _CHUNK, len(train)))]).astype(
+            np.int64
+        )
         before, after = tokens[:-1], tokens[1:]
         inside = (after != train.tokenizer.cls_token_id) & (after != train.tokenizer.eos_token_id)
         before, after = before[inside], after[inside]

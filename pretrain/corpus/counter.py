@@ -3,8 +3,8 @@
 Every random choice about the data (order, crops, masks) is ``bits(key, counter)``: the same on any rank, in any worker
 and after any restart.
 
-Reference: SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014); its output
-function is applied to ``key + (counter + 1) * GOLDEN``, that is, the counter-th draw of a generator seeded with ``key``.
+Reference: SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014). Its
+output function is applied to ``key + (counter + 1) * GOLDEN``: the counter-th draw of a generator seeded with ``key``.
 """
 
 from enum import IntEnum

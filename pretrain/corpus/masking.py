@@ -42,9 +42,11 @@ class Masking:
 
     def __post_init__(self) -> None:
         if not 0 < self.mlm_probability <= 1:
-            raise UserError(f"mlm_probability is {self.mlm_probability}; give a share above 0 and at most 1, such as 0.15")
+            raise UserError(
+                f"mlm_probability is {self.mlm_probability}; give a share above 0 and at most 1, such as 0.15"
+            )
         shares = (self.mask_replace_prob, self.random_replace_prob)
-        if min(shares) < 0 or sum(shares) > 1 + 1e-9:
+        if not (min(shares) >= 0 and sum(shares) <= 1 + 1e-9):
             raise UserError(
                 f"mask_replace_prob and random_replace_prob are {shares[0]} and {shares[1]}; "
                 "give two shares of the targets that add up to at most 1, such as 0.8 and 0.1"

@@ -6,7 +6,7 @@ the data depends on how many there are. So the whole state of the data is one in
 
 import heapq
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -63,8 +63,8 @@ class Pack:
 
     def take(self, rows: Int64) -> "Pack":
         """The pack of some of the sequences, of the same step."""
-        columns = (self.indices, self.epochs, self.starts, self.lengths, self.maskable, self.targets)
-        return Pack(*(column[rows] for column in columns), self.step_targets, self.after)
+        columns = {name: column[rows] for name, column in vars(self).items() if isinstance(column, np.ndarray)}
+        return replace(self, **columns)
 
 
 class Planner:
@@ -82,7 +82,7 @@ class Planner:
         self._mean_length = max(1.0, min(corpus.num_tokens / corpus.num_sequences, max_length))
 
     def step(self, start: Position, global_batch_tokens: int) -> Pack:
-        """The step at ``start``, as one pack: the next sequences of the order whose crops fit into ``global_batch_tokens``."""
+        """The step at ``start``, as one pack: the next sequences whose crops fit into ``global_batch_tokens``."""
         window = int(global_batch_tokens / self._mean_length * 1.1) + 16
         while True:
             epochs, indices = self.order(np.arange(start.cursor, start.cursor + window))

@@ -29,21 +29,28 @@ def prepare(sources: Sequence[str | Path], out: Path, tokenizer: Tokenizer) -> C
     Raises:
         UserError: If a source is unreadable or holds something that has no token, or ``out`` exists already.
     """
+    if out.exists():
+        raise UserError(f"{out}: exists already; choose another place, or remove it first")
+    return _prepare_once(sources, out, tokenizer)
+
+
+def _prepare_once(sources: Sequence[str | Path], out: Path, tokenizer: Tokenizer) -> Corpus:
+    """Prepare, or wait for whoever is preparing the same corpus and take theirs."""
     paths = [Path(source) for source in sources]
     if not paths:
         raise UserError("no source is given; name at least one file")
     for path in paths:
         kind(path)  # a misspelt name shows at once, not after the hours that the files before it take
-    if out.exists():
-        raise UserError(f"{out}: exists already; choose another place, or remove it first")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise UserError(f"{out}: cannot be made, as {error.filename} is a file; choose another place") from error
     partial = out.parent / f".{out.name}.partial"
     with _exclusive(out.parent / f".{out.name}.lock"):
-        if is_corpus(out):  # somebody was preparing the same corpus: take theirs
+        if is_corpus(out):
             return Corpus(out)
+        if out.exists():
+            raise UserError(f"{out}: exists already and is no corpus; remove it first")
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
@@ -97,12 +104,14 @@ def open_or_prepare(sources: Sequence[str | Path], tokenizer: Tokenizer) -> Corp
             key.update(hashlib.file_digest(file, "sha256").digest())
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     cached = Path(os.environ.get("PRETRAIN_CACHE") or home / "pretrain") / key.hexdigest()[:16]
-    return Corpus(cached) if is_corpus(cached) else prepare(sources, cached, tokenizer)
+    return Corpus(cached) if is_corpus(cached) else _prepare_once(sources, cached, tokenizer)
 
 
 def _tokenise(paths: Sequence[Path], tokenizer: Tokenizer) -> Iterator[tuple[str, NDArray[np.unsignedinteger]]]:
     for path in paths:
-        with tqdm(read_records(path), f"preparing {path.name}", unit=" sequences", disable=not sys.stderr.isatty()) as records:
+        with tqdm(
+            read_records(path), f"preparing {path.name}", unit=" sequences", disable=not sys.stderr.isatty()
+        ) as records:
             for record in records:
                 try:
                     yield record.id, tokenizer.encode(record.text)

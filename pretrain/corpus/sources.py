@@ -90,7 +90,9 @@ def _read_fasta(path: Path, file: IO[bytes]) -> Iterator[Record]:
             parts.append(line)
         elif line:
             shown = line[:20].decode("utf-8", "replace")
-            raise UserError(f"{path}:{number}: not FASTA: a header line that begins with '>' is expected, found {shown!r}")
+            raise UserError(
+                f"{path}:{number}: not FASTA: a header line that begins with '>' is expected, found {shown!r}"
+            )
     if start:
         yield record()
 

@@ -1,8 +1,8 @@
-"""The corpus: tokenised sequences in Arrow shards beside a manifest; written once, then memory-mapped, never loaded whole.
+"""The corpus: tokenised sequences in Arrow shards; written once, then memory-mapped, never loaded whole.
 
-    corpus/
-      manifest.json          counts, tokenizer, shards with their checksums, fingerprint
-      shard-00000.arrow      one record batch: id (string), tokens (list of the smallest integer type that holds the vocabulary)
+corpus/
+  manifest.json          counts, tokenizer, shards with their checksums, fingerprint
+  shard-00000.arrow      one record batch: id, and tokens in the smallest integer type that holds the vocabulary
 """
 
 import hashlib
@@ -60,13 +60,19 @@ class Corpus:
             self._shards = [_open_shard(self.path / shard["file"]) for shard in manifest["shards"]]
             sizes = [len(shard.offsets) - 1 for shard in self._shards]
             if sizes != [shard["num_sequences"] for shard in manifest["shards"]] or sum(sizes) != self.num_sequences:
-                raise UserError(f"{self.path}: the shards do not hold the sequences that {MANIFEST} counts; prepare it again")
+                raise UserError(
+                    f"{self.path}: the shards do not hold the sequences that {MANIFEST} counts; prepare it again"
+                )
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise UserError(f"{error.filename}: not found; a corpus is a directory that `pretrain prepare` made") from error
+            raise UserError(
+                f"{error.filename}: not found; a corpus is a directory that `pretrain prepare` made"
+            ) from error
         except (KeyError, TypeError, ValueError, pa.ArrowException) as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError(f"{self.path}: damaged corpus ({type(error).__name__}: {error}); prepare it again") from error
+            raise UserError(
+                f"{self.path}: damaged corpus ({type(error).__name__}: {error}); prepare it again"
+            ) from error
         self._first = np.cumsum([0, *sizes])
 
     def __reduce__(self) -> tuple[type["Corpus"], tuple[Path]]:
@@ -109,7 +115,9 @@ def is_corpus(path: str | Path) -> bool:
     return (Path(path) / MANIFEST).is_file()
 
 
-def write_corpus(directory: Path, sequences: Iterable[tuple[str, NDArray[np.unsignedinteger]]], tokenizer: Tokenizer) -> None:
+def write_corpus(
+    directory: Path, sequences: Iterable[tuple[str, NDArray[np.unsignedinteger]]], tokenizer: Tokenizer
+) -> None:
     """Write shards and, last, the manifest into an existing empty directory; the same input gives the same bytes.
 
     Args:
@@ -141,7 +149,11 @@ def write_corpus(directory: Path, sequences: Iterable[tuple[str, NDArray[np.unsi
             flush()
     if ids:
         flush()
-    identity = {"format_version": FORMAT_VERSION, "tokenizer": tokenizer.fingerprint, "shards": [s["sha256"] for s in shards]}
+    identity = {
+        "format_version": FORMAT_VERSION,
+        "tokenizer": tokenizer.fingerprint,
+        "shards": [s["sha256"] for s in shards],
+    }
     manifest = {
         "format_version": FORMAT_VERSION,
         "fingerprint": hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16],

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import override
 
 from pretrain.errors import UserError
 
@@ -99,14 +100,16 @@ class ProteinTokenizer(Tokenizer):
         table[[ord("J"), ord("j")]] = ESM_ALPHABET.index("X")
         self._table = table.tobytes()
 
-    def encode(self, text: bytes) -> NDArray[np.unsignedinteger]:  # noqa: D102
+    @override
+    def encode(self, text: bytes) -> NDArray[np.unsignedinteger]:
         residues = text.removesuffix(b"*").translate(self._table)
         if (bad := residues.find(_NOT_IN_ALPHABET)) >= 0:
             symbol = text[bad : bad + 4].decode("utf-8", "replace")[0]
             raise InvalidSymbolError(repr(symbol), bad + 1, "the letters A-Z, '-' and '.'")
         return np.frombuffer(b"".join((bytes([self.cls_token_id]), residues, bytes([self.eos_token_id]))), np.uint8)
 
-    def serialize(self) -> str:  # noqa: D102
+    @override
+    def serialize(self) -> str:
         return json.dumps({"name": self.name, "tokens": self.tokens})
 
 
@@ -151,7 +154,8 @@ class TextTokenizer(Tokenizer):
         special |= {self.cls_token_id, self.pad_token_id, self.eos_token_id, self.unk_token_id, self.mask_token_id}
         self.replacement_ids = np.array(sorted(set(range(len(vocabulary))) - special))
 
-    def encode(self, text: bytes) -> NDArray[np.unsignedinteger]:  # noqa: D102
+    @override
+    def encode(self, text: bytes) -> NDArray[np.unsignedinteger]:
         try:
             document = text.decode()
         except UnicodeDecodeError as error:
@@ -159,7 +163,8 @@ class TextTokenizer(Tokenizer):
         ids = self.backend.encode(document, add_special_tokens=False).ids
         return np.array([self.cls_token_id, *ids, self.eos_token_id], self.dtype)
 
-    def serialize(self) -> str:  # noqa: D102
+    @override
+    def serialize(self) -> str:
         return self.backend.to_str()
 
 
@@ -212,7 +217,9 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> TextTokenizer:
     special = [*SPECIAL_TOKENS, "<mask>"]
     smallest = 256 + len(special)
     if vocab_size < smallest:
-        raise UserError(f"vocab size is {vocab_size}; at least {smallest} ids are needed (256 bytes and {len(special)} special)")
+        raise UserError(
+            f"vocab size is {vocab_size}; at least {smallest} ids are needed (256 bytes and {len(special)} special)"
+        )
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

@@ -16,7 +16,6 @@ from pretrain.model.hf import to_hf, to_hf_config
 from pretrain.train.run import CONFIG, RESULT
 
 
-
 def export(run: Path, out: Path) -> str:
     """Write ``config.json``, ``model.safetensors``, the tokenizer and a model card, and compare the logits of both.
 
@@ -33,11 +32,11 @@ def export(run: Path, out: Path) -> str:
     if out.exists():
         raise UserError(f"{out}: exists already; choose another directory, or remove it first")
     checkpoint = checkpoint_of(run)
-    home = run if run.is_dir() else run.parent.parent
+    home = run if run.is_dir() else run.absolute().parent.parent
     if not (home / CONFIG).is_file():
         raise UserError(f"{home}: has no {CONFIG}; give a run directory, or a checkpoint inside one")
     settings = yaml.safe_load((home / CONFIG).read_text(encoding="utf-8"))
-    encoder = encoder_of(checkpoint)
+    encoder = encoder_of(checkpoint, run)
     tokenizer = load_tokenizer(settings["data"]["tokenizer"])
     max_length = settings["data"]["max_length"]
 
@@ -49,7 +48,7 @@ def export(run: Path, out: Path) -> str:
         _write_model(encoder, tokenizer, max_length, partial)
         _write_tokenizer(tokenizer, max_length, partial)
         result = json.loads((home / RESULT).read_text(encoding="utf-8")) if (home / RESULT).is_file() else {}
-        card = model_card(encoder, checkpoint, settings, result, home.name)
+        card = model_card(encoder, checkpoint, settings, result, home.absolute().name)
         (partial / "README.md").write_text(card, encoding="utf-8")
         difference = _verify(encoder, tokenizer, max_length, partial)
         partial.rename(out)
@@ -126,7 +125,11 @@ def _verify(encoder: Encoder, tokenizer: Tokenizer, max_length: int, out: Path) 
     generator = torch.Generator().manual_seed(0)
     choice = torch.randint(len(tokenizer.replacement_ids), (min(max_length, 256),), generator=generator)
     input_ids = torch.from_numpy(tokenizer.replacement_ids)[choice]
-    input_ids[0], input_ids[-1], input_ids[5::7] = tokenizer.cls_token_id, tokenizer.eos_token_id, tokenizer.mask_token_id
+    input_ids[0], input_ids[-1], input_ids[5::7] = (
+        tokenizer.cls_token_id,
+        tokenizer.eos_token_id,
+        tokenizer.mask_token_id,
+    )
     with torch.no_grad():
         ours = encoder(input_ids, torch.tensor([0, len(input_ids)], dtype=torch.int32))
         model = AutoModelForMaskedLM.from_pretrained(out).eval()
@@ -137,15 +140,18 @@ def _verify(encoder: Encoder, tokenizer: Tokenizer, max_length: int, out: Path) 
     return difference
 
 
-def model_card(encoder: Encoder, checkpoint: dict[str, Any], settings: dict[str, Any], result: dict[str, Any], name: str) -> str:
+def model_card(
+    encoder: Encoder, checkpoint: dict[str, Any], settings: dict[str, Any], result: dict[str, Any], name: str
+) -> str:
     """The README of an exported model: data, steps, loss, licence, and what it was not tested for."""
-    config, data = encoder.config, settings["data"]
+    config, model, data = encoder.config, settings["model"], settings["data"]
+    shape = f"{config.num_hidden_layers} layers, {config.hidden_size} wide, {config.num_attention_heads} heads"
     finished = result.get("steps") == checkpoint["global_step"]
     figures = result if finished and "val/loss" in result else {}
     protein = data["tokenizer"] == "esm"
     sources = data["train"] if isinstance(data["train"], list) else [data["train"]]
-    # UniProt's licence asks for attribution; of other data the exporter knows nothing.
-    uniprot = protein and all("data/proteins/" in str(source) for source in sources)
+    # UniProt's licence asks for attribution; of other data than what ships with the project nothing is known.
+    uniprot = protein and all(Path(source).parts[-3:] == ("data", "proteins", "train.fasta.gz") for source in sources)
     header = {
         "library_name": "transformers",
         "pipeline_tag": "fill-mask",
@@ -154,24 +160,37 @@ def model_card(encoder: Encoder, checkpoint: dict[str, Any], settings: dict[str,
     }
     parameters = sum(p.numel() for p in encoder.parameters())
     rows = [
-        ("Parameters", f"{parameters:,} ({config.num_hidden_layers} layers, {config.hidden_size} wide, {config.num_attention_heads} heads)"),
-        ("Optimizer steps", f"{checkpoint['global_step']:,} of up to {data['global_batch_tokens']:,} tokens, crops of {data['max_length']}"),
+        ("Parameters", f"{parameters:,} ({shape})"),
+        (
+            "Optimizer steps",
+            f"{checkpoint['global_step']:,} of {data['global_batch_tokens']:,} tokens, crops of {data['max_length']}",
+        ),
         ("Training data", ", ".join(f"`{source}`" for source in sources)),
-        ("Peak learning rate", f"{settings['model']['learning_rate']:g}, inverse square root after {settings['model']['warmup_steps']:,} steps"),
+        (
+            "Peak learning rate",
+            f"{model['learning_rate']:g}, inverse square root after {model['warmup_steps']:,} steps",
+        ),
         ("Masking", f"{data['mlm_probability']:.0%} of tokens"),
     ]
     if "tokens_seen" in result and finished:
         rows.insert(2, ("Tokens seen", f"{result['tokens_seen']:,} ({result['epochs']:.1f} epochs)"))
     if figures:
         rows += [
-            ("Validation loss", f"{figures['val/loss']:.4f} (perplexity {figures['val/perplexity']:.3f}, accuracy {figures['val/accuracy']:.1%})"),
-            ("Unigram, bigram perplexity", f"{figures['unigram_perplexity']:.3f}, {figures['bigram_perplexity']:.3f} on the same positions"),
+            (
+                "Validation loss",
+                f"{figures['val/loss']:.4f}: perplexity {figures['val/perplexity']:.3f}, "
+                f"accuracy {figures['val/accuracy']:.1%}",
+            ),
+            (
+                "Unigram, bigram perplexity",
+                f"{figures['unigram_perplexity']:.3f}, {figures['bigram_perplexity']:.3f} on the same positions",
+            ),
         ]
     else:
         rows.append(("Validation loss", "not measured at this step"))
     table = "\n".join(f"| {label} | {value} |" for label, value in rows)
     licence = (
-        "Trained on UniProt sequences (The UniProt Consortium), which are available under CC BY 4.0: keep the attribution."
+        "Trained on UniProt sequences (The UniProt Consortium), which are available under CC BY 4.0."
         if uniprot
         else "The licence of the training data decides; state it here before you publish the model."
     )

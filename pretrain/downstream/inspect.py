@@ -51,7 +51,10 @@ def inspect(path: Path, picture: Path | None = None) -> str:
 def _describe_corpus(corpus: Corpus) -> str:
     lengths = corpus.lengths(np.arange(len(corpus)))
     quantiles = np.quantile(lengths, [0, 0.05, 0.25, 0.5, 0.75, 0.95, 1]).astype(int)
-    shown = "  ".join(f"{name} {value}" for name, value in zip(("min", "5%", "25%", "50%", "75%", "95%", "max"), quantiles, strict=True))
+    shown = "  ".join(
+        f"{name} {value}"
+        for name, value in zip(("min", "5%", "25%", "50%", "75%", "95%", "max"), quantiles, strict=True)
+    )
     tokenizer = corpus.tokenizer
     return "\n".join(
         [
@@ -77,7 +80,12 @@ def _draw(curves: dict[str, tuple[list[int], list[float]]], picture: Path) -> No
     left.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
     window = max(1, len(losses) // 50)
     smooth = np.convolve(losses, np.ones(window) / window, "valid")
-    left.plot(steps[window - 1 :], smooth, color="tab:blue", label=f"train (mean of {window} steps)" if window > 1 else "train")
+    left.plot(
+        steps[window - 1 :],
+        smooth,
+        color="tab:blue",
+        label=f"train (mean of {window} steps)" if window > 1 else "train",
+    )
     if "val/loss" in curves:
         left.plot(*curves["val/loss"], "o-", color="tab:orange", label="validation (all <mask>)")
     left.set(xlabel="optimizer step", ylabel="loss (nats per masked token)")

@@ -27,7 +27,7 @@ def load(path: str | Path) -> Encoder:
     path = Path(path)
     if (path / "config.json").is_file():
         return _from_transformers(path)
-    return encoder_of(checkpoint_of(path))
+    return encoder_of(checkpoint_of(path), path)
 
 
 def checkpoint_of(path: Path) -> dict[str, Any]:
@@ -38,19 +38,26 @@ def checkpoint_of(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not found; give a run directory, a .ckpt file or a transformers directory")
     newest = newest_checkpoint(path / CHECKPOINTS)
     if newest is None:
-        raise UserError(f"{path}: holds neither {CHECKPOINTS}/step-*.ckpt nor config.json; give a run or a transformers directory")
+        raise UserError(
+            f"{path}: holds neither {CHECKPOINTS}/step-*.ckpt nor config.json; give a run or a transformers directory"
+        )
     return newest[1]
 
 
-def encoder_of(checkpoint: dict[str, Any]) -> Encoder:
-    """The encoder of an `MLMModule` checkpoint, in eval mode."""
+def encoder_of(checkpoint: dict[str, Any], source: Path) -> Encoder:
+    """The encoder of an `MLMModule` checkpoint, in eval mode. ``source`` is named in errors."""
     try:
         encoder = Encoder(EncoderConfig(**checkpoint["hyper_parameters"]["encoder"]))
         prefix = "encoder."
-        state = {name.removeprefix(prefix): value for name, value in checkpoint["state_dict"].items() if name.startswith(prefix)}
+        state = {
+            name.removeprefix(prefix): value
+            for name, value in checkpoint["state_dict"].items()
+            if name.startswith(prefix)
+        }
         encoder.load_state_dict(state)
     except (KeyError, TypeError, RuntimeError) as error:
-        raise UserError(f"the checkpoint is not one of an MLMModule ({str(error).splitlines()[0]})") from error
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{source}: the checkpoint is not one of an MLMModule ({reason})") from error
     return encoder.eval()
 
 

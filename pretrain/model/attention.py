@@ -5,6 +5,7 @@ Each token attends to the tokens of its own sequence, wherever that lies in the 
 
 from dataclasses import dataclass
 from itertools import groupby
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -60,10 +61,8 @@ def variable_length_attention(
         from torch.nn.attention.varlen import varlen_attn
 
         # By position: the keyword arguments after these changed between torch 2.10 and 2.13.
-        attended: Tensor = varlen_attn(
-            query, key, value, queries.cu_seqlens, keys.cu_seqlens, queries.max_seqlen, keys.max_seqlen
-        )
-        return attended
+        layout = (queries.cu_seqlens, keys.cu_seqlens, queries.max_seqlen, keys.max_seqlen)
+        return cast(Tensor, varlen_attn(query, key, value, *layout))
     return _attention_by_sequence(query, key, value, queries, keys)
 
 
@@ -72,7 +71,8 @@ _SHORT = 256
 
 
 def _attention_by_sequence(query: Tensor, key: Tensor, value: Tensor, queries: Layout, keys: Layout) -> Tensor:
-    assert queries.lengths is not None and keys.lengths is not None
+    assert queries.lengths is not None
+    assert keys.lengths is not None
     # Neighbours of the same shape go into one call; the sampler sorts packs by length, so there are many.
     shapes = [(shape, len(list(run))) for shape, run in groupby(zip(queries.lengths, keys.lengths, strict=True))]
     query_runs = [count * rows for (rows, _), count in shapes]
@@ -83,7 +83,7 @@ def _attention_by_sequence(query: Tensor, key: Tensor, value: Tensor, queries: L
     for q, k, v, ((rows, length), count) in runs:
         if not rows:
             continue
-        q, k, v = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in (q, k, v))  # [count, H, length, d]
+        batch = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in (q, k, v))  # [count, H, length, d] each
         with sdpa_kernel(SDPBackend.MATH if length < _SHORT else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
-            attended.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1))
+            attended.append(F.scaled_dot_product_attention(*batch).transpose(1, 2).flatten(0, 1))
     return torch.cat(attended) if attended else query

@@ -51,7 +51,7 @@ class EncoderConfig:
 
     @classmethod
     def named(cls, size: str) -> "EncoderConfig":
-        """A published ESM-2 shape: ``8M``, ``35M``, ``150M``, ``650M``, ``3B`` or ``15B`` (Lin et al. 2023, table S1)."""
+        """A published ESM-2 shape: 8M, 35M, 150M, 650M, 3B or 15B (Lin et al. 2023, supplementary table 1)."""
         if size not in ESM2_SIZES:
             raise UserError(f"no ESM-2 size '{size}'; there are {', '.join(ESM2_SIZES)}")
         layers, width, heads = ESM2_SIZES[size]

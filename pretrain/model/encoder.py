@@ -14,7 +14,7 @@ from pretrain.model.attention import Layout, variable_length_attention
 from pretrain.model.config import EncoderConfig
 
 TOKEN_DROPOUT_TRAIN_RATIO = 0.15 * 0.8
-"""Share of masked tokens in ESM's own training. A constant of the function at every masking rate: exports rely on it."""
+"""Share of masked tokens in ESM's training: a constant of the function at every masking rate, or exports would differ."""
 
 
 class Encoder(nn.Module):
@@ -81,7 +81,9 @@ class Encoder(nn.Module):
         """The final layer-normed hidden states: what the head reads. Arguments as for `forward`."""
         layout = Layout.of(cu_seqlens, max_seqlen)
         starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
-        sequence = torch.repeat_interleave(lengths, output_size=len(input_ids))  # [T], the sequence that each token is of
+        sequence = torch.repeat_interleave(
+            lengths, output_size=len(input_ids)
+        )  # [T], the sequence that each token is of
 
         hidden = self.embedding(input_ids)
         if self.config.token_dropout:
@@ -173,12 +175,13 @@ class Block(nn.Module):
             key = rotate(key, rotation)
         attended = variable_length_attention(query, key, value, query_layout, layout)
         hidden = hidden + self.out(attended.flatten(1))
-        return hidden + self.ffn_out(F.gelu(self.ffn_in(self.ffn_norm(hidden))))
+        output: Tensor = hidden + self.ffn_out(F.gelu(self.ffn_in(self.ffn_norm(hidden))))
+        return output
 
 
 def rotate(x: Float[Tensor, "T *heads d"], rotation: tuple[Tensor, Tensor]) -> Float[Tensor, "T *heads d"]:
     """Rotary position embedding (Su et al. 2021), pairing dimension i with i + d/2 as ESM does."""
-    shape = (len(x), *[1] * (x.ndim - 2), -1)
+    shape = (len(x), *[1] * (x.ndim - 2), x.shape[-1] // 2)
     cos, sin = (part.view(shape) for part in rotation)
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

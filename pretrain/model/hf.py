@@ -28,7 +28,11 @@ _BLOCK_NAMES = {
     "ffn_out": "output.dense",
 }
 _QKV = ("query", "key", "value")
-_PER_LAYER_INV_FREQ = r"^esm\.encoder\.layer\.[0*]\.attention\.self\.rotary_embeddings\.inv_freq$"
+_OLDER_NAMES = {
+    r"^esm\.encoder\.layer\.[0*]\.attention\.self\.rotary_embeddings\.inv_freq$": _NAMES["inv_freq"],
+    r"LayerNorm\.gamma$": "LayerNorm.weight",
+    r"LayerNorm\.beta$": "LayerNorm.bias",
+}
 
 
 def to_hf_config(config: EncoderConfig, **special: Any) -> dict[str, Any]:
@@ -68,11 +72,14 @@ def from_hf_config(config: dict[str, Any]) -> EncoderConfig:
     }
     for name, allowed in needed.items():
         if (value := config.get(name)) not in allowed:
-            raise UserError(f"{name} is {value!r} in the model's config; only ESM-2 models ({name} {allowed[0]!r}) can be read")
+            raise UserError(
+                f"{name} is {value!r} in the model's config; only ESM-2 models ({name} {allowed[0]!r}) can be read"
+            )
     ours = {field: config[field] for field in EncoderConfig.__dataclass_fields__ if config.get(field) is not None}
     # Only these two have the same defaults here and there; any other, if missing, would be a guess.
     if missing := EncoderConfig.__dataclass_fields__.keys() - ours.keys() - {"rope_theta", "initializer_range"}:
-        raise UserError(f"{', '.join(sorted(missing))} is missing in the model's config; give the config.json that was saved with it")
+        names = ", ".join(sorted(missing))
+        raise UserError(f"{names} is missing in the model's config; give the config.json that was saved with it")
     return EncoderConfig(**ours)
 
 
@@ -104,8 +111,7 @@ def from_hf(state: dict[str, Tensor], config: EncoderConfig) -> dict[str, Tensor
     Raises:
         UserError: If a tensor is missing.
     """
-    modern = ((_PER_LAYER_INV_FREQ, _NAMES["inv_freq"]), (r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
-    for pattern, name in modern:
+    for pattern, name in _OLDER_NAMES.items():
         state = {**{re.sub(pattern, name, old): tensor for old, tensor in state.items()}, **state}
     ours: dict[str, Tensor] = {}
     try:

@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins import CheckpointIO
 from pytorch_lightning.callbacks import Checkpoint
+from typing_extensions import override
 
 from pretrain.errors import UserError
 
@@ -20,7 +21,8 @@ LAST = "last.ckpt"
 class AtomicCheckpointIO(CheckpointIO):
     """Writes beside, syncs, renames: a killed process or a full disk leaves the previous file as it was."""
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:  # noqa: D102
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.partial")
@@ -34,12 +36,14 @@ class AtomicCheckpointIO(CheckpointIO):
             partial.unlink(missing_ok=True)
         _sync_directory(path.parent)
 
-    def load_checkpoint(  # noqa: D102
+    @override
+    def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         return read_checkpoint(Path(path), mapped=False)
 
-    def remove_checkpoint(self, path: str | Path) -> None:  # noqa: D102
+    @override
+    def remove_checkpoint(self, path: str | Path) -> None:
         Path(path).unlink(missing_ok=True)
 
 
@@ -59,14 +63,16 @@ def read_checkpoint(path: Path, mapped: bool = True) -> dict[str, Any]:
             raise ValueError("it has no state_dict and global_step")
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such checkpoint") from error
-    except Exception as error:  # torch.load raises whatever its readers meet: RuntimeError, UnpicklingError, EOFError ...
+    except (
+        Exception
+    ) as error:  # torch.load raises whatever its readers meet: RuntimeError, UnpicklingError, EOFError ...
         reason = str(error).strip().split("\n")[0][:120]
         raise UserError(f"{path}: not a complete checkpoint of tensors and plain values ({reason})") from error
     return checkpoint
 
 
 def newest_checkpoint(directory: Path) -> tuple[Path, dict[str, Any], list[str]] | None:
-    """The newest checkpoint in a directory that can be read: its path, its content, and why newer ones were passed over."""
+    """The newest readable checkpoint of a directory: path, content, and why newer ones were passed over."""
     problems: list[str] = []
     for path in sorted(directory.glob("step-*.ckpt"), reverse=True):
         try:
@@ -82,7 +88,9 @@ class RunInterruptedError(Exception):
     """A signal asked for the run to end; it ended after a whole step, with a checkpoint."""
 
     def __init__(self, signal_number: int, step: int) -> None:
-        super().__init__(f"interrupted by {signal.Signals(signal_number).name} after step {step}; a checkpoint is saved")
+        super().__init__(
+            f"interrupted by {signal.Signals(signal_number).name} after step {step}; a checkpoint is saved"
+        )
         self.signal_number = signal_number
 
 
@@ -119,7 +127,8 @@ class StepCheckpoint(Checkpoint):
         self._signal: int | None = None
         self._handlers: dict[int, Any] = {}
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: D102
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._saved_step, self._saved_time = trainer.global_step, time.monotonic()
         # Lightning's own handlers act in the middle of a step, and broadcast and save inside the handler.
         self._handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -145,7 +154,8 @@ class StepCheckpoint(Checkpoint):
         """Save the finished run."""
         self._save(trainer)
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:  # noqa: D102
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers.clear()

@@ -11,6 +11,7 @@ import yaml
 from jsonargparse import ArgumentError, Namespace
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities import rank_zero_only
+from typing_extensions import override
 
 from pretrain.corpus.datamodule import MLMDataModule
 from pretrain.corpus.tokenizer import load_tokenizer
@@ -33,19 +34,34 @@ _QUIET = (
 class FitCLI(LightningCLI):
     """The settings of a run: a model, data, a trainer, checkpoints; links between values that must agree."""
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:  # noqa: D102
-        parser.add_argument("--run", type=str | None, default=None, help="Run directory (default: runs/<first config>).")
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
-            "--allow_change", type=bool, default=False, help="Continue a run with other learning-rate, masking, ... settings."
+            "--run", type=str | None, default=None, help="Run directory (default: runs/<first config>)."
         )
         parser.add_argument(
-            "--validate_every_n_steps", type=int, default=1000, help="Steps between validations; one is always held last."
+            "--allow_change",
+            type=bool,
+            default=False,
+            help="Continue a run with other learning-rate, masking, ... settings.",
+        )
+        parser.add_argument(
+            "--validate_every_n_steps",
+            type=int,
+            default=1000,
+            help="Steps between validations; one is always held last.",
         )
         parser.add_class_arguments(StepCheckpoint, "checkpoint", skip={"directory"}, instantiate=False)
         parser.link_arguments("seed_everything", "data.seed")
-        parser.link_arguments("data.tokenizer", "model.encoder.vocab_size", lambda name: load_tokenizer(name).vocab_size)
-        parser.link_arguments("data.tokenizer", "model.encoder.pad_token_id", lambda name: load_tokenizer(name).pad_token_id)
-        parser.link_arguments("data.tokenizer", "model.encoder.mask_token_id", lambda name: load_tokenizer(name).mask_token_id)
+        parser.link_arguments(
+            "data.tokenizer", "model.encoder.vocab_size", lambda name: load_tokenizer(name).vocab_size
+        )
+        parser.link_arguments(
+            "data.tokenizer", "model.encoder.pad_token_id", lambda name: load_tokenizer(name).pad_token_id
+        )
+        parser.link_arguments(
+            "data.tokenizer", "model.encoder.mask_token_id", lambda name: load_tokenizer(name).mask_token_id
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse what was given; Lightning's own version warns when that is also what stands in ``sys.argv``."""
@@ -55,7 +71,9 @@ class FitCLI(LightningCLI):
         """Open the run, and refuse a config that is not its own, before anything is built or written."""
         config = self.config
         if config.trainer.max_steps < 1:
-            raise UserError(f"trainer.max_steps is {config.trainer.max_steps}; say how many optimizer steps the run takes")
+            raise UserError(
+                f"trainer.max_steps is {config.trainer.max_steps}; say how many optimizer steps the run takes"
+            )
         if config.validate_every_n_steps < 1:
             raise UserError(f"validate_every_n_steps is {config.validate_every_n_steps}; give 1 or more")
         first = Path(config.config[0].relative) if config.config else None
@@ -74,7 +92,11 @@ class FitCLI(LightningCLI):
         loggers: list[Any] = []
         if logger is not False:
             extra = logger if isinstance(logger, list) else [] if logger in (None, True) else [logger]
-            loggers = [EventLogger(self.run.directory, self.run.step), MetricsFile(self.run.directory, self.run.step), *extra]
+            loggers = [
+                EventLogger(self.run.directory, self.run.step),
+                MetricsFile(self.run.directory, self.run.step),
+                *extra,
+            ]
         callbacks: list[pl.Callback] = [Throughput(), _ValidateLast()]
         callbacks += [LearningRateMonitor()] if loggers else []
         callbacks += [ProgressBar()] if settings.enable_progress_bar is not False else []
@@ -121,7 +143,12 @@ def fit(arguments: Sequence[str]) -> int:
             save_config_callback=None,
             load_from_checkpoint_support=False,
             seed_everything_default=0,
-            trainer_defaults={"max_steps": -1, "log_every_n_steps": 1, "num_sanity_val_steps": 0, "enable_model_summary": False},
+            trainer_defaults={
+                "max_steps": -1,
+                "log_every_n_steps": 1,
+                "num_sanity_val_steps": 0,
+                "enable_model_summary": False,
+            },
             parser_kwargs={"exit_on_error": False, "prog": "pretrain fit", "description": fit.__doc__},
             args=list(arguments),
         )
@@ -131,7 +158,8 @@ def fit(arguments: Sequence[str]) -> int:
     for problem in run.problems:
         _say(f"passed over: {problem}")
     if run.step >= trainer.max_steps and run.result:
-        _say(f"{run.directory}: finished already (step {run.step} of {trainer.max_steps})\n{summary(run.directory, run.result)}")
+        _say(f"{run.directory}: finished already (step {run.step} of {trainer.max_steps})")
+        _say(summary(run.directory, run.result))
         return 0
     data.prepare_data()
     data.setup("fit")

@@ -18,6 +18,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities import rank_zero_only
 from tqdm import tqdm
+from typing_extensions import override
 
 METRICS_FILE = "metrics.csv"
 
@@ -34,7 +35,8 @@ class EventLogger(TensorBoardLogger):
         super().__init__(run, name="", version="", default_hp_metric=False, purge_step=first_step)
 
     @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:  # noqa: D102
+    @override
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         super().log_metrics(_without_epoch(metrics), step)
 
     @rank_zero_only
@@ -42,7 +44,7 @@ class EventLogger(TensorBoardLogger):
         """Nothing: the run's config.yaml says more."""
 
     @rank_zero_only
-    def save(self) -> None:  # noqa: D102
+    def save(self) -> None:
         """Nothing: the writer flushes by itself every two minutes and at the end; Lightning would at every step."""
 
 
@@ -61,15 +63,18 @@ class MetricsFile(Logger):
         self._file: Any = None
 
     @property
-    def name(self) -> str | None:  # noqa: D102
+    @override
+    def name(self) -> str | None:
         return None
 
     @property
-    def version(self) -> str | None:  # noqa: D102
+    @override
+    def version(self) -> str | None:
         return None
 
     @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:  # noqa: D102
+    @override
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         if self._file is None:
             self._file = self._open()
         for name, value in _without_epoch(metrics).items():
@@ -80,12 +85,14 @@ class MetricsFile(Logger):
         """Nothing: the run's config.yaml says more."""
 
     @rank_zero_only
-    def save(self) -> None:  # noqa: D102
+    @override
+    def save(self) -> None:
         if self._file is not None:
             self._file.flush()
 
     @rank_zero_only
-    def finalize(self, status: str) -> None:  # noqa: D102
+    @override
+    def finalize(self, status: str) -> None:
         self.save()
 
     def _open(self) -> Any:
@@ -101,7 +108,7 @@ class MetricsFile(Logger):
 
 
 def read_metrics(path: Path) -> list[tuple[int, str, float]]:
-    """The lines of a ``metrics.csv``, as (step, name, value); one that a killed process left half-written is dropped."""
+    """The lines of a ``metrics.csv``, as (step, name, value), without one that a killed process left half-written."""
     if not path.exists():
         return []
     rows: list[tuple[int, str, float]] = []
@@ -119,12 +126,13 @@ def _without_epoch(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 class LearningRateMonitor(callbacks.LearningRateMonitor):
-    """Lightning's monitor, once an optimizer step: under accumulation the original repeats itself at each micro-batch."""
+    """Lightning's monitor, once an optimizer step; under accumulation the original logs at each micro-batch."""
 
     def __init__(self) -> None:
         super().__init__(logging_interval="step")
 
-    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:  # noqa: D102
+    @override
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         if args[-1] % trainer.accumulate_grad_batches == 0:
             super().on_train_batch_start(trainer, *args, **kwargs)
 
@@ -137,13 +145,16 @@ class ProgressBar(callbacks.ProgressBar):
         self._bar: Any = None
         self._enabled = True
 
-    def disable(self) -> None:  # noqa: D102
+    @override
+    def disable(self) -> None:
         self._enabled = False
 
-    def enable(self) -> None:  # noqa: D102
+    @override
+    def enable(self) -> None:
         self._enabled = True
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: D102
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._bar = tqdm(
             total=trainer.max_steps,
             initial=trainer.global_step,
@@ -156,9 +167,10 @@ class ProgressBar(callbacks.ProgressBar):
         )
         self._shown = 0.0
 
+    @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:  # noqa: D102
+    ) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         now = time.monotonic()
@@ -167,11 +179,13 @@ class ProgressBar(callbacks.ProgressBar):
             self._bar.set_postfix_str(self._figures(trainer), refresh=False)
         self._bar.update(trainer.global_step - self._bar.n)
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: D102
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._bar is not None:
             self._bar.set_description_str("validating")
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: D102
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._bar is not None:
             self._bar.set_description_str()
             figures = trainer.callback_metrics
@@ -179,7 +193,8 @@ class ProgressBar(callbacks.ProgressBar):
                 text = f"validation after step {trainer.global_step}: perplexity {figures['val/perplexity']:.3f}"
                 self._bar.write(f"  {text}, accuracy {figures['val/accuracy']:.1%}")
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:  # noqa: D102
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if self._bar is not None:
             self._bar.close()
             self._bar = None

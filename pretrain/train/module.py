@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 
 from pretrain.corpus.batch import Batch
 from pretrain.model.config import EncoderConfig
@@ -66,13 +66,16 @@ class MLMModule(pl.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW, and the schedule stepped at every optimizer step."""
-        optimizer = build_adamw(self, self.learning_rate, self.betas, self.eps, self.weight_decay, self.decay)
-        scheduler = InverseSqrtScheduler(optimizer, self.warmup_steps, warmup_init_lr=self.warmup_init_lr)
+        optimizer, scheduler = self._build_optimizer()
         # Without "interval": "step" Lightning steps a schedule once an epoch, and the learning rate looks frozen.
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": self.scheduler_name},
         }
+
+    def _build_optimizer(self) -> tuple[AdamW, InverseSqrtScheduler]:
+        optimizer = build_adamw(self, self.learning_rate, self.betas, self.eps, self.weight_decay, self.decay)
+        return optimizer, InverseSqrtScheduler(optimizer, self.warmup_steps, warmup_init_lr=self.warmup_init_lr)
 
     def on_train_start(self) -> None:
         """Forget a window that an earlier run left unfinished: it is computed again from its start."""
@@ -98,10 +101,11 @@ class MLMModule(pl.LightningModule):
     ) -> None:
         """Clip as the Trainer is set to, and keep the norm of the whole gradient before clipping for the log."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        by_norm = gradient_clip_val and gradient_clip_algorithm != "value"
-        self._grad_norm = clip_grad_norm_(parameters, float(gradient_clip_val) if by_norm else float("inf"))
-        if gradient_clip_val and not by_norm:
+        if gradient_clip_algorithm == "value":
+            self._grad_norm = clip_grad_norm_(parameters, float("inf"))
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        else:
+            self._grad_norm = clip_grad_norm_(parameters, gradient_clip_val or float("inf"))
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Log the step's figures, once, when its last micro-batch is done."""
@@ -149,8 +153,7 @@ class MLMModule(pl.LightningModule):
             self._apply_settings(checkpoint)
 
     def _apply_settings(self, checkpoint: dict[str, Any]) -> None:
-        fresh = self.configure_optimizers()
-        optimizer, scheduler = fresh["optimizer"], fresh["lr_scheduler"]["scheduler"]  # type: ignore[index,typeddict-item]
+        optimizer, scheduler = self._build_optimizer()
         steps = checkpoint["lr_schedulers"][0]["last_epoch"]
         rates = [base * factor(steps) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
         saved_groups = checkpoint["optimizer_states"][0]["param_groups"]

@@ -49,7 +49,9 @@ def final_figures(trainer: pl.Trainer, module: MLMModule, data: MLMDataModule) -
     if (baselines := data.baselines()) and data.validation_corpus:
         result["validation_sources"] = [str(source) for source in data.validation]
         result["validation_sequences"] = len(data.validation_corpus)
-        result |= {name: float(trainer.callback_metrics[name]) for name in ("val/loss", "val/perplexity", "val/accuracy")}
+        result |= {
+            name: float(trainer.callback_metrics[name]) for name in ("val/loss", "val/perplexity", "val/accuracy")
+        }
         result |= {"unigram_perplexity": baselines.unigram, "bigram_perplexity": baselines.bigram}
     return result
 
@@ -64,14 +66,13 @@ def summary(run: Path, result: dict[str, Any]) -> str:
             "  perplexity on the masked validation positions (lower is better)",
             f"    unigram    {unigram:8.3f}",
             f"    bigram     {bigram:8.3f}",
-            f"    this run   {model:8.3f}   ({1 - model / unigram:+.1%} below unigram, {1 - model / bigram:+.1%} below bigram)",
+            f"    this run   {model:8.3f}   ({1 - model / unigram:.1%} and {1 - model / bigram:.1%} lower)",
         ]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            "  look at it    tensorboard --logdir " + str(run),
-            f"  continue it   pretrain fit -c {run}/config.yaml --run {run} --allow_change true --trainer.max_steps {2 * result['steps']}",
-            f"  export it     pretrain export {run} --out {run}/export",
-        ]
-    )
+    longer = f"--allow_change true --trainer.max_steps {2 * result['steps']}"
+    lines += [
+        "",
+        f"  look at it    tensorboard --logdir {run}",
+        f"  continue it   pretrain fit -c {run}/config.yaml --run {run} {longer}",
+        f"  export it     pretrain export {run} --out {run.name}-export",
+    ]
+    return "\n".join(lines)

@@ -1,12 +1,12 @@
 """The run directory: what it holds, which settings a continued run may change, and where it stands.
 
-    runs/quickstart/
-      config.yaml                 every setting, resolved
-      checkpoints/                step-000000500.ckpt ..., last.ckpt links to the newest
-      events.out.tfevents.*       TensorBoard
-      metrics.csv                 the same figures as step,name,value
-      starts.jsonl                one line a start: time, step, command, settings changed, versions, device, git commit
-      result.json                 the final figures, once the run is finished
+runs/quickstart/
+  config.yaml                 every setting, resolved
+  checkpoints/                step-000000500.ckpt ..., last.ckpt links to the newest
+  events.out.tfevents.*       TensorBoard
+  metrics.csv                 the same figures as step,name,value
+  starts.jsonl                one line a start: time, step, command, settings changed, versions, device, git commit
+  result.json                 the final figures, once the run is finished
 """
 
 import json
@@ -94,8 +94,8 @@ class Run:
             what = f"{name}: {was!r} -> {now!r}"
             if name.startswith(_IDENTITY):
                 raise UserError(
-                    f"{self.directory}: was started with {name} {was!r}, this config has {now!r}: that would be another "
-                    "run; choose another directory with --run, or restore the setting"
+                    f"{self.directory}: was started with {name} {was!r}, this config has {now!r}: that would be "
+                    "another run; choose another directory with --run, or restore the setting"
                 )
             if name.startswith(_HISTORY):
                 history.append(what)

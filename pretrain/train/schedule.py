@@ -33,7 +33,9 @@ class InverseSqrtScheduler(LambdaLR):
         self, optimizer: Optimizer, warmup_steps: int, last_epoch: int = -1, warmup_init_lr: float = 0.0
     ) -> None:
         if warmup_steps < 0 or warmup_init_lr < 0:
-            raise UserError(f"warmup_steps is {warmup_steps}, warmup_init_lr is {warmup_init_lr}; neither can be negative")
+            raise UserError(
+                f"warmup_steps is {warmup_steps}, warmup_init_lr is {warmup_init_lr}; neither can be negative"
+            )
         self.warmup_steps = warmup_steps
         self.warmup_init_lr = warmup_init_lr
         peaks = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]

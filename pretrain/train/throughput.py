@@ -2,10 +2,12 @@
 
 import statistics
 import time
+from functools import lru_cache
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from typing_extensions import override
 
 from pretrain.corpus.batch import Batch
 from pretrain.train.module import MLMModule
@@ -27,6 +29,7 @@ DATASHEET_BF16 = {
 """Dense half-precision matrix rate of GPUs (NVIDIA's datasheets, FLOP/s, without sparsity), by a part of their name."""
 
 
+@lru_cache
 def peak_flops(device: torch.device) -> tuple[float, str]:
     """The FLOP/s that utilisation is measured against, and where the figure is from.
 
@@ -41,9 +44,9 @@ def peak_flops(device: torch.device) -> tuple[float, str]:
     return matmul_rate(device, dtype), f"measured {str(dtype).removeprefix('torch.')} matrix products"
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 2048, repeats: int = 5) -> float:
+def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 1024, repeats: int = 5) -> float:
     """Median FLOP/s of a square matrix product."""
-    size = size if device.type == "cpu" else 4 * size
+    size = size if device.type == "cpu" else 8 * size
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
 
     def seconds() -> float:
@@ -68,22 +71,25 @@ class Throughput(pl.Callback):
     def __init__(self) -> None:
         self._peak = 0.0
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: D102
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._peak = self._peak or peak_flops(pl_module.device)[0] * trainer.world_size
         self._last = time.perf_counter()
         self._tokens, self._flops, self._seconds, self._wait = 0, 0.0, 0.0, 0.0
 
+    @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
-    ) -> None:  # noqa: D102
+    ) -> None:
         now = time.perf_counter()
         self._wait += now - self._last
         self._seconds += now - self._last
         self._last = now
 
+    @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
-    ) -> None:  # noqa: D102
+    ) -> None:
         assert isinstance(pl_module, MLMModule)
         now = time.perf_counter()
         self._seconds += now - self._last
@@ -93,7 +99,7 @@ class Throughput(pl.Callback):
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         # Packs cost nearly the same on every process, so this one's share stands for all.
-        self.log_dict(
+        pl_module.log_dict(
             {
                 "throughput/tokens_per_second": self._tokens * trainer.world_size / self._seconds,
                 "throughput/mfu": self._flops * trainer.world_size / self._seconds / self._peak,
@@ -102,5 +108,6 @@ class Throughput(pl.Callback):
         )
         self._tokens, self._flops, self._seconds, self._wait = 0, 0.0, 0.0, 0.0
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: D102
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._last = time.perf_counter()

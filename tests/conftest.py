@@ -1,0 +1,108 @@
+"""Shared fixtures: a small protein file, a tiny config, and `fit` in a process of its own that may be killed."""
+
+import multiprocessing
+import os
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import settings
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: tests run side by side on few cores
+
+# The same examples in every run, and no limit on time: a slow machine breaks no property.
+settings.register_profile("pretrain", deadline=None, derandomize=True, max_examples=50)
+settings.load_profile("pretrain")
+
+_PROCESSES = multiprocessing.get_context("forkserver")
+_PROCESSES.set_forkserver_preload(["pretrain.train.fit"])  # imports torch once; each run is then a quick fork
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PRETRAIN_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="session")
+def proteins(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A FASTA file of 150 sequences, 5 to 180 residues long."""
+    generator = random.Random(0)
+    path = tmp_path_factory.mktemp("proteins") / "proteins.fasta"
+    with path.open("w") as file:
+        for number in range(150):
+            residues = "".join(generator.choices("LAGVSERTIDPKQNFYMHWC", k=generator.randint(5, 180)))
+            file.write(f">sequence{number}\n{residues}\n")
+    return path
+
+
+@pytest.fixture
+def tiny(proteins: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Writes a config of a tiny run; keyword arguments override, with ``__`` for the dots."""
+
+    def write(**overrides: object) -> Path:
+        config: dict[str, object] = {
+            "seed_everything": 7,
+            "model": {
+                "encoder": {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2},
+                "learning_rate": 1e-2,
+                "warmup_steps": 3,
+            },
+            "data": {
+                "train": str(proteins),
+                "validation": str(proteins),
+                "max_length": 64,
+                "global_batch_tokens": 512,
+                "validation_pack_tokens": 4096,
+            },
+            "trainer": {
+                "accelerator": "cpu",
+                "max_steps": 10,
+                "accumulate_grad_batches": 2,
+                "gradient_clip_val": 1.0,
+                "enable_progress_bar": False,
+            },
+            "validate_every_n_steps": 4,
+            "checkpoint": {"every_n_steps": 3},
+        }
+        for name, value in overrides.items():
+            *parents, last = name.split("__")
+            place = config
+            for parent in parents:
+                place = place.setdefault(parent, {})  # type: ignore[assignment]
+            place[last] = value
+        path = tmp_path / "tiny.yaml"
+        path.write_text(yaml.safe_dump(config))
+        return path
+
+    return write
+
+
+def _fit(arguments: list[str], environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    sys.path.insert(0, str(Path(__file__).parent / "e2e"))  # callbacks that configs name
+    from pretrain.cli import main
+
+    raise SystemExit(main(["fit", *arguments]))
+
+
+@pytest.fixture
+def fit() -> Callable[..., int]:
+    """``pretrain fit`` in a process of its own; returns its exit code, -9 if it was killed."""
+
+    def run(*arguments: object) -> int:
+        environment = {"PRETRAIN_CACHE": os.environ["PRETRAIN_CACHE"]}
+        process = _PROCESSES.Process(target=_fit, args=([str(argument) for argument in arguments], environment))
+        process.start()
+        process.join(120)
+        if process.is_alive():
+            process.kill()
+            process.join()
+            raise AssertionError(f"fit {arguments} did not end within 120 s")
+        assert process.exitcode is not None
+        return process.exitcode
+
+    return run
