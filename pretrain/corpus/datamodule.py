@@ -1,5 +1,6 @@
 """`MLMDataModule`: from configured sources to the batches of a training run."""
 
+import warnings
 from typing import Any
 
 import pytorch_lightning as pl
@@ -194,6 +195,8 @@ class MLMDataModule(pl.LightningDataModule):
                     f"the checkpoint was made with {field} {state[field]!r}, this run has {ours!r}: the data would not "
                     "continue where it stopped; restore that setting, or start another run"
                 )
+        # Lightning misses a loader state; there is none to keep, since the sampler seeks to the step.
+        warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")
         cursor, tokens = state["cursor"], state["tokens"]
         self._start = (state["step"], Position(cursor, tokens, cursor / len(self.train_corpus)))
 

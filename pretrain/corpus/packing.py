@@ -63,7 +63,9 @@ class Pack:
 
     def take(self, rows: Int64) -> "Pack":
         """The pack of some of the sequences, of the same step."""
-        columns = {name: column[rows] for name, column in vars(self).items() if isinstance(column, np.ndarray)}
+        columns: dict[str, Any] = {
+            name: column[rows] for name, column in vars(self).items() if isinstance(column, np.ndarray)
+        }
         return replace(self, **columns)
 
 

@@ -14,7 +14,7 @@ from pretrain.model.attention import Layout, variable_length_attention
 from pretrain.model.config import EncoderConfig
 
 TOKEN_DROPOUT_TRAIN_RATIO = 0.15 * 0.8
-"""Share of masked tokens in ESM's training: a constant of the function at every masking rate, or exports would differ."""
+"""Share of masked tokens in ESM's training: a constant at every masking rate, or exports would not be equal."""
 
 
 class Encoder(nn.Module):

@@ -1,6 +1,8 @@
 """`pretrain fit`: from config files and overrides to a trained run; the same command again continues it."""
 
+import difflib
 import logging
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +27,6 @@ from pretrain.train.throughput import Throughput
 
 _QUIET = (
     ".*does not have many workers.*",  # a worker costs a core that a small machine needs for training
-    ".*your dataloader is not resumable.*",  # it need not be: the sampler seeks to the step
     ".*is smaller than the logging interval.*",
     ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
 )
@@ -65,7 +66,10 @@ class FitCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse what was given; Lightning's own version warns when that is also what stands in ``sys.argv``."""
-        self.config = parser.parse_args(args)
+        try:
+            self.config = parser.parse_args(args)
+        except ArgumentError as error:
+            raise UserError(_explain(str(error), list(parser.get_defaults().keys()))) from error
 
     def before_instantiate_classes(self) -> None:
         """Open the run, and refuse a config that is not its own, before anything is built or written."""
@@ -78,7 +82,7 @@ class FitCLI(LightningCLI):
             raise UserError(f"validate_every_n_steps is {config.validate_every_n_steps}; give 1 or more")
         first = Path(config.config[0].relative) if config.config else None
         if config.run is None and first is None:
-            raise UserError("no config and no run directory; give -c CONFIG, for example -c configs/quickstart.yaml")
+            raise UserError("no config file and no run directory; give -c CONFIG or --run DIR")
         self.run = Run(Path(config.run) if config.run else Path("runs") / first.stem)  # type: ignore[union-attr]
         self.settings = yaml.safe_load(self.parser.dump(config, skip_link_targets=False))
         for name in ("config", "run", "allow_change"):
@@ -131,29 +135,28 @@ def fit(arguments: Sequence[str]) -> int:
     Raises:
         UserError: On any mistake in the arguments, the config, the data or the run directory.
     """
+    if not arguments:
+        raise UserError("no config; give -c CONFIG, for example `pretrain fit -c configs/quickstart.yaml`")
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for pattern in _QUIET:
         warnings.filterwarnings("ignore", pattern)
-    try:
-        cli = FitCLI(
-            MLMModule,
-            MLMDataModule,
-            run=False,
-            save_config_callback=None,
-            load_from_checkpoint_support=False,
-            seed_everything_default=0,
-            trainer_defaults={
-                "max_steps": -1,
-                "log_every_n_steps": 1,
-                "num_sanity_val_steps": 0,
-                "enable_model_summary": False,
-            },
-            parser_kwargs={"exit_on_error": False, "prog": "pretrain fit", "description": fit.__doc__},
-            args=list(arguments),
-        )
-    except ArgumentError as error:
-        raise UserError(" ".join(str(error).split())) from error
+    cli = FitCLI(
+        MLMModule,
+        MLMDataModule,
+        run=False,
+        save_config_callback=None,
+        load_from_checkpoint_support=False,
+        seed_everything_default=0,
+        trainer_defaults={
+            "max_steps": -1,
+            "log_every_n_steps": 1,
+            "num_sanity_val_steps": 0,
+            "enable_model_summary": False,
+        },
+        parser_kwargs={"exit_on_error": False, "prog": "pretrain fit", "description": fit.__doc__},
+        args=list(arguments),
+    )
     run, trainer, module, data = cli.run, cli.trainer, cli.model, cli.datamodule
     for problem in run.problems:
         _say(f"passed over: {problem}")
@@ -175,6 +178,16 @@ def fit(arguments: Sequence[str]) -> int:
     rank_zero_only(run.record_result)(result)
     _say(f"\n{run.directory}: finished\n{summary(run.directory, result)}")
     return 0
+
+
+def _explain(message: str, keys: list[str]) -> str:
+    """A parser's message in one line, with the key that was probably meant and where the keys are listed."""
+    message = " ".join(message.split())
+    unknown = re.search(r"(?:'([\w.]+)' does not accept (?:option|nested key)|[Kk]ey) '([\w.]+)'", message)
+    if unknown:
+        given = ".".join(part for part in unknown.groups() if part)
+        message += "".join(f"; did you mean {key}?" for key in difflib.get_close_matches(given, keys, n=1))
+    return f"{message}; `pretrain fit --help` lists the settings"
 
 
 @rank_zero_only

@@ -1,0 +1,162 @@
+"""A mistake ends in one line that says what was found and what to do, with exit code 2 and nothing half-written."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pretrain.cli import main
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    assert main([str(argument) for argument in arguments]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    errors = [line for line in lines if line.startswith("pretrain: error: ")]
+    assert len(errors) == 1
+    assert errors[0] == lines[-1], "something follows the error"
+    return errors[0].removeprefix("pretrain: error: ")
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+
+def write(name: str, content: bytes) -> str:
+    Path(name).write_bytes(content)
+    return name
+
+
+CASES = {
+    "no such config": (lambda tiny: ["-c", "missing.yaml"], ["missing.yaml"]),
+    "unknown key": (
+        lambda tiny: ["-c", tiny(model__lerning_rate=1.0)],
+        ["lerning_rate", "did you mean model.learning_rate?"],
+    ),
+    "wrong type": (lambda tiny: ["-c", tiny(data__max_length="long")], ["data.max_length", "long"]),
+    "missing source": (lambda tiny: ["-c", tiny(data__train="no.fasta")], ["no.fasta: no such file", "give"]),
+    "empty source": (
+        lambda tiny: ["-c", tiny(data__train=write("empty.fasta", b""))],
+        ["empty.fasta: is empty; at least one sequence is needed"],
+    ),
+    "no FASTA": (
+        lambda tiny: ["-c", tiny(data__train=write("a.fasta", b"MKV\n"))],
+        ["a.fasta:1: not FASTA: a header line that begins with '>' is expected, found 'MKV'"],
+    ),
+    "unknown residue": (
+        lambda tiny: ["-c", tiny(data__train=write("b.fasta", b">x\nMK\n>y\nMK1V\n"))],
+        ["b.fasta:3: record 'y' has '1' at position 3; allowed: the letters A-Z, '-' and '.'"],
+    ),
+    "step too small": (
+        lambda tiny: ["-c", tiny(trainer__accumulate_grad_batches=16)],
+        ["data.global_batch_tokens is 512", "1 processes x 16 micro-batches", "at least 1024, or at most 8 packs"],
+    ),
+    "no steps": (lambda tiny: ["-c", tiny(trainer__max_steps=-1)], ["trainer.max_steps is -1"]),
+    "head size": (
+        lambda tiny: ["-c", tiny(model__encoder={"hidden_size": 30, "num_hidden_layers": 1, "num_attention_heads": 4})],
+        ["hidden_size 30", "give a multiple of 8"],
+    ),
+    "no tokenizer": (lambda tiny: ["-c", tiny(data__tokenizer="none.json")], ["tokenizer 'none.json' not found"]),
+    "no config at all": (lambda tiny: [], ["give -c CONFIG"]),
+    "run is a file": (lambda tiny: ["-c", tiny(), "--run", write("run", b"")], ["run: is a file"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_mistake_is_told_in_one_line_and_leaves_nothing_behind(
+    case: str, tiny: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    build, expected = CASES[case]
+    arguments = build(tiny)
+    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    message = error_of(capsys, "fit", *arguments)
+    assert all(part in message for part in expected), message
+    assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
+    assert not any(path.is_dir() for path in Path().iterdir())
+
+
+def test_another_config_in_the_same_run_is_refused_by_class_of_setting(
+    tiny: Callable[..., Path], fit: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fit("-c", tiny(), "--run", Path("run").absolute()) == 0
+    kept = Path("run/config.yaml").read_bytes()
+    continued = ("--run", "run", "--trainer.max_steps", 12)
+    # identity: never
+    assert "model.encoder.hidden_size 16, this config has 32" in error_of(
+        capsys, "fit", "-c", tiny(), *continued, "--model.encoder.hidden_size", 32, "--allow_change", "true"
+    )
+    assert "seed_everything 7" in error_of(capsys, "fit", "-c", tiny(seed_everything=8), *continued)
+    # history: only when allowed
+    message = error_of(capsys, "fit", "-c", tiny(), *continued, "--model.learning_rate", 0.5)
+    assert "model.learning_rate: 0.01 -> 0.5; trainer.max_steps: 10 -> 12" in message
+    assert "--allow_change true" in message
+    assert Path("run/config.yaml").read_bytes() == kept
+    # free: always
+    assert fit("-c", tiny(), "--run", Path("run").absolute(), "--trainer.accumulate_grad_batches", 1) == 0
+
+
+def test_an_allowed_change_of_history_takes_effect_and_is_recorded(
+    tiny: Callable[..., Path], fit: Callable[..., int], tmp_path: Path
+) -> None:
+    from pretrain.train.checkpoint import read_checkpoint
+
+    run = tmp_path / "run"
+    assert fit("-c", tiny(), "--run", run) == 0
+    changed = ("--model.learning_rate", 0.5, "--trainer.max_steps", 12, "--allow_change", "true")
+    assert fit("-c", tiny(), "--run", run, *changed) == 0
+    checkpoint = read_checkpoint(run / "checkpoints" / "last.ckpt")
+    assert checkpoint["global_step"] == 12
+    rate = 0.5 * (3 / 12) ** 0.5
+    assert checkpoint["optimizer_states"][0]["param_groups"][0]["lr"] == pytest.approx(rate)
+    assert "model.learning_rate: 0.01 -> 0.5" in (run / "starts.jsonl").read_text().splitlines()[-1]
+
+
+def test_a_checkpoint_of_other_data_is_refused(
+    tiny: Callable[..., Path], fit: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, config = tmp_path / "run", tiny()
+    assert fit("-c", config, "--run", run) == 0
+    other = write("other.fasta", b">a\nMKVL\n>b\nMKVV\n")
+    message = error_of(capsys, "fit", "-c", tiny(data__train=other), "--run", run, "--trainer.max_steps", 12,
+                       "--allow_change", "true")  # fmt: skip
+    assert "the checkpoint was made with corpus" in message
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_and_named(
+    tiny: Callable[..., Path], fit: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert fit("-c", tiny(), "--run", run) == 0
+    newest = (run / "checkpoints" / "last.ckpt").resolve()
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    assert main(["fit", "-c", str(tiny()), "--run", str(run)]) == 0
+    output = capsys.readouterr().out
+    assert f"passed over: {newest}: not a complete checkpoint" in output
+    assert "continues after step 9 of 10" in output
+
+
+def test_a_finished_run_says_so_and_changes_nothing(
+    tiny: Callable[..., Path], fit: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert fit("-c", tiny(), "--run", run) == 0
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert main(["fit", "-c", str(tiny()), "--run", str(run)]) == 0
+    assert "finished already (step 10 of 10)" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_debug_shows_the_traceback_and_without_it_there_is_none(tmp_path: Path) -> None:
+    def run(*options: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "pretrain", *options, "prepare", "missing.fasta", "--out", "out"]
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=os.environ)
+
+    plain, debug = run(), run("--debug")
+    assert (plain.returncode, plain.stderr) == (2, plain.stderr.splitlines(keepends=True)[-1])
+    assert plain.stderr.startswith("pretrain: error: missing.fasta: no such file")
+    assert debug.returncode == 1
+    assert "Traceback" in debug.stderr

@@ -1,0 +1,140 @@
+"""What a run writes down is complete, exact and under the names that the design promises."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import LearningRateMonitor
+from pytorch_lightning.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from pretrain import EncoderConfig, MLMDataModule, MLMModule
+from pretrain.train.logging import read_metrics
+
+NAMES = {
+    "train/loss",
+    "train/perplexity",
+    "train/grad_norm",
+    "val/loss",
+    "val/perplexity",
+    "val/accuracy",
+    "throughput/tokens_per_second",
+    "throughput/mfu",
+    "throughput/data_wait",
+    "data/epoch",
+    "data/tokens_seen",
+}
+
+
+def scalars(directory: Path) -> dict[str, list[tuple[int, float]]]:
+    accumulator = EventAccumulator(str(directory), size_guidance={"scalars": 0})
+    accumulator.Reload()
+    return {tag: [(e.step, e.value) for e in accumulator.Scalars(tag)] for tag in accumulator.Tags()["scalars"]}
+
+
+def inverse_sqrt(step: int, peak: float, warmup: int, start: float = 0.0) -> float:
+    return start + (peak - start) * step / warmup if step < warmup else peak * math.sqrt(warmup / step)
+
+
+@pytest.mark.parametrize(("name", "tag"), [(None, "lr-AdamW"), ("learning_rate", "learning_rate")])
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_one_learning_rate_event_an_optimizer_step_with_the_value_of_the_formula(
+    tiny: Callable[..., Path], fit: Callable[..., int], tmp_path: Path, name: str | None, tag: str, accumulate: int
+) -> None:
+    config = tiny(model__scheduler_name=name, model__warmup_init_lr=1e-3, trainer__accumulate_grad_batches=accumulate)
+    assert fit("-c", config, "--run", tmp_path / "run") == 0
+    logged = scalars(tmp_path / "run")[tag]
+    assert [step for step, _ in logged] == list(range(10))
+    for step, value in logged:
+        assert value == pytest.approx(inverse_sqrt(step, peak=1e-2, warmup=3, start=1e-3), rel=1e-6)
+
+
+def test_a_run_logs_the_promised_names_once_a_step_to_tensorboard_and_csv(
+    tiny: Callable[..., Path], fit: Callable[..., int], tmp_path: Path
+) -> None:
+    assert fit("-c", tiny(), "--run", tmp_path / "run") == 0
+    logged = scalars(tmp_path / "run")
+    assert set(logged) == NAMES | {"lr-AdamW"}
+    for name, points in logged.items():
+        expected = [3, 7, 9] if name.startswith("val/") else list(range(10))
+        assert [step for step, _ in points] == expected, name
+    rows = read_metrics(tmp_path / "run" / "metrics.csv")
+    assert {(step, name) for step, name, _ in rows} == {(s, name) for name, points in logged.items() for s, _ in points}
+    figures = {(step, name): value for step, name, value in rows}
+    assert figures[9, "train/perplexity"] == pytest.approx(math.exp(figures[9, "train/loss"]), rel=1e-5)
+    assert 0 < figures[9, "throughput/mfu"] < 1
+    assert 0 <= figures[9, "throughput/data_wait"] < 1
+    tokens = [figures[step, "data/tokens_seen"] for step in range(10)]
+    assert all(0 < b - a <= 512 for a, b in zip([0, *tokens], tokens, strict=False))
+
+
+@pytest.mark.parametrize("accumulate", [2, 5])
+def test_the_logged_loss_and_the_trained_weights_do_not_depend_on_the_micro_batches(
+    tiny: Callable[..., Path], fit: Callable[..., int], tmp_path: Path, accumulate: int
+) -> None:
+    for count in (1, accumulate):
+        assert fit("-c", tiny(trainer__accumulate_grad_batches=count), "--run", tmp_path / str(count)) == 0
+    whole, split = (scalars(tmp_path / str(count)) for count in (1, accumulate))
+    for name in ("train/loss", "train/grad_norm", "val/loss", "data/epoch"):
+        assert [s for s, _ in whole[name]] == [s for s, _ in split[name]]
+        assert [v for _, v in whole[name]] == pytest.approx([v for _, v in split[name]], rel=1e-4), name
+
+
+def modules(proteins: Path) -> tuple[MLMModule, MLMDataModule]:
+    encoder = EncoderConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    data = MLMDataModule(str(proteins), str(proteins), max_length=64, global_batch_tokens=512)
+    return MLMModule(encoder, learning_rate=1e-2, warmup_steps=3), data
+
+
+def test_the_modules_train_in_a_plain_trainer_with_lightnings_own_monitor(proteins: Path, tmp_path: Path) -> None:
+    module, data = modules(proteins)
+    trainer = pl.Trainer(
+        max_steps=6,
+        accelerator="cpu",
+        log_every_n_steps=1,
+        logger=TensorBoardLogger(tmp_path, name="", version=""),
+        callbacks=[LearningRateMonitor(logging_interval="step")],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, data)
+    assert scalars(tmp_path)["lr-AdamW"] == [
+        (step, pytest.approx(inverse_sqrt(step, peak=1e-2, warmup=3))) for step in range(6)
+    ]
+
+
+def test_a_plain_trainer_without_logger_trains_and_continues_from_its_own_checkpoint(
+    proteins: Path, tmp_path: Path
+) -> None:
+    def train(steps: int, accumulate: int, checkpoint: Path | None) -> MLMModule:
+        pl.seed_everything(0, verbose=False)
+        module, data = modules(proteins)
+        trainer = pl.Trainer(
+            max_steps=steps,
+            accumulate_grad_batches=accumulate,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+        assert trainer.global_step == steps
+        trainer.save_checkpoint(tmp_path / f"{steps}.ckpt")
+        return module
+
+    straight = train(6, 1, None)
+    train(4, 1, None)
+    continued = train(6, 2, tmp_path / "4.ckpt")  # under another accumulation: the same steps, rounded differently
+    for ours, theirs in zip(straight.parameters(), continued.parameters(), strict=True):
+        assert ours.allclose(theirs, atol=1e-4)
+
+
+def test_a_run_without_logger_trains_without_monitor(
+    tiny: Callable[..., Path], fit: Callable[..., int], tmp_path: Path
+) -> None:
+    assert fit("-c", tiny(), "--run", tmp_path / "run", "--trainer.logger", "false") == 0
+    assert not list((tmp_path / "run").glob("events.*"))
