@@ -3,11 +3,11 @@
     python benchmarks/throughput.py [--shapes 8M 35M] [--rounds 3] [--tokens 8192] [--out FILE]
 
 Both train the same ESM-2 shape on the same sequences with the same threads, precision (fp32), fused AdamW and gradient
-clipping. In each round this project takes one optimizer step over about ``--tokens`` real tokens, then each rival
+clipping. In each round this project takes one optimizer step over up to ``--tokens`` real tokens, then each rival
 trains over the very same sequences: `Trainer` + `EsmForMaskedLM` + `DataCollatorForLanguageModeling`, padding each
-batch to its longest sequence, at several batch sizes, in random order and grouped by length. Only real (non-padding)
-tokens count. A round before the measured ones warms everything up; the table shows medians over the rounds, ratios are medians
-of the ratios of each round.
+batch to its longest sequence, at several batch sizes, in random order and grouped by length. Only real tokens count,
+padding does not. A round before the measured ones warms everything up. Rates are medians over the rounds, ratios
+medians of the rounds' ratios.
 """
 
 import argparse
@@ -96,7 +96,7 @@ class Rival:
         crops = zip(step.indices.tolist(), step.starts.tolist(), step.lengths.tolist(), strict=True)
         sequences = [self.corpus.tokens(i)[start : start + length].tolist() for i, start, length in crops]
         clock = _TrainerClock()
-        arguments = Arguments(
+        arguments = TrainingArguments(
             output_dir=str(self.scratch),
             per_device_train_batch_size=self.batch_size,
             num_train_epochs=1,

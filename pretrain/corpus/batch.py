@@ -28,7 +28,7 @@ class Batch:
     """
 
     input_ids: Int[Tensor, " T"]
-    cu_seqlens: Int[Tensor, " N+1"]
+    cu_seqlens: Int[Tensor, " bounds"]
     target_positions: Int[Tensor, " M"]
     targets: Int[Tensor, " M"]
     max_seqlen: int

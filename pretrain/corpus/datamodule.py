@@ -181,7 +181,13 @@ class MLMDataModule(pl.LightningDataModule):
         """The data position after the last finished optimizer step, and what identifies the order."""
         step = self._trainer().global_step
         position = self._sampler.position_after(step) if self._sampler else self._start[1]
-        return {"step": step, "cursor": position.cursor, "tokens": position.tokens, **self._identity()}
+        return {
+            "step": step,
+            "cursor": position.cursor,
+            "tokens": position.tokens,
+            **self._identity(),
+            "tokenizer": self.tokenizer.serialize(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint's data position.

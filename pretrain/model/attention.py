@@ -13,6 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from pretrain.errors import UserError
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -24,12 +26,12 @@ class Layout:
         lengths: Tokens of each sequence, as plain integers; None on CUDA, where reading them would stall the GPU.
     """
 
-    cu_seqlens: Int[Tensor, " N+1"]
+    cu_seqlens: Int[Tensor, " bounds"]
     max_seqlen: int
     lengths: list[int] | None
 
     @classmethod
-    def of(cls, cu_seqlens: Int[Tensor, " N+1"], max_seqlen: int | None = None) -> "Layout":
+    def of(cls, cu_seqlens: Int[Tensor, " bounds"], max_seqlen: int | None = None) -> "Layout":
         """The layout of a pack. ``max_seqlen`` spares a CUDA pack the look at its lengths."""
         if cu_seqlens.is_cuda and max_seqlen is not None:
             return cls(cu_seqlens, max_seqlen, None)
@@ -58,6 +60,11 @@ def variable_length_attention(
         The attended values, laid out as ``query``.
     """
     if query.is_cuda:
+        if query.dtype not in (torch.bfloat16, torch.float16):
+            raise UserError(
+                f"attention on CUDA computes in bfloat16 or float16, not in {query.dtype}; train with "
+                "--trainer.precision bf16-mixed (configs/gpu.yaml), or call the model under torch.autocast"
+            )
         from torch.nn.attention.varlen import varlen_attn
 
         # By position: the keyword arguments after these changed between torch 2.10 and 2.13.

@@ -51,7 +51,7 @@ class Encoder(nn.Module):
     def forward(
         self,
         input_ids: Int[Tensor, " T"],
-        cu_seqlens: Int[Tensor, " N+1"],
+        cu_seqlens: Int[Tensor, " bounds"],
         max_seqlen: int | None = None,
         positions: Int[Tensor, " M"] | None = None,
     ) -> Float[Tensor, "M V"]:
@@ -74,16 +74,14 @@ class Encoder(nn.Module):
     def hidden_states(
         self,
         input_ids: Int[Tensor, " T"],
-        cu_seqlens: Int[Tensor, " N+1"],
+        cu_seqlens: Int[Tensor, " bounds"],
         max_seqlen: int | None = None,
         positions: Int[Tensor, " M"] | None = None,
     ) -> Float[Tensor, "M D"]:
         """The final layer-normed hidden states: what the head reads. Arguments as for `forward`."""
         layout = Layout.of(cu_seqlens, max_seqlen)
         starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
-        sequence = torch.repeat_interleave(
-            lengths, output_size=len(input_ids)
-        )  # [T], the sequence that each token is of
+        sequence = torch.repeat_interleave(lengths, output_size=len(input_ids))  # [T], which sequence a token is of
 
         hidden = self.embedding(input_ids)
         if self.config.token_dropout:

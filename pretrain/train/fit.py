@@ -84,7 +84,7 @@ class FitCLI(LightningCLI):
         if config.run is None and first is None:
             raise UserError("no config file and no run directory; give -c CONFIG or --run DIR")
         self.run = Run(Path(config.run) if config.run else Path("runs") / first.stem)  # type: ignore[union-attr]
-        self.settings = yaml.safe_load(self.parser.dump(config, skip_link_targets=False))
+        self.settings = yaml.safe_load(self.parser.dump(config))
         for name in ("config", "run", "allow_change"):
             self.settings.pop(name, None)
         self.changes = self.run.check(self.settings, config.allow_change)
@@ -92,6 +92,8 @@ class FitCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """A Trainer with the run's checkpoints, loggers, monitor and progress bar."""
         settings: Namespace = self.config_init.trainer
+        if not self.datamodule.validation:
+            kwargs["limit_val_batches"] = 0
         logger: Any = settings.logger
         loggers: list[Any] = []
         if logger is not False:
@@ -113,6 +115,7 @@ class FitCLI(LightningCLI):
             plugins=[AtomicCheckpointIO(), *(plugins if isinstance(plugins, list) else [plugins])],
             val_check_interval=self.config_init.validate_every_n_steps * settings.accumulate_grad_batches,
             check_val_every_n_epoch=None,
+            **kwargs,
         )
 
 
@@ -126,14 +129,11 @@ class _ValidateLast(pl.Callback):
             trainer.should_stop = True
 
 
-def fit(arguments: Sequence[str]) -> int:
-    """Train, or continue to train, as the arguments say.
-
-    Returns:
-        The exit code: 0 when the run is finished, 128 + n when signal n ended it after a whole step.
+def build(arguments: Sequence[str]) -> FitCLI:
+    """Module, data module, Trainer and run, as the arguments say; nothing is written yet.
 
     Raises:
-        UserError: On any mistake in the arguments, the config, the data or the run directory.
+        UserError: On any mistake in the arguments or the config, or a config that is not the run's.
     """
     if not arguments:
         raise UserError("no config; give -c CONFIG, for example `pretrain fit -c configs/quickstart.yaml`")
@@ -141,7 +141,7 @@ def fit(arguments: Sequence[str]) -> int:
         logging.getLogger(name).setLevel(logging.WARNING)
     for pattern in _QUIET:
         warnings.filterwarnings("ignore", pattern)
-    cli = FitCLI(
+    return FitCLI(
         MLMModule,
         MLMDataModule,
         run=False,
@@ -157,6 +157,18 @@ def fit(arguments: Sequence[str]) -> int:
         parser_kwargs={"exit_on_error": False, "prog": "pretrain fit", "description": fit.__doc__},
         args=list(arguments),
     )
+
+
+def fit(arguments: Sequence[str]) -> int:
+    """Train, or continue to train, as the arguments say.
+
+    Returns:
+        The exit code: 0 when the run is finished, 128 + n when signal n ended it after a whole step.
+
+    Raises:
+        UserError: On any mistake in the arguments, the config, the data or the run directory.
+    """
+    cli = build(arguments)
     run, trainer, module, data = cli.run, cli.trainer, cli.model, cli.datamodule
     for problem in run.problems:
         _say(f"passed over: {problem}")

@@ -1,0 +1,67 @@
+"""The same code on a GPU: run with `pytest -m gpu`; skipped where there is no CUDA device."""
+
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import torch
+
+from pretrain import Encoder, EncoderConfig, MLMDataModule, MLMModule
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+CONFIG = EncoderConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=2)
+
+
+def pack() -> tuple[torch.Tensor, torch.Tensor]:
+    lengths = torch.tensor([300, 64, 64, 7, 129])
+    input_ids = torch.randint(4, 24, (int(lengths.sum()),), generator=torch.Generator().manual_seed(0))
+    return input_ids, torch.cat([torch.zeros(1), lengths.cumsum(0)]).int()
+
+
+@pytest.mark.parametrize("some", [False, True])
+def test_bf16_logits_and_gradients_on_cuda_agree_with_fp32_on_the_cpu(some: bool) -> None:
+    torch.manual_seed(0)
+    cpu = Encoder(CONFIG)
+    gpu = Encoder(CONFIG).cuda()
+    gpu.load_state_dict(cpu.state_dict())
+    input_ids, cu_seqlens = pack()
+    positions = torch.arange(3, len(input_ids), 7) if some else None
+    expected = cpu(input_ids, cu_seqlens, 300, positions)
+    with torch.autocast("cuda", torch.bfloat16):
+        found = gpu(input_ids.cuda(), cu_seqlens.cuda(), 300, None if positions is None else positions.cuda())
+    assert (found.float().cpu() - expected).norm() / expected.norm() < 2e-2
+    expected.square().sum().backward()
+    found.float().square().sum().backward()
+    for (name, ours), theirs in zip(gpu.named_parameters(), cpu.parameters(), strict=True):
+        assert (ours.grad.cpu() - theirs.grad).norm() <= 5e-2 * theirs.grad.norm() + 1e-6, name
+
+
+def test_training_on_cuda_in_bf16_follows_the_losses_of_the_cpu(proteins: Path) -> None:
+    def losses(accelerator: str, precision: str) -> list[float]:
+        pl.seed_everything(0, verbose=False)
+        seen: list[float] = []
+
+        class Keep(pl.Callback):
+            def on_train_batch_start(self, trainer: pl.Trainer, *_: object) -> None:
+                if "train/loss" in trainer.callback_metrics:
+                    seen.append(float(trainer.callback_metrics["train/loss"]))
+
+        trainer = pl.Trainer(
+            max_steps=20,
+            accelerator=accelerator,
+            devices=1,
+            precision=precision,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[Keep()],
+        )
+        data = MLMDataModule(str(proteins), max_length=64, global_batch_tokens=1024, num_workers=2)
+        trainer.fit(MLMModule(CONFIG, learning_rate=1e-3, warmup_steps=5), data)
+        return seen
+
+    assert losses("gpu", "bf16-mixed") == pytest.approx(losses("cpu", "32-true"), rel=1e-2)

@@ -1,0 +1,476 @@
+"""The corpus on disk: written whole or not at all, opened without copying, damage told in one line."""
+
+import errno
+import fcntl
+import json
+import os
+import pickle
+import re
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pretrain.corpus import prepare as prepare_module
+from pretrain.corpus import store
+from pretrain.corpus.prepare import open_or_prepare, prepare
+from pretrain.corpus.store import Corpus, is_corpus
+from pretrain.corpus.tokenizer import ProteinTokenizer, train_tokenizer
+from pretrain.errors import UserError
+
+ESM, TEXT = ProteinTokenizer(), train_tokenizer([], 261)
+PROTEINS = {"a": "MK", "b": "MKLAAV", "c": "W", "d": "MMMM"}
+
+
+@pytest.fixture
+def fasta(tmp_path: Path) -> Path:
+    path = tmp_path / "x.fasta"
+    path.write_text("".join(f">{name} described\n{residues}\n" for name, residues in PROTEINS.items()))
+    return path
+
+
+@pytest.fixture
+def corpus(fasta: Path, tmp_path: Path) -> Corpus:
+    return prepare([fasta], tmp_path / "corpus", ESM)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PRETRAIN_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in directory.iterdir()}
+
+
+def decoded(corpus: Corpus) -> dict[str, str]:
+    names = [corpus.id(i) for i in range(len(corpus))]
+    tokens = [corpus.tokens(i) for i in range(len(corpus))]
+    assert all((ids[0], ids[-1]) == (ESM.cls_token_id, ESM.eos_token_id) for ids in tokens)
+    return {name: "".join(ESM.tokens[i] for i in ids[1:-1]) for name, ids in zip(names, tokens, strict=True)}
+
+
+def quiet_mistake(act: Callable[[], object]) -> str:
+    with pytest.raises(UserError) as caught:
+        act()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_corpus_holds_what_was_prepared(corpus: Corpus) -> None:
+    assert decoded(corpus) == PROTEINS
+    assert (len(corpus), corpus.num_sequences, corpus.num_tokens) == (4, 4, 13 + 2 * 4)
+    assert corpus.tokenizer.fingerprint == ESM.fingerprint
+
+
+def test_lengths_count_cls_and_eos_in_any_order_and_shape(corpus: Corpus) -> None:
+    assert corpus.lengths([[1, 0], [3, 1]]).tolist() == [[8, 4], [6, 8]]
+    assert corpus.lengths(np.arange(4)).tolist() == [len(corpus.tokens(i)) for i in range(4)]
+    assert corpus.lengths([]).tolist() == []
+
+
+@pytest.mark.parametrize("index", [-1, 4])
+def test_a_sequence_beyond_the_corpus_is_an_error(corpus: Corpus, index: int) -> None:
+    for read in (corpus.tokens, corpus.id):
+        with pytest.raises(IndexError, match=f"sequence {index} of a corpus of 4"):
+            read(index)
+
+
+def mapped_files(address: int) -> list[str]:
+    """The files that the kernel has mapped at this address."""
+    regions = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines()]
+    spans = [(*(int(end, 16) for end in region[0].split("-")), region) for region in regions]
+    return [region[5] for first, last, region in spans if first <= address < last and len(region) == 6]
+
+
+def test_tokens_are_a_read_only_view_of_the_mapped_file(corpus: Corpus) -> None:
+    one, two = corpus.tokens(1), corpus.tokens(1)
+    assert np.shares_memory(one, two)
+    assert not one.flags.writeable
+    assert not one.flags.owndata
+    assert mapped_files(one.__array_interface__["data"][0]) == [str(corpus.path / "shard-00000.arrow")]
+
+
+def test_a_pickled_corpus_is_only_its_path(corpus: Corpus) -> None:
+    pickled = pickle.dumps(corpus)
+    assert len(pickled) < 500
+    assert decoded(pickle.loads(pickled)) == PROTEINS
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_same_input_gives_the_same_bytes(corpus: Corpus, fasta: Path, tmp_path: Path) -> None:
+    again = prepare([fasta], tmp_path / "again", ESM)
+    assert content(again.path) == content(corpus.path)
+    assert again.fingerprint == corpus.fingerprint
+
+
+@pytest.mark.parametrize("shard_tokens", [1, 9, 13, 10_000])
+def test_several_shards_hold_the_same_sequences_as_one(
+    shard_tokens: int, corpus: Corpus, fasta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "SHARD_TOKENS", shard_tokens)
+    cut = prepare([fasta], tmp_path / "cut", ESM)
+    assert len(cut.manifest["shards"]) == {1: 4, 9: 2, 13: 2, 10_000: 1}[shard_tokens]
+    assert decoded(cut) == PROTEINS
+    assert cut.lengths([3, 0, 2, 1, 1]).tolist() == corpus.lengths([3, 0, 2, 1, 1]).tolist()
+    assert (cut.num_sequences, cut.num_tokens) == (corpus.num_sequences, corpus.num_tokens)
+    assert decoded(pickle.loads(pickle.dumps(cut))) == PROTEINS
+
+
+def test_several_sources_follow_each_other(fasta: Path, tmp_path: Path) -> None:
+    more = tmp_path / "y.txt"
+    more.write_text("WW\n\nKK\n")
+    assert list(decoded(prepare([fasta, more], tmp_path / "out", ESM)).items()) == [
+        *PROTEINS.items(),
+        ("1", "WW"),
+        ("3", "KK"),
+    ]
+
+
+def test_another_content_or_tokenizer_gives_another_fingerprint(tmp_path: Path) -> None:
+    fingerprints = set()
+    for number, (text, tokenizer) in enumerate([("MK", ESM), ("ML", ESM), ("MK", TEXT)]):
+        source = tmp_path / f"{number}.txt"
+        source.write_text(text)
+        fingerprints.add(prepare([source], tmp_path / str(number), tokenizer).fingerprint)
+    assert len(fingerprints) == 3
+
+
+def test_the_same_ids_of_another_tokenizer_are_another_corpus(tmp_path: Path) -> None:
+    source = tmp_path / "x.txt"
+    source.write_text("MK")
+    other = train_tokenizer(["zz zz zz"], 262)
+    one, two = (prepare([source], tmp_path / str(t.vocab_size), t) for t in (TEXT, other))
+    assert one.tokens(0).tolist() == two.tokens(0).tolist()
+    assert one.fingerprint != two.fingerprint
+
+
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(33, np.uint8), (261, np.uint16), (70_000, np.uint32)])
+def test_tokens_take_the_smallest_type_that_holds_the_vocabulary(vocab_size: int, dtype: type, tmp_path: Path) -> None:
+    if vocab_size == 70_000:  # too many merges to train; words do as well
+        words = json.loads(TEXT.serialize())
+        words["added_tokens"], words["pre_tokenizer"] = [], {"type": "Whitespace"}
+        names = ["<cls>", "<pad>", "<eos>", "<unk>", "<mask>", *(f"w{n}" for n in range(5, vocab_size))]
+        words["model"] = {"type": "WordLevel", "vocab": {name: i for i, name in enumerate(names)}, "unk_token": "<unk>"}
+        tokenizer, text = store.tokenizer_from_string(json.dumps(words), "words"), f"w{vocab_size - 1} w5"
+    else:
+        tokenizer, text = (ESM, "MK") if vocab_size == 33 else (TEXT, "MK")
+    source = tmp_path / "x.txt"
+    source.write_text(text)
+    corpus = prepare([source], tmp_path / "corpus", tokenizer)
+    assert corpus.tokenizer.vocab_size == vocab_size
+    assert corpus.tokens(0).dtype == dtype
+    assert corpus.tokens(0).tolist() == tokenizer.encode(text.encode()).tolist()
+
+
+def test_a_corpus_never_replaces_anything(fasta: Path, tmp_path: Path) -> None:
+    out = tmp_path / "mine"
+    out.mkdir()
+    assert (
+        quiet_mistake(lambda: prepare([fasta], out, ESM))
+        == f"{out}: exists already; choose another place, or remove it first"
+    )
+    assert not list(out.iterdir())
+
+
+def test_a_corpus_cannot_be_made_inside_a_file(fasta: Path) -> None:
+    message = quiet_mistake(lambda: prepare([fasta], fasta / "corpus", ESM))
+    assert message == f"{fasta / 'corpus'}: cannot be made, as {fasta} is a file; choose another place"
+
+
+def test_a_corpus_of_no_source_is_a_mistake(tmp_path: Path) -> None:
+    assert quiet_mistake(lambda: prepare([], tmp_path / "out", ESM)) == "no source is given; name at least one file"
+    assert quiet_mistake(lambda: open_or_prepare([], ESM)) == "no source is given; name at least one file"
+
+
+def test_a_misspelt_source_shows_before_the_others_are_read(fasta: Path, tmp_path: Path) -> None:
+    fasta.write_text("no FASTA: this would be told first, if it were read")
+    message = quiet_mistake(lambda: prepare([fasta, tmp_path / "y.fasta"], tmp_path / "out", ESM))
+    assert message.startswith(f"{tmp_path / 'y.fasta'}: no such file")
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "no space left"), KeyboardInterrupt()])
+def test_a_failure_half_way_leaves_nothing_behind(
+    error: BaseException, fasta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "corpora" / "corpus"
+    write_shard, shards = store._write_shard, []
+
+    def fail_at_the_third(file: Path, *rest: object) -> None:
+        shards.append(file)
+        write_shard(file, *rest)  # type: ignore[arg-type]
+        if len(shards) == 3:
+            raise error
+
+    monkeypatch.setattr(store, "SHARD_TOKENS", 1)
+    monkeypatch.setattr(store, "_write_shard", fail_at_the_third)
+    with pytest.raises(type(error)):
+        prepare([fasta], out, ESM)
+    assert len(shards) == 3
+    assert not list(out.parent.iterdir())
+    monkeypatch.undo()
+    assert decoded(prepare([fasta], out, ESM)) == PROTEINS
+
+
+def test_a_corpus_appears_at_its_place_only_when_it_is_complete(
+    fasta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, write, written = tmp_path / "corpus", store.write_corpus, list[int]()
+
+    def watched(directory: Path, *rest: object) -> None:
+        write(directory, *rest)  # type: ignore[arg-type]
+        assert not out.exists()
+        written.append(directory.stat().st_ino)
+
+    monkeypatch.setattr(prepare_module, "write_corpus", watched)
+    assert decoded(prepare([fasta], out, ESM)) == PROTEINS
+    assert [out.stat().st_ino] == written  # renamed in one act, not copied
+    assert {file.name for file in tmp_path.iterdir()} == {"corpus", fasta.name}
+
+
+def test_what_a_killed_run_left_is_cleared(fasta: Path, tmp_path: Path) -> None:
+    partial = tmp_path / ".corpus.partial"
+    partial.mkdir()
+    (partial / "shard-00007.arrow").write_bytes(b"half")
+    (tmp_path / ".corpus.lock").touch()
+    corpus = prepare([fasta], tmp_path / "corpus", ESM)
+    assert set(content(corpus.path)) == {"manifest.json", "shard-00000.arrow"}
+    assert {file.name for file in tmp_path.iterdir()} == {"corpus", fasta.name}
+
+
+# --- several processes at once ----------------------------------------------------------------------------------------
+
+
+def test_processes_that_prepare_the_same_corpus_at_once_share_one(fasta: Path, cache: Path) -> None:
+    results, barrier = list[Corpus](), threading.Barrier(4)
+
+    def work() -> None:
+        barrier.wait()
+        results.append(open_or_prepare([fasta], ESM))
+
+    threads = [
+        threading.Thread(target=work) for _ in range(4)
+    ]  # a lock on a file keeps threads apart as it does processes
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [decoded(corpus) for corpus in results] == [PROTEINS] * 4
+    assert list(cache.iterdir()) == [results[0].path]
+
+
+def test_a_corpus_that_appears_in_the_cache_after_the_first_look_is_taken(
+    fasta: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = open_or_prepare([fasta], ESM)
+    monkeypatch.setattr(prepare_module, "write_corpus", lambda *_: pytest.fail("prepared again"))
+    answers = iter([False, False])  # for the source, and for the cache
+    monkeypatch.setattr(prepare_module, "is_corpus", lambda path: next(answers, None) is None and is_corpus(path))
+    assert open_or_prepare([fasta], ESM).path == first.path
+
+
+def test_something_else_in_the_place_of_a_cached_corpus_is_not_overwritten(fasta: Path, cache: Path) -> None:
+    path = open_or_prepare([fasta], ESM).path
+    (path / "manifest.json").unlink()
+    message = quiet_mistake(lambda: open_or_prepare([fasta], ESM))
+    assert message == f"{path}: exists already and is no corpus; remove it first"
+    assert (path / "shard-00000.arrow").is_file()
+
+
+def test_a_corpus_that_another_process_finished_in_the_meantime_is_taken(
+    fasta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one finishes, and removes its lock file, between our opening that file and our locking it."""
+    out, lock = tmp_path / "corpus", fcntl.flock
+
+    def late(*arguments: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", lock)
+        prepare([fasta], out, ESM)
+        monkeypatch.setattr(prepare_module, "write_corpus", lambda *_: pytest.fail("prepared again"))
+        lock(*arguments)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    assert decoded(prepare([fasta], out, ESM)) == PROTEINS
+    assert {file.name for file in tmp_path.iterdir()} == {"corpus", fasta.name}
+
+
+def test_a_lock_file_that_its_holder_removed_protects_nothing(
+    fasta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that waited on a removed lock file must not work beside one that made a new file."""
+    lock, removed = fcntl.flock, []
+
+    def removed_meanwhile(*arguments: int) -> None:
+        lock(*arguments)
+        if not removed:
+            removed.append((tmp_path / ".corpus.lock").unlink())
+
+    held = []
+    write = store.write_corpus
+
+    def watched(*arguments: object) -> None:
+        with (tmp_path / ".corpus.lock").open("w") as other, pytest.raises(BlockingIOError):
+            lock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held.append(True)
+        write(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(fcntl, "flock", removed_meanwhile)
+    monkeypatch.setattr(prepare_module, "write_corpus", watched)
+    prepare([fasta], tmp_path / "corpus", ESM)
+    assert held
+
+
+# --- the cache --------------------------------------------------------------------------------------------------------
+
+
+def test_a_source_is_prepared_once_for_each_content(cache: Path, fasta: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = open_or_prepare([fasta], ESM)
+    assert first.path.parent == cache
+    moved = fasta.rename(fasta.with_name("renamed.fasta"))
+    with monkeypatch.context() as patched:
+        patched.setattr(prepare_module, "write_corpus", lambda *_: pytest.fail("prepared again"))
+        assert open_or_prepare([moved], ESM).path == first.path
+    moved.write_text(">a\nMKW\n")
+    assert decoded(open_or_prepare([moved], ESM)) == {"a": "MKW"}
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_another_tokenizer_or_order_of_sources_is_another_corpus_in_the_cache(cache: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "1.txt", tmp_path / "2.txt"
+    one.write_text("MK\n")
+    two.write_text("LA\n")
+    corpora = [open_or_prepare([one, two], ESM), open_or_prepare([two, one], ESM), open_or_prepare([one, two], TEXT)]
+    assert [corpus.tokens(0).tolist() for corpus in corpora] == [
+        ESM.encode(b"MK").tolist(), ESM.encode(b"LA").tolist(), TEXT.encode(b"MK").tolist()
+    ]  # fmt: skip
+
+
+def test_the_same_bytes_of_another_kind_are_another_corpus_in_the_cache(cache: Path, tmp_path: Path) -> None:
+    for suffix, expected in ((".txt", b'{"text": "a"}'), (".jsonl", b"a")):
+        source = tmp_path / f"x{suffix}"
+        source.write_text('{"text": "a"}\n')
+        assert open_or_prepare([source], TEXT).tokens(0).tolist() == TEXT.encode(expected).tolist()
+
+
+def test_the_cache_follows_the_xdg_convention(tmp_path: Path, fasta: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PRETRAIN_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert open_or_prepare([fasta], ESM).path.parent == tmp_path / "xdg" / "pretrain"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert open_or_prepare([fasta], ESM).path.parent == tmp_path / "home" / ".cache" / "pretrain"
+
+
+def test_a_prepared_corpus_is_opened_where_it_is(cache: Path, corpus: Corpus) -> None:
+    assert open_or_prepare([str(corpus.path)], ESM).path == corpus.path
+    assert not cache.exists()
+
+
+def test_a_corpus_made_with_another_tokenizer_is_refused(corpus: Corpus) -> None:
+    assert quiet_mistake(lambda: open_or_prepare([corpus.path], TEXT)) == (
+        f"{corpus.path}: made with tokenizer 'esm' (33 ids, {ESM.fingerprint}), the config asks for 'text' (261 ids, "
+        f"{TEXT.fingerprint}); set data.tokenizer to the corpus's, or prepare the sources again"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere", "{path}: no such file; give a source file, or a corpus made by `pretrain prepare`"),
+        ("folder", "{path}: is a directory; name the files in it, or a single corpus made by `pretrain prepare`"),
+    ],
+)
+def test_a_source_that_is_no_file_is_refused(name: str, message: str, cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    assert quiet_mistake(lambda: open_or_prepare([tmp_path / name], ESM)) == message.format(path=tmp_path / name)
+    assert not cache.exists()
+
+
+def test_a_corpus_among_sources_is_refused(corpus: Corpus, fasta: Path, cache: Path) -> None:
+    message = quiet_mistake(lambda: open_or_prepare([fasta, corpus.path], ESM))
+    assert (
+        message == f"{corpus.path}: is a directory; name the files in it, or a single corpus made by `pretrain prepare`"
+    )
+
+
+# --- damage -----------------------------------------------------------------------------------------------------------
+
+
+def edit(**fields: object) -> Callable[[Path], None]:
+    def act(path: Path) -> None:
+        manifest = json.loads((path / "manifest.json").read_text())
+        (path / "manifest.json").write_text(json.dumps({**manifest, **fields}))
+
+    return act
+
+
+def overwrite(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    def act(path: Path) -> None:
+        (path / name).write_bytes(change((path / name).read_bytes()))
+
+    return act
+
+
+MANIFEST, SHARD = "manifest.json", "shard-00000.arrow"
+NOT_FOUND = "not found; a corpus is a directory that `pretrain prepare` made"
+AGAIN = "prepare it again"
+
+
+def damaged(why: str) -> str:
+    return f"{{path}}: damaged corpus ({why}); {AGAIN}"
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "no directory": (shutil.rmtree, f"{{path}}/{MANIFEST}: {NOT_FOUND}"),
+    "a file": (lambda path: (shutil.rmtree(path), path.touch())[-1], f"{{path}}/{MANIFEST}: {NOT_FOUND}"),
+    "no manifest": (lambda path: (path / MANIFEST).unlink(), f"{{path}}/{MANIFEST}: {NOT_FOUND}"),
+    "no shard": (lambda path: (path / SHARD).unlink(), f"{{path}}/{SHARD}: {NOT_FOUND}"),
+    "empty manifest": (overwrite(MANIFEST, lambda _: b""), damaged("JSONDecodeError: …")),
+    "truncated manifest": (overwrite(MANIFEST, lambda b: b[:-50]), damaged("JSONDecodeError: …")),
+    "binary manifest": (overwrite(MANIFEST, lambda _: b"\xff"), damaged("UnicodeDecodeError: …")),
+    "another manifest": (overwrite(MANIFEST, lambda _: b"{}"), damaged("KeyError: 'format_version'")),
+    "a list": (overwrite(MANIFEST, lambda _: b"[]"), damaged("TypeError: …")),
+    "another format": (edit(format_version=2), f"{{path}}: corpus format 2, this version reads 1; {AGAIN}"),
+    "another count": (
+        edit(num_sequences=5), f"{{path}}: the shards do not hold the sequences that manifest.json counts; {AGAIN}"
+    ),
+    "tokenizer missing": (edit(tokenizer={}), damaged("KeyError: 'serialized'")),
+    "tokenizer damaged": (edit(tokenizer={"serialized": "{"}), "{path}: not JSON (…); a tokenizer.json is expected"),
+    "empty shard": (overwrite(SHARD, lambda _: b""), damaged("ArrowInvalid: …")),
+    "truncated shard": (overwrite(SHARD, lambda b: b[: len(b) // 2]), damaged("ArrowInvalid: …")),
+    "shard without its last byte": (overwrite(SHARD, lambda b: b[:-1]), damaged("ArrowInvalid: …")),
+    "rubbish for a shard": (overwrite(SHARD, lambda _: os.urandom(900)), damaged("ArrowInvalid: …")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_corpus_is_told_in_one_line(damage: str, corpus: Corpus) -> None:
+    act, message = DAMAGES[damage]
+    path = corpus.path
+    act(path)
+    told = quiet_mistake(lambda: Corpus(path))
+    assert re.fullmatch(re.escape(message.format(path=path)).replace("…", ".*"), told), told
+
+
+def test_a_shard_of_another_corpus_is_noticed(corpus: Corpus, fasta: Path, tmp_path: Path) -> None:
+    fasta.write_text(">a\nMK\n")
+    shutil.copy(prepare([fasta], tmp_path / "other", ESM).path / SHARD, corpus.path / SHARD)
+    assert quiet_mistake(lambda: Corpus(corpus.path)) == (
+        f"{corpus.path}: the shards do not hold the sequences that manifest.json counts; prepare it again"
+    )
+
+
+def test_only_a_directory_with_a_manifest_is_a_corpus(corpus: Corpus, fasta: Path, tmp_path: Path) -> None:
+    assert is_corpus(corpus.path)
+    assert not is_corpus(fasta)
+    assert not is_corpus(tmp_path)
+    assert not is_corpus(tmp_path / "nowhere")
