@@ -11,12 +11,16 @@ import pytest
 import yaml
 from hypothesis import settings
 
+from jaxtyping import install_import_hook
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: tests run side by side on few cores
 
 # The same examples in every run, and no limit on time: a slow machine breaks no property.
 settings.register_profile("pretrain", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("pretrain")
+
+install_import_hook("pretrain.model", "beartype.beartype")  # the shapes in the signatures are checked
 
 _PROCESSES = multiprocessing.get_context("forkserver")
 _PROCESSES.set_forkserver_preload(["pretrain.train.fit"])  # imports torch once; each run is then a quick fork

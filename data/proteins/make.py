@@ -20,6 +20,7 @@ seeded hash, so a second run writes the same bytes. Steps:
  6. write the files and check them: no hit at >= 30 % identity and E <= 0.001 may be
     left, neither in an all-pairs alignment nor in searches (mmseqs easy-search)
 """
+
 import argparse
 import gzip
 import hashlib
@@ -73,8 +74,7 @@ def read_fasta(path):
 
 def read_sources(folder):
     """accession -> (entry name, sequence), filtered, without exact duplicates."""
-    records, seen, counts = {}, set(), dict.fromkeys(
-        ("read", "length", "X", "duplicate", "kept"), 0)
+    records, seen, counts = {}, set(), dict.fromkeys(("read", "length", "X", "duplicate", "kept"), 0)
     for name, want in SOURCES.items():
         path = folder / name
         got = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -127,10 +127,30 @@ def align_all(records, queries, targets, work, e, threads):
             index.write(f"{i}\t{i * len(block)}\t{len(block)}\n")
             data.write(block)
     (work / "pre.dbtype").write_bytes(struct.pack("<i", 7))  # 7: prefilter result
-    mmseqs("align", work / "qDB", work / "tDB", work / "pre", work / "aln", "-e", e,
-           "--alignment-mode", 3, "--threads", threads)
-    mmseqs("convertalis", work / "qDB", work / "tDB", work / "aln", work / "aln.tsv",
-           "--format-output", "query,target,fident,alnlen,evalue", "--threads", threads)
+    mmseqs(
+        "align",
+        work / "qDB",
+        work / "tDB",
+        work / "pre",
+        work / "aln",
+        "-e",
+        e,
+        "--alignment-mode",
+        3,
+        "--threads",
+        threads,
+    )
+    mmseqs(
+        "convertalis",
+        work / "qDB",
+        work / "tDB",
+        work / "aln",
+        work / "aln.tsv",
+        "--format-output",
+        "query,target,fident,alnlen,evalue",
+        "--threads",
+        threads,
+    )
     hits = read_hits(work / "aln.tsv")
     for path in [*work.glob("pre*"), *work.glob("aln*"), *work.glob("?DB*")]:
         path.unlink()
@@ -141,9 +161,26 @@ def search(records, queries, targets, work, e, threads, *extra):
     """The hits of mmseqs easy-search at IDENTITY or more, in the form of align_all."""
     write_plain(work / "q.fasta", records, queries)
     write_plain(work / "t.fasta", records, targets)
-    mmseqs("easy-search", work / "q.fasta", work / "t.fasta", work / "hits.tsv", work / "tmp",
-           "-s", 7.5, "--min-seq-id", IDENTITY, "-e", e, "--max-seqs", 100000, "--threads", threads,
-           "--format-output", "query,target,fident,alnlen,evalue", *extra)
+    mmseqs(
+        "easy-search",
+        work / "q.fasta",
+        work / "t.fasta",
+        work / "hits.tsv",
+        work / "tmp",
+        "-s",
+        7.5,
+        "--min-seq-id",
+        IDENTITY,
+        "-e",
+        e,
+        "--max-seqs",
+        100000,
+        "--threads",
+        threads,
+        "--format-output",
+        "query,target,fident,alnlen,evalue",
+        *extra,
+    )
     return read_hits(work / "hits.tsv")
 
 
@@ -155,7 +192,7 @@ def read_hits(path):
 def choose_validation(records, families, work, threads):
     """[(chosen member, its family)], in hash order."""
     ranked = sorted(families, key=lambda members: order("family:" + min(members)))
-    ranked = ranked[:N_VALIDATION * 5 // 4]
+    ranked = ranked[: N_VALIDATION * 5 // 4]
     family_of = {min(m, key=lambda a: order("member:" + a)): m for m in ranked}
     names = list(family_of)
     rank = {n: i for i, n in enumerate(names)}
@@ -191,35 +228,68 @@ def check(folder, work, threads):
             records[accession] = entry, seq
             names[split].append(accession)
         lengths = sorted(len(records[n][1]) for n in names[split])
-        quantiles = [lengths[round(p * (len(lengths) - 1))] for p in (0, .05, .25, .5, .75, .95, 1)]
-        print(f"{split}: {len(lengths)} sequences, {sum(lengths)} residues, "
-              f"length quantiles 0/5/25/50/75/95/100 %: {quantiles}")
+        quantiles = [lengths[round(p * (len(lengths) - 1))] for p in (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)]
+        print(
+            f"{split}: {len(lengths)} sequences, {sum(lengths)} residues, "
+            f"length quantiles 0/5/25/50/75/95/100 %: {quantiles}"
+        )
     assert len({s for _, s in records.values()}) == len(records), "duplicate sequences"
 
     hits = align_all(records, names["validation"], names["train"], work, 10, threads)
     print(f"check by alignment of all {len(names['validation'])} x {len(names['train'])} pairs:")
-    for identity, length, e in ((IDENTITY, 0, E_CHECK), (IDENTITY, 0, 0.1), (IDENTITY, 0, 1),
-                                (IDENTITY, 0, 10), (IDENTITY, 30, 10), (IDENTITY, 80, 10),
-                                (0.5, 0, 10), (0.5, 30, 10), (0.25, 0, E_CHECK), (0, 0, E_CHECK)):
+    for identity, length, e in (
+        (IDENTITY, 0, E_CHECK),
+        (IDENTITY, 0, 0.1),
+        (IDENTITY, 0, 1),
+        (IDENTITY, 0, 10),
+        (IDENTITY, 30, 10),
+        (IDENTITY, 80, 10),
+        (0.5, 0, 10),
+        (0.5, 30, 10),
+        (0.25, 0, E_CHECK),
+        (0, 0, E_CHECK),
+    ):
         some = [h for h in hits if h[2] >= identity and h[3] >= length and h[4] <= e]
-        print(f"  identity >= {identity:4.0%}, alignment >= {length:2d} columns, E <= {e:g}: "
-              f"{len(some)} pairs, {len({h[0] for h in some})} validation sequences")
+        print(
+            f"  identity >= {identity:4.0%}, alignment >= {length:2d} columns, E <= {e:g}: "
+            f"{len(some)} pairs, {len({h[0] for h in some})} validation sequences"
+        )
     left = sum(h[2] >= IDENTITY and h[4] <= E_CHECK for h in hits)
 
     for e, extra in ((10, ()), (E_CHECK, UNMASKED), (E_CHECK, ())):
         found = search(records, names["validation"], names["train"], work, e, threads, *extra)
         left += len(found) if e == E_CHECK else 0
-        print(f"search -s 7.5 --min-seq-id {IDENTITY} -e {e:g} {' '.join(map(str, extra))}: "
-              f"{len(found)} pairs, {len({h[0] for h in found})} validation sequences")
+        print(
+            f"search -s 7.5 --min-seq-id {IDENTITY} -e {e:g} {' '.join(map(str, extra))}: "
+            f"{len(found)} pairs, {len({h[0] for h in found})} validation sequences"
+        )
     return not left
 
 
 def make(args, work):
     records = read_sources(args.source)
-    families = clusters(records, sorted(records), work, "--min-seq-id", IDENTITY, "-s", 7.5,
-                        "-c", 0.5, "--cov-mode", 1, "-e", 1e-3, "--threads", args.threads)
-    print(f"families at 30 %: {len(families)}, of one sequence: "
-          f"{sum(len(f) == 1 for f in families)}, largest: {max(map(len, families))}", flush=True)
+    families = clusters(
+        records,
+        sorted(records),
+        work,
+        "--min-seq-id",
+        IDENTITY,
+        "-s",
+        7.5,
+        "-c",
+        0.5,
+        "--cov-mode",
+        1,
+        "-e",
+        1e-3,
+        "--threads",
+        args.threads,
+    )
+    print(
+        f"families at 30 %: {len(families)}, of one sequence: "
+        f"{sum(len(f) == 1 for f in families)}, largest: {max(map(len, families))}",
+        flush=True,
+    )
 
     chosen = choose_validation(records, families, work, args.threads)
     validation = sorted(name for name, _ in chosen)
@@ -230,11 +300,13 @@ def make(args, work):
     hits = search(records, validation, train, work, E_DROP, args.threads, *UNMASKED)
     close |= {t for _, t, *_ in hits}
     train = sorted(set(train) - close)
-    print(f"validation: {len(validation)} families with {len(held)} members; "
-          f"{len(close)} more relatives left out; {len(train)} remain", flush=True)
+    print(
+        f"validation: {len(validation)} families with {len(held)} members; "
+        f"{len(close)} more relatives left out; {len(train)} remain",
+        flush=True,
+    )
 
-    thin = clusters(records, train, work, "--min-seq-id", 0.95, "-c", 0.8, "--cov-mode", 1,
-                    "--threads", args.threads)
+    thin = clusters(records, train, work, "--min-seq-id", 0.95, "-c", 0.8, "--cov-mode", 1, "--threads", args.threads)
     train = sorted((members[0] for members in thin), key=lambda n: order("train:" + n))
     kept = len(train)
     limit = BYTES - len(packed(records, sorted(validation, key=order)))
@@ -245,8 +317,11 @@ def make(args, work):
     for split, names in (("train", train), ("validation", sorted(validation, key=order))):
         data = packed(records, names)
         (args.out / f"{split}.fasta.gz").write_bytes(data)
-        print(f"{split}.fasta.gz: {len(data)} bytes, uncompressed sha256 "
-              f"{hashlib.sha256(gzip.decompress(data)).hexdigest()}", flush=True)
+        print(
+            f"{split}.fasta.gz: {len(data)} bytes, uncompressed sha256 "
+            f"{hashlib.sha256(gzip.decompress(data)).hexdigest()}",
+            flush=True,
+        )
 
 
 def main():

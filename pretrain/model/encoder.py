@@ -147,7 +147,7 @@ class Block(nn.Module):
     def forward(
         self,
         hidden: Float[Tensor, "T D"],
-        rotation: tuple[Float[Tensor, "T d/2"], Float[Tensor, "T d/2"]],
+        rotation: tuple[Float[Tensor, "T half"], Float[Tensor, "T half"]],
         layout: Layout,
         rows: Rows | None = None,
     ) -> Float[Tensor, "Q D"]:
