@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import yaml
 from hypothesis import settings
-
 from jaxtyping import install_import_hook
 
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -197,7 +197,7 @@ def choose_validation(records, families, work, threads):
     names = list(family_of)
     rank = {n: i for i, n in enumerate(names)}
     related = {}
-    for q, t, identity, _, e in align_all(records, names, names, work, E_DROP, threads):
+    for q, t, identity, _, _e in align_all(records, names, names, work, E_DROP, threads):
         if q != t and identity >= IDENTITY:
             related.setdefault(q, set()).add(t)
             related.setdefault(t, set()).add(q)

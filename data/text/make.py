@@ -11,7 +11,6 @@ twelfth address, from the sixth on, is held out for validation.
 """
 
 import argparse
-import gzip
 import hashlib
 import html
 import json
@@ -36,7 +35,8 @@ def clean(text):
     text = text.replace("tax?cut", "tax-cut")  # a lost hyphen, 2018
     text = unicodedata.normalize("NFC", text)
     text = re.sub(r"\s+", " ", text).strip()
-    assert text.isprintable() and "\ufffd" not in text
+    assert text.isprintable()
+    assert "\ufffd" not in text
     return text
 
 
