@@ -224,7 +224,8 @@ def check(folder, work, threads):
         names[split] = []
         for header, seq in read_fasta(folder / f"{split}.fasta.gz"):
             accession, entry = header.split()
-            assert accession not in records and MIN_LEN <= len(seq) <= MAX_LEN, accession
+            assert accession not in records, accession
+            assert MIN_LEN <= len(seq) <= MAX_LEN, accession
             records[accession] = entry, seq
             names[split].append(accession)
         lengths = sorted(len(records[n][1]) for n in names[split])
