@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug or error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.EMFILE):
             raise
         where = f"{error.filename}: " if error.filename else ""
-        message = f"{where}{os.strerror(error.errno)}; free some space, or choose a place that can be written to"
+        message = f"{where}{os.strerror(error.errno)}; make room, or choose a place that can be written to"
     except KeyboardInterrupt:
         message = "interrupted"
     print(f"pretrain: error: {message}", file=sys.stderr)

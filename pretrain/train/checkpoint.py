@@ -1,6 +1,8 @@
 """What is saved, when and how: whole files or none, and nothing that has to be unpickled."""
 
+import errno
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -32,6 +34,10 @@ class AtomicCheckpointIO(CheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
             partial.rename(path)
+        except RuntimeError as error:  # what torch makes of a write that the disk refused
+            if shutil.disk_usage(path.parent).free > 2**20:
+                raise
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         finally:
             partial.unlink(missing_ok=True)
         _sync_directory(path.parent)
