@@ -156,8 +156,9 @@ class Block(nn.Module):
         if rows is None:
             query_layout = layout
             qkv = self.qkv(normed).unflatten(-1, (3, *self.heads))  # [T, 3, H, d]
-            query, key = rotate(qkv[:, :2], rotation).unbind(1)
-            value = qkv[:, 2]
+            query_key, value = qkv.split((2, 1), dim=1)  # not slices: their backward is a full-size tensor each
+            query, key = rotate(query_key, rotation).unbind(1)
+            value = value.squeeze(1)
         else:
             query_layout = rows.layout
             hidden = hidden[rows.positions]

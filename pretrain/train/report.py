@@ -69,7 +69,7 @@ def summary(run: Path, result: dict[str, Any]) -> str:
             "  perplexity on the masked validation positions (lower is better)",
             f"    unigram    {unigram:8.3f}",
             f"    bigram     {bigram:8.3f}",
-            f"    this run   {model:8.3f}   ({1 - model / unigram:.1%} and {1 - model / bigram:.1%} lower)",
+            f"    this run   {model:8.3f}   ({model / unigram - 1:+.1%} and {model / bigram - 1:+.1%})",
         ]
     longer = f"--allow_change true --trainer.max_steps {2 * result['steps']}"
     lines += [
