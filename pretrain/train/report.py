@@ -69,7 +69,8 @@ def summary(run: Path, result: dict[str, Any]) -> str:
             "  perplexity on the masked validation positions (lower is better)",
             f"    unigram    {unigram:8.3f}",
             f"    bigram     {bigram:8.3f}",
-            f"    this run   {model:8.3f}   ({model / unigram - 1:+.1%} and {model / bigram - 1:+.1%})",
+            f"    this run   {model:8.3f}   "
+            f"({model / unigram - 1:+.1%} against unigram, {model / bigram - 1:+.1%} against bigram)",
         ]
     longer = f"--allow_change true --trainer.max_steps {2 * result['steps']}"
     lines += [
