@@ -1,13 +1,14 @@
 """Training throughput beside transformers' Trainer, alternating in one run.
 
-    python benchmarks/throughput.py [--shapes 8M 35M] [--rounds 3] [--tokens 16384] [--out FILE]
+    python benchmarks/throughput.py [--shapes 8M 35M] [--batch-sizes 1 8 16 32] [--rounds 4] [--tokens 4096] [--out FILE]
 
 Both train the same ESM-2 shape on the same sequences with the same threads, precision (fp32), fused AdamW and gradient
-clipping. In each round this project takes one optimizer step over up to ``--tokens`` real tokens, then each rival
-trains over the very same sequences: `Trainer` + `EsmForMaskedLM` + `DataCollatorForLanguageModeling`, padding each
-batch to its longest sequence, at several batch sizes. Only real tokens count,
-padding does not. A round before the measured ones warms everything up. Rates are medians over the rounds, ratios
-medians of the rounds' ratios.
+clipping. For each of Trainer's sampling strategies and batch sizes, a round takes batches at random from those that
+Trainer's sampler deals over the whole corpus, at least ``--tokens`` real tokens; `Trainer` + `EsmForMaskedLM` +
+`DataCollatorForLanguageModeling` trains on them, padding each to its longest sequence, and this project trains on the
+very same sequences, both with one optimizer step a round. Only real tokens count, padding does not. The machine's rate
+of matrix products is measured before and after each of this project's steps. Both are warmed up
+first. Rates are medians over the rounds, ratios medians of the rounds' ratios.
 """
 
 import argparse
@@ -15,36 +16,41 @@ import json
 import logging
 import os
 import platform
-import statistics
 import tempfile
 import time
 import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 import transformers
+from numpy.typing import NDArray
 from transformers import (
     DataCollatorForLanguageModeling,
     EsmConfig,
     EsmForMaskedLM,
     EsmTokenizer,
+    PrinterCallback,
     Trainer,
     TrainingArguments,
 )
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from pretrain import EncoderConfig, MLMModule
 from pretrain.corpus.batch import PackDataset
 from pretrain.corpus.masking import Masking
 from pretrain.corpus.order import Order
-from pretrain.corpus.packing import Pack, Planner, Position, share_out
+from pretrain.corpus.packing import Pack, Planner, share_out
 from pretrain.corpus.prepare import open_or_prepare
 from pretrain.corpus.store import Corpus
 from pretrain.corpus.tokenizer import load_tokenizer
 from pretrain.model.hf import to_hf_config
-from pretrain.train.throughput import matmul_rate
 
 MAX_LENGTH = 1024
 CLIP = 1.0
@@ -86,22 +92,23 @@ class _Clock(pl.Callback):
 class Rival:
     """transformers' Trainer over the same sequences."""
 
-    def __init__(self, config: EncoderConfig, corpus: Corpus, batch_size: int, strategy: str, scratch: Path) -> None:
-        self.corpus, self.batch_size, self.strategy, self.scratch = corpus, batch_size, strategy, scratch
+    def __init__(self, config: EncoderConfig, corpus: Corpus, scratch: Path) -> None:
+        self.corpus, self.scratch = corpus, scratch
         self.model = EsmForMaskedLM(EsmConfig(**to_hf_config(config)))
         vocabulary = scratch / "vocab.txt"
         vocabulary.write_text("\n".join(corpus.tokenizer.tokens))
         self.collator = DataCollatorForLanguageModeling(EsmTokenizer(str(vocabulary)), mlm_probability=0.15)
 
-    def seconds(self, step: Pack) -> float:
+    def seconds(self, step: Pack, batch_size: int) -> float:
         crops = zip(step.indices.tolist(), step.starts.tolist(), step.lengths.tolist(), strict=True)
-        sequences = [self.corpus.tokens(i)[start : start + length].tolist() for i, start, length in crops]
+        dataset = [{"input_ids": self.corpus.tokens(i)[start : start + length].tolist()} for i, start, length in crops]
         clock = _TrainerClock()
         arguments = TrainingArguments(
             output_dir=str(self.scratch),
-            per_device_train_batch_size=self.batch_size,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=-(-len(dataset) // batch_size),
             num_train_epochs=1,
-            train_sampling_strategy=self.strategy,
+            train_sampling_strategy="sequential",  # the sampler has dealt already
             optim="adamw_torch_fused",
             learning_rate=1e-4,
             max_grad_norm=CLIP,
@@ -111,9 +118,27 @@ class Rival:
             report_to="none",
             disable_tqdm=True,
         )
-        dataset = [{"input_ids": ids} for ids in sequences]
-        Trainer(self.model, arguments, train_dataset=dataset, data_collator=self.collator, callbacks=[clock]).train()
+        trainer = Trainer(self.model, arguments, train_dataset=dataset, data_collator=self.collator, callbacks=[clock])
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
         return clock.seconds
+
+
+def deal(lengths: NDArray[np.int64], strategy: str, batch_size: int, tokens: int, seed: int) -> NDArray[np.int64]:
+    """Some of the batches that Trainer's sampler deals over the whole corpus, with at least ``tokens`` tokens in all.
+
+    Returns:
+        Sequences, batch after batch, shape [batches * batch_size].
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if strategy == "group_by_length":
+        epoch = torch.tensor(get_length_grouped_indices(lengths.tolist(), batch_size, generator=generator))
+    else:
+        epoch = torch.randperm(len(lengths), generator=generator)
+    batches = epoch[: len(lengths) // batch_size * batch_size].view(-1, batch_size)
+    batches = batches[torch.randperm(len(batches), generator=generator)].numpy()
+    enough = int(np.searchsorted(lengths[batches].sum(1).cumsum(), tokens)) + 1
+    return batches[:enough].ravel()
 
 
 class _TrainerClock(transformers.TrainerCallback):
@@ -124,60 +149,84 @@ class _TrainerClock(transformers.TrainerCallback):
         self.seconds = time.perf_counter() - self.begin
 
 
-def measure(shape: str, corpus: Corpus, options: argparse.Namespace, scratch: Path) -> dict[str, object]:
-    """All contestants on one shape, in turn, round after round."""
+def measure(shape: str, corpus: Corpus, options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """One shape, in turn with the rival at each strategy and batch size, round after round."""
     config = EncoderConfig.named(shape)
     masking = Masking(0.15, 0.8, 0.1, corpus.tokenizer.mask_token_id, corpus.tokenizer.replacement_ids, 0)
     planner = Planner(corpus, Order(len(corpus), 0), masking, MAX_LENGTH)
-    contestants: dict[str, Ours | Rival] = {"pretrain": Ours(config, corpus, masking)}
-    for strategy in options.strategies:
-        for size in options.batch_sizes:
-            contestants[f"transformers {strategy} batch {size}"] = Rival(config, corpus, size, strategy, scratch)
+    lengths = np.minimum(corpus.lengths(np.arange(len(corpus))), MAX_LENGTH)
+    ours, rival = Ours(config, corpus, masking), Rival(config, corpus, scratch)
 
-    position = Position()
-    rates: dict[str, list[float]] = {name: [] for name in contestants}
-    shares: list[float] = []
+    rows = [Row(strategy, size) for strategy in options.strategies for size in options.batch_sizes]
     for round_number in range(options.rounds + 1):
-        step = planner.step(position, options.tokens)
-        position = step.after
-        tokens = int(step.lengths.sum())
-        matmul = matmul_rate(torch.device("cpu"), torch.float32)
-        for name, contestant in contestants.items():
-            seconds = contestant.seconds(step)
+        for row in rows if round_number else rows[:1]:
+            indices = deal(lengths, row.strategy, row.batch_size, options.tokens, round_number)
+            step = planner.describe(np.zeros_like(indices), indices)
+            tokens = int(step.lengths.sum())
+            before = matmul_rate()
+            our_seconds = ours.seconds(step)
+            machine = (before + matmul_rate()) / 2
+            their_seconds = rival.seconds(step, row.batch_size)
             if round_number:
-                rates[name].append(tokens / seconds)
-                if name == "pretrain":
-                    shares.append(config.training_flops(step.lengths, step.targets) / seconds / matmul)
-                print(f"  {shape} round {round_number}: {name:40} {tokens / seconds:8.0f} tokens/s", flush=True)
-    ours = rates["pretrain"]
-    rows = {
-        name: {
-            "tokens_per_second": statistics.median(rate),
-            "pretrain_is_faster_by": statistics.median(a / b for a, b in zip(ours, rate, strict=True)),
-        }
-        for name, rate in rates.items()
-    }
+                row.ours.append(tokens / our_seconds)
+                row.theirs.append(tokens / their_seconds)
+                row.shares.append(config.training_flops(step.lengths, step.targets) / our_seconds / machine)
+                print(f"  {shape} round {round_number}: {row}", flush=True)
     return {
-        "rows": rows,
-        "share_of_matmul_rate": statistics.median(shares),
-        "all_tokens_per_second": rates,
-        "strategies": options.strategies,
+        "rows": [row.figures() for row in rows],
+        "share_of_matmul_rate": median(s for row in rows for s in row.shares),
     }
 
 
-def table(shape: str, result: dict) -> str:
+@dataclass
+class Row:
+    """The measurements beside the rival at one sampling strategy and batch size: rates in real tokens/s."""
+
+    strategy: str
+    batch_size: int
+    ours: list[float] = field(default_factory=list)
+    theirs: list[float] = field(default_factory=list)
+    shares: list[float] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return f"{self.strategy} {self.batch_size}: {self.theirs[-1]:.0f} against our {self.ours[-1]:.0f} tokens/s"
+
+    def figures(self) -> dict[str, Any]:
+        return {
+            "strategy": self.strategy,
+            "batch_size": self.batch_size,
+            "transformers": median(self.theirs),
+            "pretrain": median(self.ours),
+            "faster_by": median(a / b for a, b in zip(self.ours, self.theirs, strict=True)),
+            "rounds": {"transformers": self.theirs, "pretrain": self.ours, "share_of_matmul_rate": self.shares},
+        }
+
+
+def matmul_rate(seconds: float = 1.0) -> float:
+    """The machine's sustained rate of fp32 matrix products, FLOP/s: the median over a second of them."""
+    a, b = torch.randn(2, 1024, 1024)
+    rates = []
+    end = time.perf_counter() + seconds
+    while (begin := time.perf_counter()) < end:
+        torch.mm(a, b)
+        rates.append(2 * 1024**3 / (time.perf_counter() - begin))
+    return median(rates)
+
+
+def table(shape: str, result: dict[str, Any]) -> str:
     """What a person wants to know of one shape."""
-    rows = result["rows"]
     lines = [
-        f"\n{shape}: {result['share_of_matmul_rate']:.0%} of the machine's fp32 matrix-product rate (executed FLOPs)"
+        f"\n{shape}: {result['share_of_matmul_rate']:.0%} of the machine's fp32 matrix-product rate (executed FLOPs)",
+        "  sampling          batch   transformers   pretrain   faster by    (real tokens/s)",
     ]
-    for name, row in rows.items():
+    for row in result["rows"]:
         lines.append(
-            f"  {name:40} {row['tokens_per_second']:8.0f} real tokens/s   x {row['pretrain_is_faster_by']:.2f}"
+            f"  {row['strategy']:16}  {row['batch_size']:5}   {row['transformers']:12.0f}   {row['pretrain']:8.0f}   "
+            f"{row['faster_by']:7.2f} x"
         )
-    for strategy in result["strategies"]:
-        best = min((r["pretrain_is_faster_by"], n) for n, r in rows.items() if strategy in n)
-        lines.append(f"  faster than the best of {strategy}: x {best[0]:.2f} ({best[1]})")
+    for strategy in dict.fromkeys(row["strategy"] for row in result["rows"]):
+        best = max((row for row in result["rows"] if row["strategy"] == strategy), key=lambda row: row["transformers"])
+        lines.append(f"  beside the best of {strategy} (batch {best['batch_size']}): {best['faster_by']:.2f} x")
     return "\n".join(lines)
 
 
@@ -185,10 +234,10 @@ def main() -> None:
     """Measure, print, and write the figures with their conditions."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["8M", "35M"])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=16384, help="real tokens of a round, at most")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[4, 8, 16, 32])
-    parser.add_argument("--strategies", nargs="+", default=["random"], help="also: group_by_length, with many --tokens")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 16, 32], help="Trainer's")
+    parser.add_argument("--strategies", nargs="+", default=["random", "group_by_length"], help="Trainer's sampling")
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=4096, help="real tokens of a round, at least")
     parser.add_argument("--source", default="data/proteins/train.fasta.gz")
     parser.add_argument("--out", type=Path, help="a JSON file for all figures")
     options = parser.parse_args()

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pretrain.errors import UserError
 
@@ -73,10 +72,6 @@ def variable_length_attention(
     return _attention_by_sequence(query, key, value, queries, keys)
 
 
-_SHORT = 256
-"""On CPU, below this length SDPA's plain matrix products are faster than its flash kernel, above it slower."""
-
-
 def _attention_by_sequence(query: Tensor, key: Tensor, value: Tensor, queries: Layout, keys: Layout) -> Tensor:
     assert queries.lengths is not None
     assert keys.lengths is not None
@@ -87,10 +82,9 @@ def _attention_by_sequence(query: Tensor, key: Tensor, value: Tensor, queries: L
     attended = []
     # One split for all sequences: its backward is one concatenation, where a slice's is a full-size tensor each.
     runs = zip(query.split(query_runs), key.split(key_runs), value.split(key_runs), shapes, strict=True)
-    for q, k, v, ((rows, length), count) in runs:
+    for q, k, v, ((rows, _), count) in runs:
         if not rows:
             continue
         batch = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in (q, k, v))  # [count, H, length, d] each
-        with sdpa_kernel(SDPBackend.MATH if length < _SHORT else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
-            attended.append(F.scaled_dot_product_attention(*batch).transpose(1, 2).flatten(0, 1))
+        attended.append(F.scaled_dot_product_attention(*batch).transpose(1, 2).flatten(0, 1))
     return torch.cat(attended) if attended else query

@@ -5,10 +5,13 @@ function computed is that of transformers' ``EsmForMaskedLM`` (and of facebookre
 the same weights.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from pretrain.model.attention import Layout, variable_length_attention
 from pretrain.model.config import EncoderConfig
@@ -155,35 +158,72 @@ class Block(nn.Module):
         normed = self.attention_norm(hidden)
         if rows is None:
             query_layout = layout
-            qkv = self.qkv(normed).unflatten(-1, (3, *self.heads))  # [T, 3, H, d]
-            query_key, value = qkv.split((2, 1), dim=1)  # not slices: their backward is a full-size tensor each
-            query, key = rotate(query_key, rotation).unbind(1)
-            value = value.squeeze(1)
+            query, key, value = rotate(self.qkv(normed).unflatten(-1, (3, *self.heads)), rotation, 2)
         else:
             query_layout = rows.layout
             hidden = hidden[rows.positions]
             width = hidden.shape[-1]
             query = F.linear(normed[rows.positions], self.qkv.weight[:width], self.qkv.bias[:width])
-            key, value = (
-                F.linear(normed, self.qkv.weight[width:], self.qkv.bias[width:])
-                .unflatten(-1, (2, *self.heads))
-                .unbind(1)
-            )
+            key_value = F.linear(normed, self.qkv.weight[width:], self.qkv.bias[width:])
             cos, sin = rotation
-            query = rotate(query.unflatten(-1, self.heads), (cos[rows.positions], sin[rows.positions]))
-            key = rotate(key, rotation)
+            (query,) = rotate(query.unflatten(-1, (1, *self.heads)), (cos[rows.positions], sin[rows.positions]), 1)
+            key, value = rotate(key_value.unflatten(-1, (2, *self.heads)), rotation, 1)
         attended = variable_length_attention(query, key, value, query_layout, layout)
         hidden = hidden + self.out(attended.flatten(1))
         output: Tensor = hidden + self.ffn_out(F.gelu(self.ffn_in(self.ffn_norm(hidden))))
         return output
 
 
-def rotate(x: Float[Tensor, "T *heads d"], rotation: tuple[Tensor, Tensor]) -> Float[Tensor, "T *heads d"]:
-    """Rotary position embedding (Su et al. 2021), pairing dimension i with i + d/2 as ESM does."""
-    shape = (len(x), *[1] * (x.ndim - 2), x.shape[-1] // 2)
-    cos, sin = (part.view(shape) for part in rotation)
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+def rotate(
+    parts: Float[Tensor, "T P H d"], rotation: tuple[Float[Tensor, "T half"], Float[Tensor, "T half"]], count: int
+) -> tuple[Float[Tensor, "T H d"], ...]:
+    """The P parts of a projection, the first ``count`` of them (queries, keys) with rotary position embedding.
+
+    Su et al. 2021, pairing dimension i with i + d/2 as ESM does.
+
+    Args:
+        parts: What the projection gave.
+        rotation: Cosines and sines of each token's angles.
+        count: How many parts to rotate.
+    """
+    cos, sin = (part[:, None, None] for part in rotation)
+    rotated: tuple[Tensor, ...] = _Rotation.apply(parts, cos, sin, count)  # type: ignore[no-untyped-call]
+    return rotated
+
+
+class _Rotation(torch.autograd.Function):
+    """Rotates in place and gathers the parts' gradients in one tensor, where autograd would copy each several times.
+
+    Under autocast the parts are bfloat16 and the angles float32: computed in the latter and rounded once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, parts: Tensor, cos: Tensor, sin: Tensor, count: int) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(cos, sin)
+        ctx.count = count
+        rotated = torch.empty_like(parts[:, :count], dtype=cos.dtype)
+        _rotate(parts[:, :count], cos, sin, out=rotated)
+        return *rotated.to(parts.dtype).unbind(1), *parts[:, count:].unbind(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        cos, sin = ctx.saved_tensors
+        length, *heads = gradients[0].shape
+        gathered = cos.new_empty(length, len(gradients), *heads)
+        for i, gradient in enumerate(gradients):
+            if i < ctx.count:  # the gradient of a rotation is the opposite rotation
+                _rotate(gradient, cos[:, 0], -sin[:, 0], out=gathered[:, i])
+            else:
+                gathered[:, i] = gradient
+        return gathered.to(gradients[0].dtype), None, None, None
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
+    half = x.shape[-1] // 2
+    torch.mul(x, torch.cat((cos, cos), dim=-1), out=out)
+    out[..., :half].addcmul_(x[..., half:], sin, value=-1)
+    out[..., half:].addcmul_(x[..., :half], sin)
 
 
 class MaskedLMHead(nn.Module):

@@ -271,10 +271,32 @@ def test_a_sequence_of_masks_only_has_finite_logits_and_leaves_its_neighbours_al
 def test_rotary_pairs_dimension_i_with_i_plus_half() -> None:
     """fairseq's convention; the other (neighbours paired) is a different function with the same weights."""
     angles = torch.rand(5, 3)
-    x = torch.randn(5, 2, 6)
-    turned = rotate(x, (angles.cos(), angles.sin()))
-    plane = torch.complex(x[..., :3], x[..., 3:]) * torch.polar(torch.ones(5, 1, 3), angles[:, None])
-    torch.testing.assert_close(turned, torch.cat([plane.real, plane.imag], -1))
+    parts = torch.randn(5, 3, 2, 6)
+    *turned, untouched = rotate(parts, (angles.cos(), angles.sin()), 2)
+    for part, x in enumerate(turned):
+        plane = torch.complex(parts[:, part, :, :3], parts[:, part, :, 3:]) * torch.exp(1j * angles[:, None])
+        torch.testing.assert_close(x, torch.cat([plane.real, plane.imag], -1))
+    assert untouched.equal(parts[:, 2])
+
+
+def test_the_gradient_of_a_rotation_is_that_of_its_formula() -> None:
+    angles = torch.rand(4, 2, dtype=torch.float64)
+    parts = torch.randn(4, 3, 2, 4, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(lambda x: rotate(x, (angles.cos(), angles.sin()), 2), parts)
+
+
+def test_half_precision_is_rotated_in_single_precision_and_rounded_once() -> None:
+    """As autocast has it: the parts are bfloat16, the angles float32; forward and backward."""
+    angles = torch.rand(50, 8)
+    rotation = (angles.cos(), angles.sin())
+    parts = torch.randn(50, 3, 4, 16).bfloat16().requires_grad_()
+    exact = parts.detach().float().requires_grad_()
+    turned, expected = torch.stack(rotate(parts, rotation, 2)), torch.stack(rotate(exact, rotation, 2))
+    assert turned.equal(expected.bfloat16())
+    gradient = torch.randn(turned.shape).bfloat16()
+    (ours,) = torch.autograd.grad(turned, parts, gradient)
+    (theirs,) = torch.autograd.grad(expected, exact, gradient.float())
+    assert ours.equal(theirs.bfloat16())
 
 
 @torch.no_grad()
