@@ -9,16 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 import yaml
 from jsonargparse import ArgumentError, Namespace
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities import rank_zero_only
+from torch._dynamo.exc import TorchDynamoException
 from typing_extensions import override
 
 from pretrain.corpus.datamodule import MLMDataModule
 from pretrain.corpus.tokenizer import load_tokenizer
 from pretrain.errors import UserError
 from pretrain.train.checkpoint import AtomicCheckpointIO, RunInterruptedError, StepCheckpoint
+from pretrain.train.hardware import check_hardware, out_of_memory
 from pretrain.train.logging import EventLogger, LearningRateMonitor, MetricsFile, ProgressBar
 from pretrain.train.module import MLMModule
 from pretrain.train.report import final_figures, header, summary
@@ -179,6 +182,7 @@ def fit(arguments: Sequence[str]) -> int:
     data.prepare_data()
     data.setup("fit")
     data.check_packs(trainer.world_size, trainer.accumulate_grad_batches)
+    check_hardware(trainer, module, data)
     rank_zero_only(run.record_start)(cli.settings, yaml.safe_dump(cli.settings, sort_keys=False), cli.changes)
     _say(header(run, trainer, module, data))
     try:
@@ -186,6 +190,14 @@ def fit(arguments: Sequence[str]) -> int:
     except RunInterruptedError as interruption:
         _say(f"\n{interruption}; the same command continues the run")
         return 128 + interruption.signal_number
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"{run.directory}: {out_of_memory(trainer, data)}") from error
+    except TorchDynamoException as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{run.directory}: model.compile failed ({reason}); install what it asks for, or train with "
+            "--model.compile false"
+        ) from error
     result = final_figures(trainer, module, data)
     rank_zero_only(run.record_result)(result)
     _say(f"\n{run.directory}: finished\n{summary(run.directory, result)}")
