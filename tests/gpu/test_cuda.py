@@ -39,8 +39,9 @@ def test_bf16_logits_and_gradients_on_cuda_agree_with_fp32_on_the_cpu(some: bool
         assert (ours.grad.cpu() - theirs.grad).norm() <= 5e-2 * theirs.grad.norm() + 1e-6, name
 
 
-def test_training_on_cuda_in_bf16_follows_the_losses_of_the_cpu(proteins: Path) -> None:
-    def losses(accelerator: str, precision: str) -> list[float]:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_training_on_cuda_in_bf16_follows_the_losses_of_the_cpu(proteins: Path, compiled: bool) -> None:
+    def losses(accelerator: str, precision: str, compiled: bool) -> list[float]:
         pl.seed_everything(0, verbose=False)
         seen: list[float] = []
 
@@ -60,8 +61,22 @@ def test_training_on_cuda_in_bf16_follows_the_losses_of_the_cpu(proteins: Path) 
             enable_model_summary=False,
             callbacks=[Keep()],
         )
-        data = MLMDataModule(str(proteins), max_length=64, global_batch_tokens=1024, num_workers=2)
-        trainer.fit(MLMModule(CONFIG, learning_rate=1e-3, warmup_steps=5), data)
+        data = MLMDataModule(
+            str(proteins), max_length=64, global_batch_tokens=1024, static_shapes=compiled, num_workers=2
+        )
+        trainer.fit(MLMModule(CONFIG, learning_rate=1e-3, warmup_steps=5, compile=compiled), data)
         return seen
 
-    assert losses("gpu", "bf16-mixed") == pytest.approx(losses("cpu", "32-true"), rel=1e-2)
+    assert losses("gpu", "bf16-mixed", compiled) == pytest.approx(losses("cpu", "32-true", False), rel=1e-2)
+
+
+def test_padding_with_empty_sequences_changes_nothing_on_cuda() -> None:
+    torch.manual_seed(0)
+    encoder = Encoder(CONFIG).cuda()
+    input_ids, cu_seqlens = (tensor.cuda() for tensor in pack())
+    padded = torch.nn.functional.pad(input_ids, (0, 20), value=1)
+    bounds = torch.nn.functional.pad(cu_seqlens, (0, 4), value=len(padded))  # one sequence of padding, three empty
+    with torch.autocast("cuda", torch.bfloat16):
+        expected, found = encoder(input_ids, cu_seqlens, 300), encoder(padded, bounds, 300)
+    torch.testing.assert_close(found[: len(input_ids)], expected)
+    assert found.isfinite().all()
