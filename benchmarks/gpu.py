@@ -14,6 +14,7 @@ CPU, to try it.
 
 import argparse
 import json
+import logging
 import platform
 import sys
 import time
@@ -268,6 +269,7 @@ def main() -> int:
         print("benchmarks/gpu.py: no CUDA device here; --device cpu tries the script itself", file=sys.stderr)
         return 2
     warnings.filterwarnings("ignore")
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
     device = torch.device(options.device)
     peak, source = peak_flops(device)

@@ -47,12 +47,12 @@ class StaticShape:
         """The batch with padding to this shape; it must fit."""
         real = len(batch.input_ids)
         rows = self.targets - len(batch.targets)
-        bounds = torch.arange(real + self.max_length, self.tokens, self.max_length, dtype=torch.int32)
-        bounds = torch.cat((batch.cu_seqlens, bounds))
+        bounds = batch.cu_seqlens.tolist() + list(range(real + self.max_length, self.tokens, self.max_length))
+        bounds += [self.tokens] * (self.sequences + 1 - len(bounds))
         return replace(
             batch,
             input_ids=F.pad(batch.input_ids, (0, self.tokens - real), value=pad_token_id),
-            cu_seqlens=F.pad(bounds, (0, self.sequences + 1 - len(bounds)), value=self.tokens),
+            cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
             target_positions=torch.cat((batch.target_positions, torch.arange(self.tokens - rows, self.tokens))),
             targets=F.pad(batch.targets, (0, rows), value=IGNORED),
             max_seqlen=self.max_length,

@@ -88,6 +88,17 @@ def test_a_batch_that_no_shape_holds_stays_as_it_is(proteins: Path) -> None:
     assert StaticShape(tokens=128, targets=20, sequences=3, max_length=64).holds(bare_batch([60, 41], [9, 6]))
 
 
+@pytest.mark.parametrize("room", [0, 1, 63, 64, 65, 128, 130])
+def test_padding_of_any_length_is_cut_into_sequences(room: int) -> None:
+    batch = bare_batch([60, 41], [9, 6])
+    padded = StaticShape(tokens=101 + room, targets=15, sequences=7, max_length=64).pad(batch, pad_token_id=1)
+    assert len(padded.cu_seqlens) == 8
+    lengths = padded.cu_seqlens.diff().tolist()
+    assert lengths[:2] == [60, 41]
+    assert sum(lengths[2:]) == room
+    assert max(lengths[2:]) <= 64
+
+
 def bare_batch(lengths: Any, targets: Any) -> Batch:
     tokens, rows = int(np.sum(lengths)), int(np.sum(targets))
     cu_seqlens = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
