@@ -49,8 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 _PREPARE = """Sources: FASTA (.fasta .fa .faa .fas), .txt, .jsonl, .csv, .tsv, .parquet and .arrow, each also .gz, .bz2
 or .zst (Parquet compresses itself); directories of these, or of a dataset's save_to_disk; patterns; s3://, gs://, http://
-and other fsspec URLs; Hub datasets as hf://org/name[:config][@split]; and - for standard input (with --kind). A call that
-was ended goes on where it stopped when it is given again."""
+and other fsspec URLs; Hub datasets as hf://org/name[:config][@split]; and - for standard input (with --kind). A call
+that was ended goes on where it stopped when it is given again."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -124,7 +124,7 @@ def _prepare(options: argparse.Namespace) -> int:
     print(f"{options.out}: {corpus.num_sequences:,} sequences, {corpus.num_tokens:,} tokens")
     if skipped := corpus.skipped:
         report = f"; the bad ones are listed in {options.out / REPORT}" if "bad" in skipped else ""
-        print(f"  left out     {'  '.join(f'{reason} {count:,}' for reason, count in skipped.items())}{report}")
+        print(f"  left out     {'  '.join(f'{reason} {count:,}' for reason, count in sorted(skipped.items()))}{report}")
     return 0
 
 

@@ -104,14 +104,22 @@ def _find(name: str, kind: str | None) -> Iterator[Source]:
     elif os.path.exists(name):
         yield Source(name, kind or _kind(name))
     elif glob.has_magic(name):
-        matches = sorted(glob.glob(name, recursive=True))
+        matches = [path for path in _match(name) if not path.is_dir()]
         if not matches:
             raise UserError(f"{name}: no file matches this pattern")
         for match in matches:
-            if not os.path.isdir(match):
-                yield from _find(match, kind)
+            yield Source(str(match), kind or _kind(str(match)))
     else:
         raise UserError(f"{name}: no such file; give a source file, or a corpus made by `pretrain prepare`")
+
+
+def _match(pattern: str) -> list[Path]:
+    parts = Path(pattern).parts
+    fixed = next(number for number, part in enumerate(parts) if glob.has_magic(part))
+    base = Path(*parts[:fixed])
+    # Unlike `glob`, pathlib does not follow links to directories, which may be loops; but it matches hidden files.
+    found = base.glob(os.path.join(*parts[fixed:]))
+    return sorted(path for path in found if not any(part.startswith(".") for part in path.parts[len(base.parts) :]))
 
 
 def _find_in_directory(name: str, kind: str | None) -> Iterator[Source]:
@@ -150,17 +158,17 @@ def _find_remote(name: str, kind: str | None) -> Iterator[Source]:
 
     with _remote_errors(name):
         files, path = fsspec.core.url_to_fs(name)
-        if glob.has_magic(path):
+        if "*" in path:  # a question mark may begin a query
             found = sorted(files.glob(path))
-        elif files.protocol not in ("http", ("http", "https")) and files.isdir(path):
+        elif not name.startswith("http") and files.isdir(path):
             found = [file for file in sorted(files.find(path)) if kind or _known(file)]
         else:
-            found = [path]
-        names = [files.unstrip_protocol(file) for file in found]
-    if not names:
-        raise UserError(f"{name}: no source there; {_ENDINGS}")
-    for remote in names:
-        yield Source(remote, kind or _kind(remote))
+            yield Source(name, kind or _kind(name))
+            return
+        if not found:
+            raise UserError(f"{name}: no source there; {_ENDINGS}")
+        for remote in map(files.unstrip_protocol, found):
+            yield Source(remote, kind or _kind(remote))
 
 
 _ENDINGS = (

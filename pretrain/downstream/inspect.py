@@ -141,11 +141,12 @@ def _draw_corpus(corpus: Corpus, statistics: _Statistics, picture: Path) -> None
     bins = np.unique(np.geomspace(max(lengths[0], 1), lengths[-1] + 1, 60).astype(int))
     above.hist(lengths, bins=bins, weights=counts, color="tab:blue")
     above.set(xlabel="length (tokens, <cls> and <eos> included)", ylabel="sequences", xscale="log")
+    above.xaxis.set_major_formatter("{x:,.0f}")
     for name, share in (("5 %", 0.05), ("median", 0.5), ("95 %", 0.95)):
         length = statistics.quantile(share)
         above.axvline(length, color="black", linewidth=0.8, linestyle=":")
         place = above.get_xaxis_transform()
-        above.text(length, 0.98, f" {name}: {length:,}", transform=place, va="top", rotation=90, fontsize=8)
+        above.text(length, 1.0, f"{name}: {length:,}", transform=place, ha="center", va="bottom", fontsize=8)
     composition = _composition(corpus, statistics)[:40]
     names = [repr(token)[1:-1] for token, _ in composition]
     below.bar(range(len(names)), [100 * share for _, share in composition], color="tab:orange")
@@ -167,6 +168,7 @@ def _save(figure: Any, panels: tuple[Any, ...], picture: Path) -> None:
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)
+        axes.set_axisbelow(True)
     try:
         figure.savefig(picture, dpi=150, format="png")
     except OSError as error:
