@@ -192,14 +192,19 @@ def _blocks(sources: Sequence[Source], options: SourceOptions) -> Iterator[tuple
     """Blocks of pieces, each with the bytes of all sources read up to its end."""
     pieces: list[Piece] = []
     size = before = end = 0
-    for source in sources:
-        for piece in cut(source, options):
-            pieces.append(piece)
-            size, end = size + len(piece.data), before + piece.position
-            if size >= BLOCK_BYTES:
-                yield pieces, end
-                pieces, size = [], 0
-        before = end
+    try:
+        for source in sources:
+            for piece in cut(source, options):
+                pieces.append(piece)
+                size, end = size + len(piece.data), before + piece.position
+                if size >= BLOCK_BYTES:
+                    yield pieces, end
+                    pieces, size = [], 0
+            before = end
+    except UserError:  # what may be wrong before that place is to be told first
+        if pieces:
+            yield pieces, end
+        raise
     if pieces:
         yield pieces, end
 

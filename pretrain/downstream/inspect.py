@@ -116,7 +116,7 @@ def _describe_corpus(corpus: Corpus, statistics: _Statistics) -> str:
     )  # fmt: skip
     tokenizer = corpus.tokenizer
     composition = _composition(corpus, statistics)
-    sample = f"  (of every {statistics.stride}th part)" if statistics.stride > 1 else ""
+    sample = f"  (counted on one part in {statistics.stride})" if statistics.stride > 1 else ""
     lines = [
         f"{corpus.path}: {corpus.num_sequences:,} sequences, {corpus.num_tokens:,} tokens",
         f"  lengths      {shown}  (tokens, <cls> and <eos> included)",

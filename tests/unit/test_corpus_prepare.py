@@ -29,8 +29,8 @@ BLOCKS = 12
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pieces, "PIECE_BYTES", 500)
-    monkeypatch.setattr(shards, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 250)
+    monkeypatch.setattr(shards, "BLOCK_BYTES", 500)
 
 
 @pytest.fixture
