@@ -47,6 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 130 if message == "interrupted" else 2
 
 
+_PREPARE = """Sources: FASTA (.fasta .fa .faa .fas), .txt, .jsonl, .csv, .tsv, .parquet and .arrow, each also .gz, .bz2
+or .zst (Parquet compresses itself); directories of these, or of a dataset's save_to_disk; patterns; s3://, gs://, http://
+and other fsspec URLs; Hub datasets as hf://org/name[:config][@split]; and - for standard input (with --kind). A call
+that was ended goes on where it stopped when it is given again."""
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:  # type: ignore[override]
         raise UserError(f"{message}; see `{self.prog} --help`")
@@ -58,14 +64,27 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    command = commands.add_parser("prepare", help="tokenise sources into a corpus")
-    command.add_argument("sources", nargs="+", metavar="SOURCE", help="FASTA, .jsonl or .txt files, also gzipped")
+    command = commands.add_parser("prepare", help="tokenise sources into a corpus", description=_PREPARE)
+    command.add_argument("sources", nargs="+", metavar="SOURCE", help="file, 'pattern', directory, URL, hf://, or -")
     command.add_argument("--out", required=True, type=Path, metavar="DIR", help="the corpus to write")
     command.add_argument("--tokenizer", default="esm", help="'esm' (default), a tokenizer.json or a directory with one")
+    command.add_argument("--workers", type=int, help="processes (default: one a core); the corpus is the same")
+    group = command.add_argument_group("how sources are read")
+    group.add_argument("--kind", help="fasta, txt, jsonl, csv, tsv, parquet or arrow, whatever the names end in")
+    group.add_argument("--document", default="line", help="in .txt, a document is a line (default), paragraph or file")
+    group.add_argument("--text_column", metavar="NAME", help="column with the sequences (default: text, sequence, ...)")
+    group.add_argument("--id_column", metavar="NAME", help="column with their names (default: id, if there is one)")
+    group = command.add_argument_group("which sequences are kept")
+    group.add_argument(
+        "--min_length", type=int, metavar="N", help="leave out shorter ones (tokens, <cls>, <eos> count)"
+    )
+    group.add_argument("--max_length", type=int, metavar="N", help="leave out longer ones")
+    group.add_argument("--deduplicate", action="store_true", help="keep the first of equal ones (50 bytes of RAM each)")
+    group.add_argument("--skip_bad", action="store_true", help="skip and list bad records instead of stopping")
     command.set_defaults(command=_prepare)
 
     command = commands.add_parser("tokenizer", help="train a byte-level BPE tokenizer on text")
-    command.add_argument("sources", nargs="+", metavar="SOURCE", help=".jsonl or .txt files, also gzipped")
+    command.add_argument("sources", nargs="+", metavar="SOURCE", help="the text, as for prepare")
     command.add_argument("--out", required=True, type=Path, metavar="FILE", help="the tokenizer.json to write")
     command.add_argument("--vocab_size", type=int, default=8192, help="number of ids (default 8192)")
     command.set_defaults(command=_tokenizer)
@@ -74,7 +93,10 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("inspect", help="look at a corpus or a run: counts, figures, a picture of the curves")
     command.add_argument("path", type=Path, metavar="RUN_OR_CORPUS")
-    command.add_argument("--picture", type=Path, metavar="PNG", help="draw the run's curves into this file")
+    command.add_argument(
+        "--picture", type=Path, metavar="PNG", help="draw the run's curves, or the corpus, into a file"
+    )
+    command.add_argument("--verify", action="store_true", help="compare a corpus's shards with their checksums")
     command.set_defaults(command=_inspect)
 
     command = commands.add_parser("export", help="write a directory that transformers loads")
@@ -86,10 +108,23 @@ def _parser() -> argparse.ArgumentParser:
 
 def _prepare(options: argparse.Namespace) -> int:
     from pretrain.corpus.prepare import prepare
+    from pretrain.corpus.shards import Filters
+    from pretrain.corpus.sources import SourceOptions
+    from pretrain.corpus.store import REPORT
     from pretrain.corpus.tokenizer import load_tokenizer
 
-    corpus = prepare(options.sources, options.out, load_tokenizer(options.tokenizer))
+    corpus = prepare(
+        options.sources,
+        options.out,
+        load_tokenizer(options.tokenizer),
+        SourceOptions(options.kind, options.document, options.text_column, options.id_column),
+        Filters(options.min_length, options.max_length, options.deduplicate, options.skip_bad),
+        options.workers,
+    )
     print(f"{options.out}: {corpus.num_sequences:,} sequences, {corpus.num_tokens:,} tokens")
+    if skipped := corpus.skipped:
+        report = f"; the bad ones are listed in {options.out / REPORT}" if "bad" in skipped else ""
+        print(f"  left out     {'  '.join(f'{reason} {count:,}' for reason, count in sorted(skipped.items()))}{report}")
     return 0
 
 
@@ -104,7 +139,7 @@ def _tokenizer(options: argparse.Namespace) -> int:
 def _inspect(options: argparse.Namespace) -> int:
     from pretrain.downstream.inspect import inspect
 
-    print(inspect(options.path, options.picture))
+    print(inspect(options.path, options.picture, options.verify))
     return 0
 
 

@@ -28,8 +28,8 @@ class MLMDataModule(pl.LightningDataModule):
     number of processes, workers or micro-batches. A checkpoint holds that one number and what identifies the order.
 
     Args:
-        train: Source files (FASTA, JSON lines, text), or one corpus made by `pretrain prepare`. Sources are prepared
-            once, into a cache.
+        train: Source files, patterns or directories (as `pretrain prepare` takes), or one corpus that it made. Sources
+            are prepared once, into a cache.
         validation: The same, for validation; without it there is none.
         tokenizer: ``esm``, or a ``tokenizer.json``, or a directory that holds one.
         max_length: Tokens of a sequence that one step sees, ``<cls>`` and ``<eos>`` included; longer ones are cropped.

@@ -1,46 +1,68 @@
-"""Preparing: source files to a corpus, whole or not at all."""
+"""Preparing: sources to a corpus, which appears at its place when it is complete."""
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import shutil
-import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-from tqdm import tqdm
-
-from pretrain.corpus.sources import Record, kind, read_records
-from pretrain.corpus.store import FORMAT_VERSION, Corpus, is_corpus, write_corpus
-from pretrain.corpus.tokenizer import InvalidSymbolError, Tokenizer, train_tokenizer
+from pretrain.corpus.readers import read_records
+from pretrain.corpus.shards import JOURNAL, Filters, Part, make_shards, report_file
+from pretrain.corpus.sources import Source, SourceOptions, find_sources
+from pretrain.corpus.store import FORMAT_VERSION, REPORT, Corpus, is_corpus, write_manifest
+from pretrain.corpus.tokenizer import Tokenizer, train_tokenizer
 from pretrain.errors import UserError
 
 
-def prepare(sources: Sequence[str | Path], out: Path, tokenizer: Tokenizer) -> Corpus:
-    """Tokenise source files into a corpus at ``out``.
+def prepare(
+    sources: Sequence[str | Path],
+    out: Path,
+    tokenizer: Tokenizer,
+    options: SourceOptions | None = None,
+    filters: Filters | None = None,
+    workers: int | None = None,
+) -> Corpus:
+    """Tokenise sources into a corpus at ``out``.
 
     The corpus is written beside its final place and renamed into it as the last act, so ``out`` either does not exist
-    or is complete. What a killed run left behind is cleared by the next one.
+    or is complete. A call that was killed is continued by the next one with the same settings; what has changed in the
+    sources since then is made anew.
+
+    Args:
+        sources: Files, patterns, directories, URLs, ``hf://`` datasets, or ``-`` for standard input.
+        out: The directory to make.
+        tokenizer: What makes the ids.
+        options: How the sources are read.
+        filters: Which sequences are kept.
+        workers: Processes; by default one for each core. The corpus does not depend on it.
 
     Raises:
         UserError: If a source is unreadable or holds something that has no token, or ``out`` exists already.
     """
     if out.exists():
         raise UserError(f"{out}: exists already; choose another place, or remove it first")
-    return _prepare_once(sources, out, tokenizer)
+    if workers is not None and workers < 1:
+        raise UserError(f"workers is {workers}; give at least 1")
+    options = options or SourceOptions()
+    found = find_sources(sources, options)  # a misspelt name shows at once, not after the hours that the others take
+    return _prepare_once(found, out, tokenizer, options, filters or Filters(), workers)
 
 
-def _prepare_once(sources: Sequence[str | Path], out: Path, tokenizer: Tokenizer) -> Corpus:
+def _prepare_once(
+    sources: Sequence[Source],
+    out: Path,
+    tokenizer: Tokenizer,
+    options: SourceOptions,
+    filters: Filters,
+    workers: int | None,
+) -> Corpus:
     """Prepare, or wait for whoever is preparing the same corpus and take theirs."""
-    paths = [Path(source) for source in sources]
-    if not paths:
-        raise UserError("no source is given; name at least one file")
-    for path in paths:
-        kind(path)  # a misspelt name shows at once, not after the hours that the files before it take
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
@@ -52,13 +74,54 @@ def _prepare_once(sources: Sequence[str | Path], out: Path, tokenizer: Tokenizer
         if out.exists():
             raise UserError(f"{out}: exists already and is no corpus; remove it first")
         try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-            write_corpus(partial, _tokenise(paths, tokenizer), tokenizer)
+            partial.mkdir(exist_ok=True)
+            parts = make_shards(sources, partial, tokenizer, options, filters, workers or _cores())
+            _finish(partial, parts, tokenizer, options, filters)
             partial.rename(out)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise UserError(
+                f"{error.filename or partial}: {error.strerror}; make room and give the same command again: it "
+                "continues where it stopped"
+            ) from error
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            if not any(partial.glob("shard-*.arrow")):  # nothing that would be worth keeping
+                shutil.rmtree(partial, ignore_errors=True)
     return Corpus(out)
+
+
+def _finish(
+    directory: Path, parts: Sequence[Part], tokenizer: Tokenizer, options: SourceOptions, filters: Filters
+) -> None:
+    """Write the report and the manifest, and remove all else: a directory with a journal is no corpus yet."""
+    shards = [part for part in parts if part.file]
+    skipped = sum((Counter(part.skipped) for part in parts), Counter())
+    if not shards:
+        raise UserError(
+            f"no sequence is left ({_list(skipped)}); loosen --min_length and --max_length, or see the sources"
+        )
+    if skipped["bad"]:
+        with (directory / REPORT).open("wb") as report:
+            report.write(b"source\tline\treason\n")
+            for part in parts:
+                if part.skipped.get("bad"):
+                    report.write(report_file(directory, part.number).read_bytes())
+    fields = ("file", "num_sequences", "num_tokens", "sha256")
+    write_manifest(
+        directory,
+        [{field: getattr(part, field) for field in fields} for part in shards],
+        tokenizer,
+        {**asdict(options), **asdict(filters), "skipped": dict(skipped)},
+    )
+    ours = {REPORT, "manifest.json", *(part.file for part in shards)}
+    for file in sorted(directory.iterdir(), key=lambda file: file.name == JOURNAL):  # the journal last
+        if file.name not in ours:
+            file.unlink()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager
@@ -98,32 +161,24 @@ def open_or_prepare(sources: Sequence[str | Path], tokenizer: Tokenizer) -> Corp
             )
         return corpus
     key = hashlib.sha256(json.dumps([FORMAT_VERSION, tokenizer.fingerprint]).encode())
-    for path in map(Path, sources):
-        key.update(kind(path).encode())  # the same bytes make another corpus as .txt than as .jsonl
-        with path.open("rb") as file:
+    options = SourceOptions()
+    found = find_sources(sources, options)
+    for source in found:
+        if not source.is_regular_file:
+            raise UserError(
+                f"{source}: only files are prepared into the cache; run `pretrain prepare '{source.name}' --out DIR` "
+                "once, and give DIR"
+            )
+        key.update(source.kind.encode())  # the same bytes make another corpus as .txt than as .jsonl
+        with Path(source.name).open("rb") as file:
             key.update(hashlib.file_digest(file, "sha256").digest())
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     cached = Path(os.environ.get("PRETRAIN_CACHE") or home / "pretrain") / key.hexdigest()[:16]
-    return Corpus(cached) if is_corpus(cached) else _prepare_once(sources, cached, tokenizer)
+    return Corpus(cached) if is_corpus(cached) else _prepare_once(found, cached, tokenizer, options, Filters(), None)
 
 
-def _tokenise(paths: Sequence[Path], tokenizer: Tokenizer) -> Iterator[tuple[str, NDArray[np.unsignedinteger]]]:
-    for path in paths:
-        with tqdm(
-            read_records(path), f"preparing {path.name}", unit=" sequences", disable=not sys.stderr.isatty()
-        ) as records:
-            for record in records:
-                try:
-                    yield record.id, tokenizer.encode(record.text)
-                except InvalidSymbolError as error:
-                    raise UserError(_describe(path, record, error)) from error
-
-
-def _describe(path: Path, record: Record, error: InvalidSymbolError) -> str:
-    return (
-        f"{path}:{record.line}: record '{record.id}' has {error.symbol} at position {error.position}; "
-        f"allowed: {error.allowed}; correct or remove it"
-    )
+def _list(skipped: dict[str, int]) -> str:
+    return ", ".join(f"{count:,} {reason}" for reason, count in sorted(skipped.items())) or "none was read"
 
 
 def train_tokenizer_file(sources: Sequence[str | Path], out: Path, vocab_size: int) -> Tokenizer:
@@ -134,7 +189,7 @@ def train_tokenizer_file(sources: Sequence[str | Path], out: Path, vocab_size: i
     """
     if out.exists():
         raise UserError(f"{out}: exists already; choose another name, or remove it first")
-    documents = (record.text.decode("utf-8", "replace") for source in sources for record in read_records(Path(source)))
+    documents = (record.text.decode("utf-8", "replace") for source in sources for record in read_records(source))
     tokenizer = train_tokenizer(documents, vocab_size)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial")

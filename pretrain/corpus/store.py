@@ -1,14 +1,15 @@
 """The corpus: tokenised sequences in Arrow shards; written once, then memory-mapped, never loaded whole.
 
 corpus/
-  manifest.json          counts, tokenizer, shards with their checksums, fingerprint
+  manifest.json          counts, tokenizer, shards with their checksums, fingerprint, how it was prepared
   shard-00000.arrow      one record batch: id, and tokens in the smallest integer type that holds the vocabulary
+  skipped.tsv            where `prepare --skip_bad` skipped records: source, line and reason
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,8 +22,7 @@ from pretrain.errors import UserError
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-SHARD_TOKENS = 2**26
-"""Tokens in a shard, about: what the writer holds in memory."""
+REPORT = "skipped.tsv"
 
 
 class Shard(NamedTuple):
@@ -45,34 +45,25 @@ class Corpus:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        manifest = _read_manifest(self.path)
         try:
-            manifest: dict[str, Any] = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
-            version = manifest["format_version"]
-            if version != FORMAT_VERSION:
-                raise UserError(
-                    f"{self.path}: corpus format {version}, this version reads {FORMAT_VERSION}; prepare it again"
-                )
             self.manifest = manifest
             self.fingerprint: str = manifest["fingerprint"]
             self.num_sequences: int = manifest["num_sequences"]
             self.num_tokens: int = manifest["num_tokens"]
             self.tokenizer: Tokenizer = tokenizer_from_string(manifest["tokenizer"]["serialized"], str(self.path))
-            self._shards = [_open_shard(self.path / shard["file"]) for shard in manifest["shards"]]
-            sizes = [len(shard.offsets) - 1 for shard in self._shards]
+            self.shards = [open_shard(file) for file in _shard_files(self.path, manifest)]
+            sizes = [len(shard.offsets) - 1 for shard in self.shards]
             if sizes != [shard["num_sequences"] for shard in manifest["shards"]] or sum(sizes) != self.num_sequences:
                 raise UserError(
                     f"{self.path}: the shards do not hold the sequences that {MANIFEST} counts; prepare it again"
                 )
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise UserError(
-                f"{error.filename}: not found; a corpus is a directory that `pretrain prepare` made"
-            ) from error
+        except FileNotFoundError as error:
+            raise UserError(f"{error.filename}: not found; {_WHAT_IT_IS}") from error
         except (KeyError, TypeError, ValueError, pa.ArrowException) as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError(
-                f"{self.path}: damaged corpus ({type(error).__name__}: {error}); prepare it again"
-            ) from error
+            raise _damaged(self.path, error) from error
         self._first = np.cumsum([0, *sizes])
 
     def __reduce__(self) -> tuple[type["Corpus"], tuple[Path]]:
@@ -80,6 +71,12 @@ class Corpus:
 
     def __len__(self) -> int:
         return self.num_sequences
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """Records that `prepare` left out, by the reason: ``short``, ``long``, ``bad``, ``duplicate``."""
+        skipped: dict[str, int] = self.manifest.get("prepared", {}).get("skipped", {})
+        return skipped
 
     def lengths(self, indices: ArrayLike) -> NDArray[np.int64]:
         """Tokens in each of the sequences, ``<cls>`` and ``<eos>`` included; shape as ``indices``."""
@@ -89,7 +86,7 @@ class Corpus:
         for number in np.unique(shard_of):
             here = shard_of == number
             local = indices[here] - self._first[number]
-            offsets = self._shards[number].offsets
+            offsets = self.shards[number].offsets
             lengths[here] = offsets[local + 1] - offsets[local]
         return lengths
 
@@ -107,7 +104,7 @@ class Corpus:
         if not 0 <= index < self.num_sequences:
             raise IndexError(f"sequence {index} of a corpus of {self.num_sequences}")
         number = int(np.searchsorted(self._first, index, side="right")) - 1
-        return self._shards[number], index - int(self._first[number])
+        return self.shards[number], index - int(self._first[number])
 
 
 def is_corpus(path: str | Path) -> bool:
@@ -115,48 +112,112 @@ def is_corpus(path: str | Path) -> bool:
     return (Path(path) / MANIFEST).is_file()
 
 
-def write_corpus(
-    directory: Path, sequences: Iterable[tuple[str, NDArray[np.unsignedinteger]]], tokenizer: Tokenizer
-) -> None:
-    """Write shards and, last, the manifest into an existing empty directory; the same input gives the same bytes.
+def verify(path: Path) -> int:
+    """Compare every shard with the manifest's checksum.
+
+    Returns:
+        The number of shards.
+
+    Raises:
+        UserError: If some are missing or damaged, which it names, or the manifest itself was changed.
+    """
+    manifest = _read_manifest(path)
+    try:
+        files = _shard_files(path, manifest)
+        expected = [shard["sha256"] for shard in manifest["shards"]]
+        fingerprint = _fingerprint(manifest["tokenizer"]["fingerprint"], expected)
+        if manifest["fingerprint"] != fingerprint:
+            raise UserError(
+                f"{path}: {MANIFEST} was changed: its fingerprint is {manifest['fingerprint']}, that of its shards "
+                f"{fingerprint}; restore it, or prepare it again"
+            )
+    except (KeyError, TypeError) as error:
+        raise _damaged(path, error) from error
+    broken = []
+    for file, checksum in zip(files, expected, strict=True):
+        if not file.is_file():
+            broken.append(f"{file.name} (missing)")
+        elif file_checksum(file) != checksum:
+            broken.append(f"{file.name} (another content)")
+    if broken:
+        raise UserError(
+            f"{path}: {len(broken)} of {len(files)} shards broken: {', '.join(broken)}; copy the corpus again, or "
+            "prepare it again"
+        )
+    return len(files)
+
+
+def file_checksum(file: Path) -> str:
+    """The SHA-256 of a file's content."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def write_shard(
+    file: Path, ids: Sequence[str], tokens: Sequence[NDArray[np.unsignedinteger]], dtype: np.dtype[Any]
+) -> str:
+    """Write one shard, whole or not at all; the same input gives the same bytes.
 
     Args:
-        directory: Where to write.
-        sequences: Pairs of id and token ids (with ``<cls>`` and ``<eos>``), consumed one by one.
-        tokenizer: What made the ids.
+        file: Where to write.
+        ids: The names of the sequences.
+        tokens: Their ids (with ``<cls>`` and ``<eos>``).
+        dtype: The type to store them in.
+
+    Returns:
+        The file's checksum.
     """
-    shards: list[dict[str, Any]] = []
-    ids: list[str] = []
-    tokens: list[NDArray[np.unsignedinteger]] = []
-    waiting = 0
+    offsets = np.cumsum([0, *(len(sequence) for sequence in tokens)], dtype=np.int64)
+    values = np.concatenate(tokens).astype(dtype, copy=False)
+    return _write_batch(
+        file, pa.record_batch({"id": pa.array(ids, pa.large_string()), "tokens": _lists(offsets, values)})
+    )
 
-    def flush() -> None:
-        nonlocal waiting
-        file = directory / f"shard-{len(shards):05d}.arrow"
-        _write_shard(file, ids, tokens, tokenizer.dtype)
-        with file.open("rb") as written:
-            digest = hashlib.file_digest(written, "sha256").hexdigest()
-        shards.append({"file": file.name, "num_sequences": len(ids), "num_tokens": waiting, "sha256": digest})
-        ids.clear()
-        tokens.clear()
-        waiting = 0
 
-    for name, sequence in sequences:
-        ids.append(name)
-        tokens.append(sequence)
-        waiting += len(sequence)
-        if waiting >= SHARD_TOKENS:
-            flush()
-    if ids:
-        flush()
-    identity = {
-        "format_version": FORMAT_VERSION,
-        "tokenizer": tokenizer.fingerprint,
-        "shards": [s["sha256"] for s in shards],
-    }
+def write_rows(file: Path, keep: NDArray[np.bool_]) -> str:
+    """Write a shard again with some of its sequences only; ``keep`` says of each whether it stays."""
+    shard = open_shard(file)
+    lengths = np.diff(shard.offsets)
+    offsets = np.concatenate([[0], np.cumsum(lengths[keep])])
+    ids = shard.ids.filter(pa.array(keep))
+    tokens = shard.tokens[np.repeat(keep, lengths)]
+    return _write_batch(file, pa.record_batch({"id": ids, "tokens": _lists(offsets, tokens)}))
+
+
+def _lists(offsets: NDArray[np.int64], values: NDArray[np.unsignedinteger]) -> pa.LargeListArray:
+    return pa.LargeListArray.from_arrays(offsets, values)
+
+
+def _write_batch(file: Path, batch: pa.RecordBatch) -> str:
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        with partial.open("wb") as sink:
+            with pa.ipc.new_file(sink, batch.schema) as writer:
+                writer.write_batch(batch)
+            sink.flush()
+            os.fsync(sink.fileno())
+        checksum = file_checksum(partial)
+        partial.replace(file)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(file)) from error
+    return checksum
+
+
+def write_manifest(
+    directory: Path, shards: Sequence[dict[str, Any]], tokenizer: Tokenizer, prepared: dict[str, Any]
+) -> None:
+    """Write the manifest, which makes a directory of shards a corpus.
+
+    Args:
+        directory: Where the shards are.
+        shards: Of each ``file``, ``num_sequences``, ``num_tokens`` and ``sha256``, in their order.
+        tokenizer: What made the ids.
+        prepared: How it was made and what was left out, for the record.
+    """
     manifest = {
         "format_version": FORMAT_VERSION,
-        "fingerprint": hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16],
+        "fingerprint": _fingerprint(tokenizer.fingerprint, [shard["sha256"] for shard in shards]),
         "num_sequences": sum(shard["num_sequences"] for shard in shards),
         "num_tokens": sum(shard["num_tokens"] for shard in shards),
         "dtype": tokenizer.dtype.name,
@@ -166,7 +227,8 @@ def write_corpus(
             "fingerprint": tokenizer.fingerprint,
             "serialized": tokenizer.serialize(),
         },
-        "shards": shards,
+        "prepared": prepared,
+        "shards": list(shards),
     }
     with (directory / MANIFEST).open("w", encoding="utf-8") as file:
         json.dump(manifest, file, indent=1)
@@ -174,20 +236,41 @@ def write_corpus(
         os.fsync(file.fileno())
 
 
-def _write_shard(file: Path, ids: list[str], tokens: list[NDArray[np.unsignedinteger]], dtype: np.dtype[Any]) -> None:
-    offsets = np.cumsum([0, *(len(sequence) for sequence in tokens)], dtype=np.int64)
-    values = np.concatenate(tokens).astype(dtype, copy=False)
-    batch = pa.record_batch(
-        {"id": pa.array(ids, pa.large_string()), "tokens": pa.LargeListArray.from_arrays(offsets, values)},
-    )
-    with file.open("wb") as sink:
-        with pa.ipc.new_file(sink, batch.schema) as writer:
-            writer.write_batch(batch)
-        sink.flush()
-        os.fsync(sink.fileno())
+def _fingerprint(tokenizer: str, checksums: Sequence[str]) -> str:
+    identity = {"format_version": FORMAT_VERSION, "tokenizer": tokenizer, "shards": list(checksums)}
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
 
 
-def _open_shard(file: Path) -> Shard:
+_WHAT_IT_IS = "a corpus is a directory that `pretrain prepare` made"
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path}: damaged corpus ({type(error).__name__}: {error}); prepare it again")
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        version = manifest["format_version"]
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"{error.filename}: not found; {_WHAT_IT_IS}") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(path, error) from error
+    if version != FORMAT_VERSION:
+        raise UserError(f"{path}: corpus format {version}, this version reads {FORMAT_VERSION}; prepare it again")
+    return manifest
+
+
+def _shard_files(path: Path, manifest: dict[str, Any]) -> list[Path]:
+    names = [shard["file"] for shard in manifest["shards"]]
+    for name in names:
+        if name != Path(name).name:
+            raise UserError(f"{path}: {MANIFEST} names the shard '{name}', outside of the corpus; prepare it again")
+    return [path / name for name in names]
+
+
+def open_shard(file: Path) -> Shard:
+    """Map a shard; nothing is read yet."""
     if not file.is_file():
         raise FileNotFoundError(2, "no such file", str(file))
     batch = pa.ipc.open_file(pa.memory_map(str(file))).get_batch(0)

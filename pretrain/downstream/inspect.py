@@ -1,33 +1,48 @@
 """`pretrain inspect`: what a corpus or a run is, in a few lines and a picture."""
 
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from pretrain.corpus.store import Corpus, is_corpus
+from pretrain.corpus.store import REPORT, Corpus, is_corpus, verify
 from pretrain.errors import UserError
 from pretrain.train.logging import METRICS_FILE, read_metrics
 from pretrain.train.report import summary
 from pretrain.train.run import CONFIG, Run
 
+_SAMPLE_TOKENS = 2**28
+"""Token frequencies are counted on about this many tokens, spread evenly: all of them in a corpus of that size."""
 
-def inspect(path: Path, picture: Path | None = None) -> str:
-    """Describe a corpus (counts, lengths) or a run (step, latest figures).
+_CHUNK = 2**18
+
+
+def inspect(path: Path, picture: Path | None = None, check: bool = False) -> str:
+    """Describe a corpus (counts, lengths, token composition) or a run (step, latest figures).
 
     Args:
         path: A corpus or a run directory.
-        picture: For a run, a PNG to draw its loss and learning-rate curves into.
+        picture: A PNG to draw into: of a run, its loss and learning-rate curves; of a corpus, its lengths and tokens.
+        check: Compare every shard of a corpus with its checksum, and do nothing else.
 
     Returns:
         The description, for people.
 
     Raises:
-        UserError: If ``path`` is neither, or there is nothing to draw.
+        UserError: If ``path`` is neither, there is nothing to draw, or a shard is broken.
     """
-    if is_corpus(path):
+    if is_corpus(path) or (check and not (path / CONFIG).is_file()):
+        if check:
+            shards = verify(path)
+            return f"{path}: {shards} {'shard' if shards == 1 else 'shards'}, all as the manifest says"
+        corpus = Corpus(path)
+        statistics = _statistics(corpus)
         if picture:
-            raise UserError(f"{path}: is a corpus; --picture draws the curves of a run")
-        return _describe_corpus(Corpus(path))
+            _draw_corpus(corpus, statistics, picture)
+        return _describe_corpus(corpus, statistics)
+    if check:
+        raise UserError(f"{path}: is a run; --verify checks a corpus")
     if not (path / CONFIG).is_file():
         raise UserError(f"{path}: neither a corpus (manifest.json) nor a run ({CONFIG})")
     run = Run(path)
@@ -48,31 +63,122 @@ def inspect(path: Path, picture: Path | None = None) -> str:
     return "\n".join(lines)
 
 
-def _describe_corpus(corpus: Corpus) -> str:
-    lengths = corpus.lengths(np.arange(len(corpus)))
-    quantiles = np.quantile(lengths, [0, 0.05, 0.25, 0.5, 0.75, 0.95, 1]).astype(int)
+class _Statistics(NamedTuple):
+    """What a corpus holds, of a size that does not grow with it.
+
+    Attributes:
+        lengths: The lengths that occur, ascending, in tokens.
+        counts: How many sequences have each.
+        tokens: How often each token id occurs among those looked at.
+        stride: One chunk of tokens in this many was looked at.
+    """
+
+    lengths: NDArray[np.int64]
+    counts: NDArray[np.int64]
+    tokens: NDArray[np.int64]
+    stride: int
+
+    def quantile(self, share: float) -> int:
+        """The length that this share of the sequences does not exceed."""
+        place = np.searchsorted(np.cumsum(self.counts), share * self.counts.sum())
+        return int(self.lengths[min(int(place), len(self.lengths) - 1)])
+
+
+def _statistics(corpus: Corpus) -> _Statistics:
+    lengths = counts = np.zeros(0, np.int64)
+    tokens = np.zeros(corpus.tokenizer.vocab_size, np.int64)
+    stride = -(-corpus.num_tokens // _SAMPLE_TOKENS)
+    for shard in corpus.shards:
+        here, how_many = np.unique(np.diff(shard.offsets), return_counts=True)
+        both, place = np.unique(np.concatenate([lengths, here]), return_inverse=True)
+        counts = np.bincount(place, np.concatenate([counts, how_many])).astype(np.int64)
+        lengths = both
+        for first in range(0, len(shard.tokens), _CHUNK * stride):
+            tokens += np.bincount(shard.tokens[first : first + _CHUNK], minlength=len(tokens))
+    return _Statistics(lengths, counts, tokens, stride)
+
+
+def _composition(corpus: Corpus, statistics: _Statistics) -> list[tuple[str, float]]:
+    """Tokens and their shares, the most frequent first; ``<cls>`` and ``<eos>`` only frame the sequences."""
+    tokens = statistics.tokens.astype(np.float64)
+    tokens[[corpus.tokenizer.cls_token_id, corpus.tokenizer.eos_token_id]] = 0
+    order = np.argsort(-tokens, kind="stable")
+    total = max(tokens.sum(), 1)
+    return [(corpus.tokenizer.tokens[i], float(tokens[i] / total)) for i in order if tokens[i]]
+
+
+def _describe_corpus(corpus: Corpus, statistics: _Statistics) -> str:
     shown = "  ".join(
-        f"{name} {value}"
-        for name, value in zip(("min", "5%", "25%", "50%", "75%", "95%", "max"), quantiles, strict=True)
-    )
+        f"{name} {statistics.quantile(share):,}"
+        for name, share in (
+            ("min", 0), ("5%", 0.05), ("25%", 0.25), ("50%", 0.5), ("75%", 0.75), ("95%", 0.95), ("max", 1)
+        )
+    )  # fmt: skip
     tokenizer = corpus.tokenizer
-    return "\n".join(
-        [
-            f"{corpus.path}: {corpus.num_sequences:,} sequences, {corpus.num_tokens:,} tokens",
-            f"  lengths      {shown}",
-            f"  tokenizer    {tokenizer.name}, {tokenizer.vocab_size} ids, {tokenizer.fingerprint}",
-            f"  shards       {len(corpus.manifest['shards'])}, {corpus.manifest['dtype']}",
-            f"  fingerprint  {corpus.fingerprint}",
-        ]
-    )
+    composition = _composition(corpus, statistics)
+    sample = f"  (counted on one part in {statistics.stride})" if statistics.stride > 1 else ""
+    lines = [
+        f"{corpus.path}: {corpus.num_sequences:,} sequences, {corpus.num_tokens:,} tokens",
+        f"  lengths      {shown}  (tokens, <cls> and <eos> included)",
+        f"  tokens       {'  '.join(f'{token} {share:.2%}' for token, share in composition[:25])}"
+        + (f"  and {len(composition) - 25:,} more" if len(composition) > 25 else "")
+        + sample,
+        f"  tokenizer    {tokenizer.name}, {tokenizer.vocab_size} ids, {tokenizer.fingerprint}",
+        f"  shards       {len(corpus.manifest['shards'])}, {corpus.manifest['dtype']}",
+        f"  fingerprint  {corpus.fingerprint}",
+    ]
+    if skipped := corpus.skipped:
+        report = f"; the bad ones are listed in {REPORT}" if "bad" in skipped else ""
+        lines.append(f"  left out     {'  '.join(f'{reason} {n:,}' for reason, n in sorted(skipped.items()))}{report}")
+    return "\n".join(lines)
 
 
-def _draw(curves: dict[str, tuple[list[int], list[float]]], picture: Path) -> None:
+def _draw_corpus(corpus: Corpus, statistics: _Statistics, picture: Path) -> None:
+    plt = _pyplot()
+    figure, (above, below) = plt.subplots(2, 1, figsize=(8.3, 8.3), layout="constrained")
+    figure.suptitle(f"{corpus.path.name}: {corpus.num_sequences:,} sequences, {corpus.num_tokens:,} tokens")
+    lengths, counts = statistics.lengths, statistics.counts
+    bins = np.unique(np.geomspace(max(lengths[0], 1), lengths[-1] + 1, 60).astype(int))
+    above.hist(lengths, bins=bins, weights=counts, color="tab:blue")
+    above.set(xlabel="length (tokens, <cls> and <eos> included)", ylabel="sequences", xscale="log")
+    above.xaxis.set_major_formatter("{x:,.0f}")
+    for name, share in (("5 %", 0.05), ("median", 0.5), ("95 %", 0.95)):
+        length = statistics.quantile(share)
+        above.axvline(length, color="black", linewidth=0.8, linestyle=":")
+        place = above.get_xaxis_transform()
+        above.text(length, 1.0, f"{name}: {length:,}", transform=place, ha="center", va="bottom", fontsize=8)
+    composition = _composition(corpus, statistics)[:40]
+    names = [repr(token)[1:-1] for token, _ in composition]
+    below.bar(range(len(names)), [100 * share for _, share in composition], color="tab:orange")
+    below.set_xticks(range(len(names)), names, rotation=0 if max(map(len, names)) < 3 else 90)
+    below.set(xlabel="token" if len(names) < 40 else "token (the 40 most frequent)", ylabel="% of the tokens")
+    _save(figure, (above, below), picture)
+
+
+def _pyplot() -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib import pyplot
 
+    return pyplot
+
+
+def _save(figure: Any, panels: tuple[Any, ...], picture: Path) -> None:
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3)
+        axes.set_axisbelow(True)
+    try:
+        figure.savefig(picture, dpi=150, format="png")
+    except OSError as error:
+        raise UserError(f"{picture}: cannot be written ({error.strerror}); choose another place") from error
+    finally:
+        _pyplot().close(figure)
+
+
+def _draw(curves: dict[str, tuple[list[int], list[float]]], picture: Path) -> None:
+    plt = _pyplot()
     # The learning rate stands under the name that the user gave the scheduler: the one metric without a room's prefix.
     rates = [name for name in curves if "/" not in name or name.startswith("lr-")]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
@@ -95,8 +201,4 @@ def _draw(curves: dict[str, tuple[list[int], list[float]]], picture: Path) -> No
     right.set(xlabel="optimizer step", ylabel="learning rate")
     right.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     right.legend(frameon=False)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.3)
-    figure.savefig(picture, dpi=150)
-    plt.close(figure)
+    _save(figure, (left, right), picture)

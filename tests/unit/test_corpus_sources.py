@@ -1,39 +1,69 @@
-"""Sources: files to records. What is wrong with a file is told in one line that names it."""
+"""Sources: what is written in any format, anywhere, is what is read."""
 
+import bz2
+import contextlib
+import csv
+import functools
 import gzip
+import http.server
+import io
 import json
+import os
 import re
+import sys
 import tempfile
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import patch
 
+import datasets
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
+from pretrain.corpus import pieces
 from pretrain.corpus.prepare import prepare, train_tokenizer_file
-from pretrain.corpus.sources import Record, read_records
-from pretrain.corpus.tokenizer import ProteinTokenizer, Tokenizer, train_tokenizer
+from pretrain.corpus.readers import Flaw, Record, parse, read_records
+from pretrain.corpus.sources import KINDS, Source, SourceOptions, find_sources
+from pretrain.corpus.tokenizer import ProteinTokenizer
 from pretrain.errors import UserError
 
-ESM, TEXT = ProteinTokenizer(), train_tokenizer([], 261)
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".zst": lambda content: bytes(pa.compress(content, codec="zstd", asbytes=True)),
+}
 
 
 def written(directory: Path, name: str, content: bytes) -> Path:
     path = directory / name
-    path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    path.write_bytes(COMPRESS.get(path.suffix, bytes)(content))
     return path
 
 
-def read(name: str, content: bytes) -> list[Record]:
+def read(name: str, content: bytes, **options: str) -> list[Record]:
     with tempfile.TemporaryDirectory() as directory:
-        return list(read_records(written(Path(directory), name, content)))
+        return list(read_records(written(Path(directory), name, content), SourceOptions(**options)))
+
+
+@contextlib.contextmanager
+def cut_at(size: int) -> Iterator[None]:
+    """Cut sources into pieces of so many bytes."""
+    with patch.object(pieces, "PIECE_BYTES", size):
+        yield
 
 
 # --- what is written is what is read ----------------------------------------------------------------------------------
 
 words = st.text(st.characters(codec="utf-8", exclude_categories=["Z", "C"]), min_size=1, max_size=10)
 line_ends = st.sampled_from([b"\n", b"\r\n"])
-gz = st.sampled_from(["", ".gz"])
+gz = st.sampled_from(sorted(COMPRESS))
+sizes = st.integers(1, 300)
 residues = st.text("ACDEFGHIKLMNPQRSTVWY", min_size=1, max_size=50)
 
 
@@ -45,9 +75,17 @@ residues = st.text("ACDEFGHIKLMNPQRSTVWY", min_size=1, max_size=50)
     end=line_ends,
     blank=st.integers(0, 2),
     last_end=st.booleans(),
+    size=sizes,
 )
 def test_fasta_written_is_fasta_read(
-    records: list[tuple[str, str, str]], suffix: str, gz: str, width: int, end: bytes, blank: int, last_end: bool
+    records: list[tuple[str, str, str]],
+    suffix: str,
+    gz: str,
+    width: int,
+    end: bytes,
+    blank: int,
+    last_end: bool,
+    size: int,
 ) -> None:
     lines, expected = [], []
     for name, description, sequence in records:
@@ -55,7 +93,8 @@ def test_fasta_written_is_fasta_read(
         expected.append(Record(name, sequence.encode(), len(lines) + 1))
         lines += [f">{name} {description}".encode()]
         lines += [sequence[first : first + width].encode() for first in range(0, len(sequence), width)]
-    assert read(f"x{suffix}{gz}", end.join(lines) + (end if last_end else b"")) == expected
+    with cut_at(size):
+        assert read(f"x{suffix}{gz}", end.join(lines) + (end if last_end else b"")) == expected
 
 
 @given(
@@ -65,23 +104,138 @@ def test_fasta_written_is_fasta_read(
     end=line_ends,
     blank=st.booleans(),
     ascii_only=st.booleans(),
+    size=sizes,
 )
 def test_json_lines_written_are_json_lines_read(
-    records: list[tuple[str, str]], suffix: str, gz: str, end: bytes, blank: bool, ascii_only: bool
+    records: list[tuple[str, str]], suffix: str, gz: str, end: bytes, blank: bool, ascii_only: bool, size: int
 ) -> None:
     lines, expected = [], []
     for name, text in records:
         lines += [b""] * blank
         expected.append(Record(name, text.encode(), len(lines) + 1))
         lines.append(json.dumps({"id": name, "text": text, "more": [1]}, ensure_ascii=ascii_only).encode())
-    assert read(f"x{suffix}{gz}", end.join(lines) + end) == expected
+    with cut_at(size):
+        assert read(f"x{suffix}{gz}", end.join(lines) + end) == expected
 
 
-@given(documents=st.lists(words, min_size=1, max_size=5), gz=gz, end=line_ends, blank=st.integers(0, 2))
-def test_text_written_is_text_read(documents: list[str], gz: str, end: bytes, blank: int) -> None:
+@given(documents=st.lists(words, min_size=1, max_size=5), gz=gz, end=line_ends, blank=st.integers(0, 2), size=sizes)
+def test_text_written_is_text_read(documents: list[str], gz: str, end: bytes, blank: int, size: int) -> None:
     lines = [line for document in documents for line in [b""] * blank + [f"  {document} {document}".encode()]]
     expected = [Record(str(n), line.strip(), n) for n, line in enumerate(lines, 1) if line]
-    assert read(f"x.txt{gz}", end.join(lines)) == expected
+    with cut_at(size):
+        assert read(f"x.txt{gz}", end.join(lines)) == expected
+
+
+@given(
+    documents=st.lists(st.lists(words, min_size=1, max_size=3), min_size=1, max_size=5),
+    end=line_ends,
+    blank=st.integers(1, 3),
+    size=sizes,
+)
+def test_paragraphs_written_are_paragraphs_read(documents: list[list[str]], end: bytes, blank: int, size: int) -> None:
+    lines, expected = [], []
+    for document in documents:
+        lines += [b""] * blank
+        text = [line.encode() for line in document]
+        expected.append(Record(str(len(lines) + 1), b"\n".join(text), len(lines) + 1))
+        lines += text
+    with cut_at(size):
+        assert read("x.txt", end.join(lines) + end, document="paragraph") == expected
+
+
+@given(
+    rows=st.lists(st.tuples(st.text(), st.text(min_size=1)), min_size=1, max_size=8),
+    end=st.sampled_from(["\n", "\r\n"]),
+    gz=gz,
+    size=sizes,
+    quoting=st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]),
+)
+def test_csv_written_is_csv_read(rows: list[tuple[str, str]], end: str, gz: str, size: int, quoting: int) -> None:
+    rows = [tuple(field.encode("utf-8", "replace").decode() for field in row) for row in rows]
+    sink = io.StringIO(newline="")
+    writer = csv.writer(sink, lineterminator=end, quoting=quoting)
+    writer.writerows([("id", "score", "text"), *((name, 0.5, text) for name, text in rows)])
+    with cut_at(size):
+        found = read(f"x.csv{gz}", sink.getvalue().encode())
+    assert [(record.id, record.text.decode()) for record in found] == rows
+
+
+@given(rows=st.lists(st.tuples(words, words), min_size=1, max_size=8), end=line_ends, size=sizes)
+def test_tsv_written_is_tsv_read(rows: list[tuple[str, str]], end: bytes, size: int) -> None:
+    """A quote is a character like any other."""
+    lines = [b"Sequence\tlength\tID", *(f"{text}\t3\t{name}".encode() for name, text in rows)]
+    expected = [Record(name, text.encode(), line) for line, (name, text) in enumerate(rows, 2)]
+    with cut_at(size):
+        assert read("x.tsv", end.join(lines)) == expected
+
+
+@given(
+    rows=st.lists(st.tuples(st.text(), st.text(min_size=1)), min_size=1, max_size=8),
+    kind=st.sampled_from(["x.parquet", "x.arrow", "x.arrow.gz", "file.arrow"]),
+    categories=st.booleans(),
+    binary=st.booleans(),
+    batch=st.integers(1, 5),
+    size=sizes,
+)
+def test_tables_written_are_tables_read(
+    rows: list[tuple[str, str]], kind: str, categories: bool, binary: bool, batch: int, size: int
+) -> None:
+    rows = [tuple(field.encode("utf-8", "replace").decode() for field in row) for row in rows]
+    names, texts = map(list, zip(*rows, strict=True))
+    column = pa.array([text.encode() for text in texts]) if binary else pa.array(texts)
+    table = pa.table({"id": names, "text": column.dictionary_encode() if categories else column, "n": range(len(rows))})
+    sink = io.BytesIO()
+    if kind == "x.parquet":
+        pq.write_table(table, sink, row_group_size=batch)
+    else:
+        new = pa.ipc.new_file if kind == "file.arrow" else pa.ipc.new_stream
+        with new(sink, table.schema) as writer:
+            writer.write_table(table, max_chunksize=batch)
+    with cut_at(size), patch.object(pieces, "_ROWS", 2):
+        expected = [Record(name, text.encode(), row) for row, (name, text) in enumerate(rows, 1)]
+        assert read(kind, sink.getvalue()) == expected
+
+
+def slow_fasta(content: bytes) -> list[Record | Flaw]:
+    """Line by line, with nothing clever."""
+    found: list[Record | Flaw] = []
+    entries: list[tuple[int, bytes, list[bytes]]] = []
+    strange = False
+    for number, line in enumerate(re.split(rb"\r\n|\r|\n", content), 1):
+        if line.startswith(b">"):
+            entries.append((number, line[1:], []))
+        elif entries:
+            entries[-1][2].append(line.strip())
+        elif line.strip() and not strange:
+            strange = True
+            shown = line.strip()[:20].decode("utf-8", "replace")
+            found.append(Flaw(number, f"not FASTA: a header line that begins with '>' is expected, found {shown!r}"))
+    for number, header, lines in entries:
+        name = header.split()[0].decode("utf-8", "replace") if header.split() else ""
+        if sequence := b"".join(lines):
+            found.append(Record(name, sequence, number))
+        else:
+            found.append(Flaw(number, f"record '{name}' has no sequence; remove its header or add the sequence"))
+    return found or [Flaw(0, "is empty; at least one sequence is needed")]
+
+
+fragments = st.sampled_from(
+    [b">", b"\n", b"\r\n", b"\r", b" ", b"\t", b"\0", b"MKLA", b"a b", b"\xff", b"\x0b", b"\x85"]
+)
+
+
+@given(content=st.binary() | st.lists(fragments, max_size=60).map(b"".join), size=sizes)
+@example(content=b">a\nM\n\r\n>b\nK", size=5)
+@example(content=b"\n\n>", size=1)
+@example(content=b"\r>a\rMK\r>b", size=3)
+def test_any_bytes_as_fasta_are_read_as_a_slow_and_obvious_reader_reads_them(content: bytes, size: int) -> None:
+    if content.startswith((b"\x1f\x8b", b"BZh", b"\x28\xb5\x2f\xfd", b"\xff\xfe", b"\xfe\xff", b"\xef\xbb\xbf")):
+        return  # no FASTA, or packed
+    options = SourceOptions()
+    with tempfile.TemporaryDirectory() as directory, cut_at(size):
+        source = Source(str(written(Path(directory), "x.fasta", content)), "fasta")
+        found = [item for piece in pieces.cut(source, options) for item in parse(piece, options)]
+    assert found == slow_fasta(content)
 
 
 def test_a_json_record_without_an_id_is_named_by_its_line() -> None:
@@ -90,6 +244,37 @@ def test_a_json_record_without_an_id_is_named_by_its_line() -> None:
 
 def test_a_fasta_header_may_lack_a_name_and_names_may_repeat() -> None:
     assert [record.id for record in read("x.fasta", b">\nMK\n>a\nMK\n>a b\nMK\n")] == ["", "a", "a"]
+
+
+def test_lower_case_gaps_stops_and_rare_letters_of_fasta_become_tokens(tmp_path: Path) -> None:
+    corpus = prepare([written(tmp_path, "x.fasta", b">a\nmk-.\nBJOUXZ*\n")], tmp_path / "corpus", ProteinTokenizer())
+    assert "".join(corpus.tokenizer.tokens[i] for i in corpus.tokens(0)) == "<cls>MK-.BXOUXZ<eos>"
+
+
+def test_a_byte_order_mark_is_no_content() -> None:
+    mark = b"\xef\xbb\xbf"
+    assert read("x.fasta", mark + b">a\nMK\n") == [Record("a", b"MK", 1)]
+    assert read("x.csv", mark + b"text,id\nMK,a\n") == [Record("a", b"MK", 2)]
+
+
+def test_a_whole_file_is_one_document_named_by_the_file() -> None:
+    assert read("x.txt.gz", b"\none\n\ntwo\n", document="file") == [Record("x.txt.gz", b"one\n\ntwo", 1)]
+
+
+def test_columns_have_the_names_that_are_given() -> None:
+    names = {"text_column": "body", "id_column": "key"}
+    assert read("x.csv", b"key,text,body,id\na,no,MK,no\n", **names) == [Record("a", b"MK", 2)]
+    assert read("x.jsonl", b'{"key": "a", "text": "no", "body": "MK", "id": 0}', **names) == [Record("a", b"MK", 1)]
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"key": ["a"], "text": ["no"], "body": ["MK"], "id": [0]}), sink)
+    assert read("x.parquet", sink.getvalue(), **names) == [Record("a", b"MK", 1)]
+
+
+def test_rows_without_an_id_are_named_by_their_number() -> None:
+    assert [record.id for record in read("x.tsv", b"seq\nMK\nLA\n")] == ["2", "3"]
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"id": [7, None], "content": ["MK", "LA"]}), sink)
+    assert [record.id for record in read("x.parquet", sink.getvalue())] == ["7", "2"]
 
 
 def test_gzip_is_known_by_its_content_and_may_have_several_members(tmp_path: Path) -> None:
@@ -108,144 +293,152 @@ def test_records_are_read_one_at_a_time(tmp_path: Path) -> None:
         next(records)
 
 
-# --- what is wrong with a file ----------------------------------------------------------------------------------------
-
-NO_FASTA = "not FASTA: a header line that begins with '>' is expected, found"
-NO_TEXT = "an object with a non-empty string 'text' is expected"
-PROTEINS = "allowed: the letters A-Z, '-' and '.'; correct or remove it"
-KINDS = (
-    "unknown kind of file; the name must end in .fasta, .fa, .faa, .fas (sequences), .jsonl (objects with a 'text') or "
-    ".txt (one document a line), with or without .gz"
-)
-PACKED = gzip.compress(b"one\ntwo\n" + bytes(range(14, 256)) * 10)
-
-MISTAKES: dict[str, tuple[Tokenizer, str, bytes | None, str]] = {
-    "missing": (
-        ESM, "x.fasta", None, "{file}: no such file; give a source file, or a corpus made by `pretrain prepare`",
-    ),
-    "directory": (
-        ESM, "directory", None,
-        "{file}: is a directory; name the files in it, or a single corpus made by `pretrain prepare`",
-    ),
-    "unknown suffix": (ESM, "x.csv", b"a,b\n", "{file}: " + KINDS),
-    "no suffix": (ESM, "fasta", b">a\nMK\n", "{file}: " + KINDS),
-    "empty FASTA": (ESM, "x.fasta", b"", "{file}: is empty; at least one sequence is needed"),
-    "blank FASTA": (ESM, "x.fasta", b" \r\n\n", "{file}: is empty; at least one sequence is needed"),
-    "empty gzipped text": (TEXT, "x.txt.gz", b"", "{file}: is empty; at least one sequence is needed"),
-    "empty JSON lines": (TEXT, "x.jsonl", b"\n\n", "{file}: is empty; at least one sequence is needed"),
-    "HTML named FASTA": (ESM, "x.fa", b"<!DOCTYPE html>\n<html>", f"{{file}}:1: {NO_FASTA} '<!DOCTYPE html>'"),
-    "binary named FASTA": (ESM, "x.fa", b"\n\xff\xfe\x00\x01", f"{{file}}:2: {NO_FASTA} '��\\x00\\x01'"),
-    "sequence before header": (ESM, "x.fasta", b"\nMKVLAAGG\n>a\nMK\n", f"{{file}}:2: {NO_FASTA} 'MKVLAAGG'"),
-    "header without sequence": (
-        ESM, "x.fasta", b">a\nMK\n>b more\n\n>c\nMK\n",
-        "{file}:3: record 'b' has no sequence; remove its header or add the sequence",
-    ),
-    "last header without sequence": (
-        ESM, "x.fasta", b">a\nMK\n>b", "{file}:3: record 'b' has no sequence; remove its header or add the sequence",
-    ),
-    "unknown residue": (
-        ESM, "x.fasta", b">a\nMK\n>b\nMKL\nA1K\n", f"{{file}}:3: record 'b' has '1' at position 5; {PROTEINS}",
-    ),
-    "stop within a protein": (
-        ESM, "x.fasta", b">a\nMK*A*\n", f"{{file}}:1: record 'a' has '*' at position 3; {PROTEINS}",
-    ),
-    "space within a protein": (
-        ESM, "x.fasta", b">a\nMK LA\n", f"{{file}}:1: record 'a' has ' ' at position 3; {PROTEINS}",
-    ),
-    "letter that is not ASCII": (
-        ESM, "x.fasta", ">a\nMKé\n".encode(), f"{{file}}:1: record 'a' has 'é' at position 3; {PROTEINS}",
-    ),
-    "text as protein": (ESM, "x.txt", b"MK\nMy text", f"{{file}}:2: record '2' has ' ' at position 3; {PROTEINS}"),
-    "bad JSON": (
-        TEXT, "x.jsonl", b'{"text": "a"}\n{"text": \n',
-        "{file}:2: not a JSON object on one line (Expecting value: line 2 column 1 (char 10))",
-    ),
-    "bottomless JSON": (
-        TEXT, "x.jsonl", b"[" * 100_000,
-        "{file}:1: not a JSON object on one line (maximum recursion depth exceeded…)",
-    ),
-    "JSON that is not UTF-8": (
-        TEXT, "x.jsonl", b'{"text": "\xff"}',
-        "{file}:1: not a JSON object on one line ('utf-8' codec can't decode byte 0xff in position 10…)",
-    ),
-    "JSON list": (TEXT, "x.jsonl", b'["text"]', f"{{file}}:1: {NO_TEXT}"),
-    "JSON without text": (TEXT, "x.jsonl", b'\n{"id": 1, "sequence": "a"}', f"{{file}}:2: {NO_TEXT}"),
-    "JSON with empty text": (TEXT, "x.jsonl", b'{"text": ""}', f"{{file}}:1: {NO_TEXT}"),
-    "JSON with a number for text": (TEXT, "x.jsonl", b'{"text": 1}', f"{{file}}:1: {NO_TEXT}"),
-    "half a surrogate pair in a text": (
-        TEXT, "x.jsonl", b'{"text": "a\\ud800"}',
-        "{file}:1: 'id' or 'text' holds half a surrogate pair ('utf-8' codec can't encode character '\\ud800' in "
-        "position 1: surrogates not allowed); valid Unicode is needed",
-    ),
-    "half a surrogate pair in an id": (
-        TEXT, "x.jsonl", b'{"text": "a", "id": "\\ud800"}',
-        "{file}:1: 'id' or 'text' holds half a surrogate pair ('utf-8' codec can't encode character '\\ud800' in "
-        "position 0: surrogates not allowed); valid Unicode is needed",
-    ),
-    "text that is not UTF-8": (
-        TEXT, "x.txt", b"one\ntw\xff\n",
-        "{file}:2: record '2' has b'\\xff' at position 3; allowed: UTF-8 text; correct or remove it",
-    ),
-    "truncated gzip": (
-        TEXT, "x.txt", PACKED[:-20],
-        "{file}: damaged gzip data after record 2 (Compressed file ended before the end-of-stream marker was reached); "
-        "fetch the file again",
-    ),
-    "rubbish after gzip": (
-        TEXT, "x.txt", gzip.compress(b"one\n") + b"rubbish",
-        "{file}: damaged gzip data after record 1 (Not a gzipped file (b'ru')); fetch the file again",
-    ),
-    "rubbish in gzip": (
-        TEXT, "x.txt", PACKED[:10] + b"\xff" * 100,
-        "{file}: damaged gzip data after record 0 (Error -3 while decompressing data…); fetch the file again",
-    ),
-    "gzip with a wrong checksum": (
-        TEXT, "x.txt", gzip.compress(b"one\n")[:-8] + bytes(8),
-        "{file}: damaged gzip data after record 1 (CRC check failed…); fetch the file again",
-    ),
-    "gzip in its first two bytes only": (
-        TEXT, "x.txt", b"\x1f\x8brubbish, rubbish",
-        "{file}: damaged gzip data after record 0 (Unknown compression method); fetch the file again",
-    ),
-}  # fmt: skip
+def test_a_source_is_not_read_ahead_of_its_records(tmp_path: Path) -> None:
+    content = b">a\nMK\n" * 100
+    with cut_at(8):
+        stream = pieces.cut(Source(str(written(tmp_path, "x.fasta", content)), "fasta"), SourceOptions())
+        assert next(stream).position < 30
 
 
-def place(directory: Path, name: str, content: bytes | None) -> Path:
-    directory.mkdir()
-    if name == "directory":
-        (directory / name).mkdir()
-    return directory / name if content is None else written(directory, name, content)
-
-
-def agrees(error: UserError, message: str, source: Path) -> bool:
-    """Whether an error says ``message``, word for word but for what other libraries say at ``…``."""
-    return re.fullmatch(re.escape(message.replace("{file}", str(source))).replace("…", ".*"), str(error)) is not None
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_in_a_source_is_told_in_one_line_and_leaves_nothing_behind(mistake: str, tmp_path: Path) -> None:
-    tokenizer, name, content, message = MISTAKES[mistake]
-    source = place(tmp_path / "source", name, content)
-    here = tmp_path / "corpora"
-    here.mkdir()
-    with pytest.raises(UserError) as caught:
-        prepare([source], here / "corpus", tokenizer)
-    assert agrees(caught.value, message, source), caught.value
-    assert not list(here.iterdir())
+# --- where sources are ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "mistake", ["missing", "directory", "unknown suffix", "empty FASTA", "bad JSON", "truncated gzip"]
-)
-def test_a_mistake_in_a_source_leaves_no_tokenizer_behind(mistake: str, tmp_path: Path) -> None:
-    _, name, content, message = MISTAKES[mistake]
-    source = place(tmp_path / "source", name, content)
-    here = tmp_path / "tokenizers"
-    here.mkdir()
+    ("name", "kind"),
+    [
+        ("x.fasta", "fasta"), ("x.FAA.GZ", "fasta"), ("x.csv.fa.zst", "fasta"), ("a.fasta.d/x.txt", "txt"),
+        ("x.fasta.ndjson.bz2", "jsonl"), ("x.gz.tab", "tsv"), ("x.csv", "csv"), ("x.parquet", "parquet"),
+        ("x.arrow", "arrow"),
+    ],
+)  # fmt: skip
+def test_the_kind_is_told_by_the_end_of_the_name(name: str, kind: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
+    assert find_sources([path], SourceOptions()) == [Source(str(path), kind)]
+    for other in KINDS:
+        assert find_sources([path], SourceOptions(kind=other)) == [Source(str(path), other)]
+
+
+def test_directories_and_patterns_stand_for_their_files_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("b.fasta", "a/z.fa.gz", "a/y.txt", "a/.hidden.fa", ".git/x.fa", "README.md", "c.fasta"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "a" / "loop").symlink_to(tmp_path)
+    monkeypatch.chdir(tmp_path)
+
+    def found(*names: str, **options: str) -> list[str]:
+        return [os.path.relpath(source.name) for source in find_sources(names, SourceOptions(**options))]
+
+    assert found(".") == ["b.fasta", "c.fasta", "a/y.txt", "a/z.fa.gz"]
+    assert found("a") == ["a/y.txt", "a/z.fa.gz"]
+    assert found("*.fasta", "a/*.txt", "b.fasta") == ["b.fasta", "c.fasta", "a/y.txt", "b.fasta"]
+    assert found("a/**/*.gz") == ["a/z.fa.gz"]
+    assert found(".", kind="txt")[:3] == ["README.md", "b.fasta", "c.fasta"]
+
+
+def test_a_name_with_a_star_that_is_a_file_is_that_file(tmp_path: Path) -> None:
+    path = written(tmp_path, "x[1]*.fasta", b">a\nMK\n")
+    written(tmp_path, "x1.fasta", b">b\nMK\n")
+    assert [record.id for record in read_records(path)] == ["a"]
+
+
+def test_a_saved_dataset_is_read_in_its_order(tmp_path: Path) -> None:
+    rows = datasets.Dataset.from_dict({"id": [str(n) for n in range(9)], "text": [f"t{n}" for n in range(9)]})
+    rows.shuffle(seed=1).save_to_disk(tmp_path / "saved", num_shards=3)
+    expected = [(row["id"], row["text"].encode()) for row in datasets.load_from_disk(str(tmp_path / "saved"))]
+    assert [(record.id, record.text) for record in read_records(tmp_path / "saved")] == expected
+    assert expected[0] != ("0", b"t0")
+
+
+def test_a_hub_dataset_is_streamed_by_name_configuration_and_split(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "org" / "name"
+    folder.mkdir(parents=True)
+    for split in ("train", "test"):
+        rows = [{"text": f"{split} {n}", "id": n} for n in range(600)]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    card = [{"config_name": "small", "data_files": [{"split": s, "path": f"{s}.jsonl"} for s in ("train", "test")]}]
+    (folder / "README.md").write_text(f"---\nconfigs: {json.dumps(card)}\n---\n")
+    monkeypatch.chdir(tmp_path)
+    for name, split in (("hf://org/name", "train"), ("hf://org/name:small@test", "test")):
+        found = list(read_records(name))
+        assert found == [Record(str(n), f"{split} {n}".encode(), n + 1) for n in range(600)]
+    with pytest.raises(UserError, match=r"^hf://org/name:large: .*large"):
+        list(read_records("hf://org/name:large"))
+
+
+@pytest.mark.parametrize("suffix", sorted(COMPRESS))
+def test_a_url_is_read_as_a_file_is(suffix: str) -> None:
+    memory = fsspec.filesystem("memory")
+    for number in range(3):
+        memory.pipe(f"/bucket{suffix}/part-{number}.fasta{suffix}", COMPRESS[suffix](b">a\nMK\n>b\nLA\n"))
+    memory.pipe(f"/bucket{suffix}/README", b"no source")
+    one = [Record("a", b"MK", 1), Record("b", b"LA", 3)]
+    assert list(read_records(f"memory://bucket{suffix}/part-1.fasta{suffix}")) == one
+    assert list(read_records(f"memory://bucket{suffix}/part-*.fasta{suffix}")) == one * 3
+    assert list(read_records(f"memory://bucket{suffix}")) == one * 3
+
+
+def test_parquet_is_read_from_a_url() -> None:
+    with fsspec.open("memory://tables/x.parquet", "wb") as file:
+        pq.write_table(pa.table({"text": ["MK"]}), file)
+    assert list(read_records("memory://tables/x.parquet")) == [Record("1", b"MK", 1)]
+
+
+def test_a_web_address_is_read_and_its_query_is_no_ending(tmp_path: Path) -> None:
+    written(tmp_path, "x.fasta.gz", b">a\nMK\n")
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(tmp_path))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        base = f"http://127.0.0.1:{server.server_port}"
+        assert list(read_records(f"{base}/x.fasta.gz")) == [Record("a", b"MK", 1)]
+        assert list(read_records(f"{base}/x.fasta.gz?token=x.txt")) == [Record("a", b"MK", 1)]
+        with pytest.raises(UserError, match=rf"^{base}/y.fasta: no such file; check the address$"):
+            list(read_records(f"{base}/y.fasta"))
+        server.shutdown()
+
+
+@pytest.mark.parametrize("suffix", sorted(COMPRESS))
+def test_a_pipe_is_read_once_however_it_delivers(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"pipe.fasta{suffix}"
+    os.mkfifo(path)
+    content = COMPRESS[suffix](b">a\nMK\n>b\nLA\n")
+
+    def drip() -> None:
+        with path.open("wb", buffering=0) as pipe:
+            for n in range(len(content)):
+                pipe.write(content[n : n + 1])
+
+    writer = threading.Thread(target=drip)
+    writer.start()
+    with cut_at(4):
+        assert list(read_records(path)) == [Record("a", b"MK", 1), Record("b", b"LA", 3)]
+    writer.join()
+
+
+def test_standard_input_is_read_as_the_kind_that_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(gzip.compress(b"id,seq\na,MK\n"))))
+    assert list(read_records("-", SourceOptions(kind="csv"))) == [Record("a", b"MK", 2)]
+
+
+def test_an_address_that_cannot_be_read_to_the_end_is_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    fsspec.filesystem("memory").pipe("/broken/x.fasta", b">a\nMK\n")
+
+    def fail(*_: object) -> bytes:
+        raise RuntimeError("connection\nlost")
+
+    monkeypatch.setattr(fsspec.implementations.memory.MemoryFile, "read", fail)
     with pytest.raises(UserError) as caught:
-        train_tokenizer_file([source], here / "tokenizer.json", 300)
-    assert agrees(caught.value, message, source), caught.value
-    assert not list(here.iterdir())
+        list(read_records("memory://broken/x.fasta"))
+    assert str(caught.value) == "memory://broken/x.fasta: cannot be read (connection lost); try again"
 
 
 def test_a_trained_tokenizer_never_replaces_a_file(tmp_path: Path) -> None:

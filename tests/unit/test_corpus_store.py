@@ -1,6 +1,5 @@
 """The corpus on disk: written whole or not at all, opened without copying, damage told in one line."""
 
-import errno
 import fcntl
 import json
 import os
@@ -10,14 +9,15 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from pretrain.corpus import pieces, shards, store
 from pretrain.corpus import prepare as prepare_module
-from pretrain.corpus import store
 from pretrain.corpus.prepare import open_or_prepare, prepare
-from pretrain.corpus.store import Corpus, is_corpus
+from pretrain.corpus.store import Corpus, is_corpus, verify
 from pretrain.corpus.tokenizer import ProteinTokenizer, train_tokenizer
 from pretrain.errors import UserError
 
@@ -113,13 +113,14 @@ def test_the_same_input_gives_the_same_bytes(corpus: Corpus, fasta: Path, tmp_pa
     assert again.fingerprint == corpus.fingerprint
 
 
-@pytest.mark.parametrize("shard_tokens", [1, 9, 13, 10_000])
+@pytest.mark.parametrize("block_bytes", [1, 40, 10_000])
 def test_several_shards_hold_the_same_sequences_as_one(
-    shard_tokens: int, corpus: Corpus, fasta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    block_bytes: int, corpus: Corpus, fasta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store, "SHARD_TOKENS", shard_tokens)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 1)
+    monkeypatch.setattr(shards, "BLOCK_BYTES", block_bytes)
     cut = prepare([fasta], tmp_path / "cut", ESM)
-    assert len(cut.manifest["shards"]) == {1: 4, 9: 2, 13: 2, 10_000: 1}[shard_tokens]
+    assert len(cut.manifest["shards"]) == {1: 4, 40: 2, 10_000: 1}[block_bytes]
     assert decoded(cut) == PROTEINS
     assert cut.lengths([3, 0, 2, 1, 1]).tolist() == corpus.lengths([3, 0, 2, 1, 1]).tolist()
     assert (cut.num_sequences, cut.num_tokens) == (corpus.num_sequences, corpus.num_tokens)
@@ -198,40 +199,17 @@ def test_a_misspelt_source_shows_before_the_others_are_read(fasta: Path, tmp_pat
     assert message.startswith(f"{tmp_path / 'y.fasta'}: no such file")
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "no space left"), KeyboardInterrupt()])
-def test_a_failure_half_way_leaves_nothing_behind(
-    error: BaseException, fasta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = tmp_path / "corpora" / "corpus"
-    write_shard, shards = store._write_shard, []
-
-    def fail_at_the_third(file: Path, *rest: object) -> None:
-        shards.append(file)
-        write_shard(file, *rest)  # type: ignore[arg-type]
-        if len(shards) == 3:
-            raise error
-
-    monkeypatch.setattr(store, "SHARD_TOKENS", 1)
-    monkeypatch.setattr(store, "_write_shard", fail_at_the_third)
-    with pytest.raises(type(error)):
-        prepare([fasta], out, ESM)
-    assert len(shards) == 3
-    assert not list(out.parent.iterdir())
-    monkeypatch.undo()
-    assert decoded(prepare([fasta], out, ESM)) == PROTEINS
-
-
 def test_a_corpus_appears_at_its_place_only_when_it_is_complete(
     fasta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, write, written = tmp_path / "corpus", store.write_corpus, list[int]()
+    out, finish, written = tmp_path / "corpus", prepare_module._finish, list[int]()
 
     def watched(directory: Path, *rest: object) -> None:
-        write(directory, *rest)  # type: ignore[arg-type]
+        finish(directory, *rest)  # type: ignore[arg-type]
         assert not out.exists()
         written.append(directory.stat().st_ino)
 
-    monkeypatch.setattr(prepare_module, "write_corpus", watched)
+    monkeypatch.setattr(prepare_module, "_finish", watched)
     assert decoded(prepare([fasta], out, ESM)) == PROTEINS
     assert [out.stat().st_ino] == written  # renamed in one act, not copied
     assert {file.name for file in tmp_path.iterdir()} == {"corpus", fasta.name}
@@ -272,7 +250,7 @@ def test_a_corpus_that_appears_in_the_cache_after_the_first_look_is_taken(
     fasta: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = open_or_prepare([fasta], ESM)
-    monkeypatch.setattr(prepare_module, "write_corpus", lambda *_: pytest.fail("prepared again"))
+    monkeypatch.setattr(prepare_module, "make_shards", lambda *_: pytest.fail("prepared again"))
     answers = iter([False, False])  # for the source, and for the cache
     monkeypatch.setattr(prepare_module, "is_corpus", lambda path: next(answers, None) is None and is_corpus(path))
     assert open_or_prepare([fasta], ESM).path == first.path
@@ -295,7 +273,7 @@ def test_a_corpus_that_another_process_finished_in_the_meantime_is_taken(
     def late(*arguments: int) -> None:
         monkeypatch.setattr(fcntl, "flock", lock)
         prepare([fasta], out, ESM)
-        monkeypatch.setattr(prepare_module, "write_corpus", lambda *_: pytest.fail("prepared again"))
+        monkeypatch.setattr(prepare_module, "make_shards", lambda *_: pytest.fail("prepared again"))
         lock(*arguments)
 
     monkeypatch.setattr(fcntl, "flock", late)
@@ -315,16 +293,16 @@ def test_a_lock_file_that_its_holder_removed_protects_nothing(
             removed.append((tmp_path / ".corpus.lock").unlink())
 
     held = []
-    write = store.write_corpus
+    make_shards = shards.make_shards
 
-    def watched(*arguments: object) -> None:
+    def watched(*arguments: Any) -> list[shards.Part]:
         with (tmp_path / ".corpus.lock").open("w") as other, pytest.raises(BlockingIOError):
             lock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
         held.append(True)
-        write(*arguments)  # type: ignore[arg-type]
+        return make_shards(*arguments)
 
     monkeypatch.setattr(fcntl, "flock", removed_meanwhile)
-    monkeypatch.setattr(prepare_module, "write_corpus", watched)
+    monkeypatch.setattr(prepare_module, "make_shards", watched)
     prepare([fasta], tmp_path / "corpus", ESM)
     assert held
 
@@ -337,7 +315,7 @@ def test_a_source_is_prepared_once_for_each_content(cache: Path, fasta: Path, mo
     assert first.path.parent == cache
     moved = fasta.rename(fasta.with_name("renamed.fasta"))
     with monkeypatch.context() as patched:
-        patched.setattr(prepare_module, "write_corpus", lambda *_: pytest.fail("prepared again"))
+        patched.setattr(prepare_module, "make_shards", lambda *_: pytest.fail("prepared again"))
         assert open_or_prepare([moved], ESM).path == first.path
     moved.write_text(">a\nMKW\n")
     assert decoded(open_or_prepare([moved], ESM)) == {"a": "MKW"}
@@ -382,24 +360,30 @@ def test_a_corpus_made_with_another_tokenizer_is_refused(corpus: Corpus) -> None
     )
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("nowhere", "{path}: no such file; give a source file, or a corpus made by `pretrain prepare`"),
-        ("folder", "{path}: is a directory; name the files in it, or a single corpus made by `pretrain prepare`"),
-    ],
-)
-def test_a_source_that_is_no_file_is_refused(name: str, message: str, cache: Path, tmp_path: Path) -> None:
-    (tmp_path / "folder").mkdir()
-    assert quiet_mistake(lambda: open_or_prepare([tmp_path / name], ESM)) == message.format(path=tmp_path / name)
+def test_a_source_that_is_not_there_is_refused(cache: Path, tmp_path: Path) -> None:
+    path = tmp_path / "nowhere"
+    message = f"{path}: no such file; give a source file, or a corpus made by `pretrain prepare`"
+    assert quiet_mistake(lambda: open_or_prepare([path], ESM)) == message
     assert not cache.exists()
+
+
+def test_what_can_be_read_only_once_is_not_prepared_into_the_cache(cache: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.fasta")
+    for name in (str(tmp_path / "x.fasta"), "hf://org/name"):
+        assert quiet_mistake(lambda name=name: open_or_prepare([name], ESM)) == (
+            f"{name}: only files are prepared into the cache; run `pretrain prepare '{name}' --out DIR` once, and give "
+            "DIR"
+        )
+    assert not cache.exists()
+
+
+def test_a_directory_in_the_cache_is_its_files(cache: Path, fasta: Path) -> None:
+    assert open_or_prepare([fasta.parent], ESM).path == open_or_prepare([fasta], ESM).path
 
 
 def test_a_corpus_among_sources_is_refused(corpus: Corpus, fasta: Path, cache: Path) -> None:
     message = quiet_mistake(lambda: open_or_prepare([fasta, corpus.path], ESM))
-    assert (
-        message == f"{corpus.path}: is a directory; name the files in it, or a single corpus made by `pretrain prepare`"
-    )
+    assert message == f"{corpus.path}: is a prepared corpus; it stands alone, and cannot be a source"
 
 
 # --- damage -----------------------------------------------------------------------------------------------------------
@@ -440,6 +424,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "another manifest": (overwrite(MANIFEST, lambda _: b"{}"), damaged("KeyError: 'format_version'")),
     "a list": (overwrite(MANIFEST, lambda _: b"[]"), damaged("TypeError: …")),
     "another format": (edit(format_version=2), f"{{path}}: corpus format 2, this version reads 1; {AGAIN}"),
+    "a shard elsewhere": (
+        edit(shards=[{"file": "../x", "num_sequences": 4}]),
+        f"{{path}}: {MANIFEST} names the shard '../x', outside of the corpus; {AGAIN}",
+    ),
+    "a shard of no name": (edit(shards=[{"num_sequences": 4}]), damaged("KeyError: 'file'")),
     "another count": (
         edit(num_sequences=5), f"{{path}}: the shards do not hold the sequences that manifest.json counts; {AGAIN}"
     ),
@@ -474,3 +463,48 @@ def test_only_a_directory_with_a_manifest_is_a_corpus(corpus: Corpus, fasta: Pat
     assert not is_corpus(fasta)
     assert not is_corpus(tmp_path)
     assert not is_corpus(tmp_path / "nowhere")
+
+
+# --- verifying --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def four_shards(fasta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 1)
+    monkeypatch.setattr(shards, "BLOCK_BYTES", 1)
+    return prepare([fasta], tmp_path / "four", ESM).path
+
+
+def test_an_intact_corpus_is_verified(four_shards: Path) -> None:
+    assert verify(four_shards) == 4
+
+
+def test_a_corpus_of_the_first_version_still_opens_and_verifies(four_shards: Path) -> None:
+    manifest = json.loads((four_shards / MANIFEST).read_text())
+    del manifest["prepared"]
+    (four_shards / MANIFEST).write_text(json.dumps(manifest))
+    assert verify(four_shards) == 4
+    assert decoded(Corpus(four_shards)) == PROTEINS
+    assert Corpus(four_shards).skipped == {}
+
+
+def test_broken_shards_are_named(four_shards: Path) -> None:
+    (four_shards / "shard-00003.arrow").unlink()
+    content = bytearray((four_shards / "shard-00001.arrow").read_bytes())
+    content[len(content) // 2] ^= 1
+    (four_shards / "shard-00001.arrow").write_bytes(content)
+    assert quiet_mistake(lambda: verify(four_shards)) == (
+        f"{four_shards}: 2 of 4 shards broken: shard-00001.arrow (another content), shard-00003.arrow (missing); copy "
+        "the corpus again, or prepare it again"
+    )
+
+
+def test_a_manifest_edited_by_hand_is_noticed(four_shards: Path) -> None:
+    manifest = json.loads((four_shards / MANIFEST).read_text())
+    del manifest["shards"][2]
+    (four_shards / MANIFEST).write_text(json.dumps(manifest))
+    assert re.fullmatch(
+        rf"{four_shards}: {MANIFEST} was changed: its fingerprint is \w+, that of its shards \w+; restore it, or "
+        "prepare it again",
+        quiet_mistake(lambda: verify(four_shards)),
+    )

@@ -1,0 +1,255 @@
+"""Sources to pieces: cut in order and cheaply, each piece a few megabytes that begin and end with a record.
+
+Parsing a piece is then a pure function (`readers`), so any process may do it. Where a source is cut depends on its
+content only.
+"""
+
+import csv
+import io
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pretrain.corpus.sources import Source, SourceOptions, Stream, open_hub, open_raw
+from pretrain.errors import UserError
+
+PIECE_BYTES = 2**24
+"""A piece is cut when a source has given this many bytes, at the last record that ends in them."""
+
+MAX_RECORD_BYTES = 2**26
+"""A longer record may be refused: such a line is damage, or a bomb."""
+
+TEXT_COLUMNS = ("text", "sequence", "seq", "content")
+ID_COLUMNS = ("id",)
+_ROWS = 256
+
+
+class Piece(NamedTuple):
+    """Whole records of a source, unparsed.
+
+    Attributes:
+        source: Where they are from.
+        data: Bytes of the source; of a table, an Arrow stream with its two columns. Empty says that the source is.
+        line: The number of the first line or row.
+        columns: Of CSV and TSV, the header.
+        position: Bytes of the source read up to here, for a progress bar.
+    """
+
+    source: Source
+    data: bytes
+    line: int
+    columns: tuple[str, ...]
+    position: int
+
+    def where(self, line: int) -> str:
+        """A place in the source, as messages name it."""
+        return f"{self.source}:{line}" if line else str(self.source)
+
+
+def cut(source: Source, options: SourceOptions) -> Iterator[Piece]:
+    """A source's pieces, in order, read once from begin to end.
+
+    Raises:
+        UserError: If the source cannot be read or decompressed, lacks a column, or has a record without end.
+    """
+    cutter = _cut_table if source.kind in _TABLES else _cut_bytes
+    empty = True
+    for piece in cutter(source, options):
+        empty = empty and piece.data.isspace()
+        yield piece
+    if empty:
+        yield Piece(source, b"", 0, (), 0)
+
+
+def _cut_bytes(source: Source, options: SourceOptions) -> Iterator[Piece]:
+    last_end = _LAST_END[options.document if source.kind == "txt" else source.kind]
+    with Stream(source) as stream:
+        line, columns = 1, tuple[str, ...]()
+        if source.kind in ("csv", "tsv"):
+            header = stream.first_line()
+            if not header.strip() and not stream.peek(1):
+                return
+            columns = _header(source, header)
+            find_column(source, columns, options.text_column, TEXT_COLUMNS)  # a wrong name shows at once
+            line = 2
+        data, wanted = b"", PIECE_BYTES
+        while True:
+            data += stream.read(wanted - len(data))
+            ended = len(data) < wanted
+            end = len(data) if ended else last_end(data)
+            if end:
+                yield Piece(source, data[:end], line, columns, stream.position)
+                line += data.count(b"\n", 0, end)
+                if source.kind == "fasta":  # where a lone carriage return ends a line, too
+                    line += data.count(b"\r", 0, end) - data.count(b"\r\n", 0, end)
+                data = data[end:]
+            elif len(data) > MAX_RECORD_BYTES:
+                raise UserError(
+                    f"{source}:{line}: here begins a record of more than {MAX_RECORD_BYTES:,} bytes; split it, or "
+                    "check that the source is what its name or --kind says"
+                )
+            if ended:
+                return
+            wanted = len(data) + PIECE_BYTES if end else 2 * len(data)
+
+
+def _last_fasta_end(data: bytes) -> int:
+    return data.rfind(b"\n>") + 1
+
+
+def _last_line_end(data: bytes) -> int:
+    return data.rfind(b"\n") + 1
+
+
+def _last_paragraph_end(data: bytes) -> int:
+    return max((end + len(mark) for mark in (b"\n\n", b"\n\r\n") if (end := data.rfind(mark)) >= 0), default=0)
+
+
+def _no_end(data: bytes) -> int:
+    return 0
+
+
+def _last_csv_end(data: bytes) -> int:
+    end = data.rfind(b"\n")
+    if end >= 0 and data.count(b'"', 0, end) % 2:  # within a quoted field: go back before its opening quote
+        end = data.rfind(b"\n", 0, data.rfind(b'"', 0, end))
+    return end + 1
+
+
+_LAST_END: dict[str, Callable[[bytes], int]] = {
+    "fasta": _last_fasta_end,
+    "line": _last_line_end,
+    "paragraph": _last_paragraph_end,
+    "file": _no_end,
+    "jsonl": _last_line_end,
+    "csv": _last_csv_end,
+    "tsv": _last_line_end,
+}
+
+
+def _header(source: Source, line: bytes) -> tuple[str, ...]:
+    text = line.decode("utf-8", "replace").rstrip("\r")
+    if source.kind == "tsv":
+        return tuple(text.split("\t"))
+    return tuple(next(csv.reader([text]), ()))
+
+
+def find_column(source: Source, columns: Sequence[str], wanted: str | None, usual: Sequence[str]) -> str | None:
+    """The column wanted, or the first usual one that there is, in upper or lower case."""
+    shown = ", ".join(repr(column) for column in columns[:20]) + (", ..." if len(columns) > 20 else "")
+    if wanted is not None:
+        if wanted not in columns:
+            raise UserError(f"{source}: no column '{wanted}'; its columns are {shown}")
+        return wanted
+    by_lower = {column.lower(): column for column in reversed(columns)}
+    found = next((by_lower[name] for name in usual if name in by_lower), None)
+    if found is None and usual is TEXT_COLUMNS:
+        raise UserError(
+            f"{source}: no column {' or '.join(usual)}; its columns are {shown}; name one with --text_column"
+        )
+    return found
+
+
+def _cut_table(source: Source, options: SourceOptions) -> Iterator[Piece]:
+    first = row = 1
+    waiting: list[pa.RecordBatch] = []
+    size = position = 0
+
+    try:
+        for table, position in _TABLES[source.kind](source, options):
+            for start in range(0, table.num_rows, _ROWS):
+                waiting.append(_two_columns(source, table.slice(start, _ROWS), options))
+                row += waiting[-1].num_rows
+                size += waiting[-1].nbytes
+                if size >= PIECE_BYTES:
+                    yield Piece(source, _serialise(waiting), first, (), position)
+                    waiting.clear()
+                    first, size = row, 0
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        said = " ".join(str(error).split())[:200]
+        raise UserError(f"{source}: damaged {source.kind} data ({said}); fetch or write the file again") from error
+    if waiting:
+        yield Piece(source, _serialise(waiting), first, (), position)
+
+
+def _serialise(batches: list[pa.RecordBatch]) -> bytes:
+    sink = io.BytesIO()
+    with pa.ipc.new_stream(sink, batches[0].schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+    return sink.getvalue()
+
+
+def _two_columns(source: Source, table: Any, options: SourceOptions) -> pa.RecordBatch:
+    names = table.schema.names
+    text = find_column(source, names, options.text_column, TEXT_COLUMNS)
+    name = find_column(source, names, options.id_column, ID_COLUMNS)
+    columns = {}
+    for label, column, target in (("text", text, pa.large_binary()), ("id", name, pa.large_string())):
+        if column is None:
+            continue
+        values = table.column(column)
+        plain = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
+        fits = pa.types.is_string(plain) or pa.types.is_large_string(plain) or pa.types.is_string_view(plain)
+        fits = fits or (pa.types.is_binary(plain) or pa.types.is_large_binary(plain) if label == "text" else False)
+        if not fits and not (label == "id" and pa.types.is_integer(plain)):
+            allowed = "strings" if label == "text" else "strings or integers"
+            raise UserError(f"{source}: column '{column}' holds {values.type}; {allowed} are needed; name another")
+        if isinstance(values, pa.ChunkedArray):
+            values = values.combine_chunks()
+        columns[label] = values.cast(plain).cast(target)
+    return pa.record_batch(columns)
+
+
+def _parquet_tables(source: Source, options: SourceOptions) -> Iterator[tuple[Any, int]]:
+    with open_raw(source) as file:
+        if not file.seekable():
+            raise UserError(f"{source}: Parquet cannot be read from a pipe; give a file")
+        size = file.seek(0, io.SEEK_END)
+        if not size:
+            return
+        parquet = pq.ParquetFile(file)
+        names = parquet.schema_arrow.names
+        text = find_column(source, names, options.text_column, TEXT_COLUMNS)
+        name = find_column(source, names, options.id_column, ID_COLUMNS)
+        rows = 0
+        for batch in parquet.iter_batches(_ROWS, columns=[column for column in (text, name) if column is not None]):
+            rows += batch.num_rows
+            yield batch, size * rows // parquet.metadata.num_rows
+
+
+def _arrow_tables(source: Source, options: SourceOptions) -> Iterator[tuple[Any, int]]:
+    with Stream(source) as stream:
+        head = stream.peek(8)
+        if not head:
+            return
+        mapped = source.is_regular_file and not stream.compression  # a batch may be larger than memory
+        file = pa.memory_map(source.name) if mapped else pa.PythonFile(stream, mode="r")
+        if head.startswith(b"ARROW1"):  # the file format is the stream format behind eight bytes
+            file.read(8)
+        for batch in pa.ipc.open_stream(file):
+            yield batch, file.tell() if mapped else stream.position
+
+
+def _hub_tables(source: Source, options: SourceOptions) -> Iterator[tuple[Any, int]]:
+    rows = open_hub(source).with_format("arrow").iter(batch_size=_ROWS)
+    while True:
+        try:
+            table = next(rows, None)
+        except Exception as error:  # `datasets` and what it reads with have exceptions of their own
+            said = " ".join(str(error).split())[:200]
+            raise UserError(f"{source}: cannot be read ({said}); try again") from error
+        if table is None:
+            return
+        yield table, 0
+
+
+_TABLES: dict[str, Callable[[Source, SourceOptions], Iterator[tuple[Any, int]]]] = {
+    "parquet": _parquet_tables,
+    "arrow": _arrow_tables,
+    "hub": _hub_tables,
+}

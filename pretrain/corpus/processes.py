@@ -1,0 +1,83 @@
+"""A function over many tasks, on all cores: in order, few tasks in memory, and no process that outlives its parent."""
+
+import itertools
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
+
+import pyarrow as pa
+
+from pretrain.errors import UserError
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+_function: Callable[[Any], Any]
+
+
+def in_processes(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[Result]:
+    """``map`` over processes: results in the order of the tasks, which are taken only as fast as they are done.
+
+    A single task is done in this process: small sources are not worth another.
+
+    Raises:
+        UserError: If a worker was killed, or making a task or the function raises it; the first in the tasks' order.
+    """
+    rest: Iterator[Task | UserError] = _to_first_error(tasks)
+    first = list(itertools.islice(rest, 2))
+    if workers == 1 or len(first) < 2:
+        for task in itertools.chain(first, rest):
+            if isinstance(task, UserError):
+                raise task
+            yield function(task)
+        return
+    # Forked, as PyTorch's loader workers are: the tokenizer is there, and a user's script needs no guard around main.
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _start, (function,))
+    waiting: deque[Future[Result]] = deque()
+    try:
+        for task in itertools.chain(first, rest):
+            waiting.append(pool.submit(_apply, task))
+            if len(waiting) > workers + 1:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a worker process was killed, perhaps for want of memory; give the same command again, with fewer --workers"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _to_first_error(tasks: Iterable[Task]) -> Iterator[Task | UserError]:
+    """The tasks and, where making one fails, the error as the last: so that an error in an earlier task comes first."""
+    try:
+        yield from tasks
+    except UserError as error:
+        yield error
+
+
+def _start(function: Callable[[Any], Any]) -> None:
+    global _function
+    _function = function
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent's answer is enough
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    pa.set_cpu_count(1)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent:
+        parent.join()  # returns when the parent has ended, however it did
+        os._exit(1)
+
+
+def _apply(task: Any) -> Any:
+    if isinstance(task, UserError):
+        raise task
+    return _function(task)

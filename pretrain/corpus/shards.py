@@ -1,0 +1,319 @@
+"""Pieces to shards, on all cores and in parts that outlive a killed process.
+
+A *part* is one block of pieces and the shard that is made of it: a function of the block's bytes and the settings, and
+of nothing else. So the result is the same for any number of processes, and a part that is there already is good if
+the block's checksum and the shard's are those in the journal.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from pretrain.corpus.pieces import Piece, cut
+from pretrain.corpus.processes import in_processes
+from pretrain.corpus.readers import Flaw, parse
+from pretrain.corpus.sources import Source, SourceOptions
+from pretrain.corpus.store import FORMAT_VERSION, file_checksum, open_shard, write_rows, write_shard
+from pretrain.corpus.tokenizer import InvalidSymbolError, Tokenizer
+from pretrain.errors import UserError
+
+BLOCK_BYTES = 2**25
+"""A block, and so a shard, is at least this many bytes of a source, or what is left: a process holds a few of them."""
+
+JOURNAL = "journal.jsonl"
+
+
+@dataclass(frozen=True)
+class Filters:
+    """Which records are kept; the others are counted.
+
+    Attributes:
+        min_length: Shorter sequences are left out; in tokens, ``<cls>`` and ``<eos>`` included.
+        max_length: Longer ones are.
+        deduplicate: Keep the first of those that have the same tokens. Needs about 50 bytes of memory a sequence.
+        skip_bad: Skip records that cannot be read or have no token, and list them; otherwise the first one is an error.
+
+    Raises:
+        UserError: If no length is left.
+    """
+
+    min_length: int | None = None
+    max_length: int | None = None
+    deduplicate: bool = False
+    skip_bad: bool = False
+
+    def __post_init__(self) -> None:
+        shortest, longest = self.min_length or 0, self.max_length
+        if shortest < 0 or (longest is not None and longest < max(shortest, 1)):
+            raise UserError(
+                f"lengths from {self.min_length} to {longest} leave nothing; give 0 <= min <= max, max >= 1"
+            )
+
+
+class Part(NamedTuple):
+    """One block of the sources and the shard that was made of it."""
+
+    number: int
+    input: str
+    """Checksum of the block."""
+    file: str | None
+    """The shard; None if nothing in the block is kept."""
+    num_sequences: int
+    num_tokens: int
+    sha256: str
+    skipped: dict[str, int]
+    """Records left out, by the reason: ``short``, ``long``, ``bad``, ``duplicate``."""
+
+
+class _Job(NamedTuple):
+    directory: Path
+    tokenizer: Tokenizer
+    options: SourceOptions
+    filters: Filters
+
+
+class _Block(NamedTuple):
+    number: int
+    pieces: list[Piece]
+    previous: Part | None
+
+
+class Journal:
+    """The parts that are finished, one line each, in the directory where they are made.
+
+    Args:
+        directory: That directory; emptied of what was made with other settings.
+        settings: All that the parts depend on besides the sources.
+    """
+
+    def __init__(self, directory: Path, settings: dict[str, Any]) -> None:
+        self._path = directory / JOURNAL
+        self.parts: dict[int, Part] = {}
+        head = json.dumps(settings)
+        lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.is_file() else []
+        if lines[:1] == [head]:
+            for line in lines[1:]:
+                try:
+                    part = Part(**json.loads(line))
+                except (ValueError, TypeError):  # the line that was being written when the process was killed
+                    break
+                self.parts[part.number] = part
+        else:
+            for file in directory.iterdir():
+                file.unlink()
+        self._path.write_text("".join(f"{line}\n" for line in [head, *map(_line, self.parts.values())]))
+
+    def add(self, part: Part) -> None:
+        """Write down a finished part."""
+        self.parts[part.number] = part
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(f"{_line(part)}\n")
+
+
+def _line(part: Part) -> str:
+    return json.dumps(part._asdict())
+
+
+def make_shards(
+    sources: Sequence[Source],
+    directory: Path,
+    tokenizer: Tokenizer,
+    options: SourceOptions,
+    filters: Filters,
+    workers: int,
+) -> list[Part]:
+    """Tokenise sources into shards in ``directory``, continuing what an earlier call left there.
+
+    Args:
+        sources: What to read, in this order.
+        directory: Where to write; its content is this function's own.
+        tokenizer: What makes the ids.
+        options: How the sources are read.
+        filters: Which sequences are kept.
+        workers: Processes; the result does not depend on it.
+
+    Raises:
+        UserError: If a source is unreadable or, unless they are skipped, holds a bad record.
+        OSError: If the disk is full; names the file.
+    """
+    settings = {
+        "format_version": FORMAT_VERSION,
+        "tokenizer": tokenizer.fingerprint,
+        "block_bytes": BLOCK_BYTES,
+        **asdict(options),
+        **asdict(filters),
+    }
+    journal = Journal(directory, settings)
+    job = _Job(directory, tokenizer, options, filters)
+    sizes = [os.path.getsize(source.name) for source in sources if source.is_regular_file]
+    bar = tqdm(
+        total=sum(sizes) if len(sizes) == len(sources) else None,
+        desc="preparing",
+        unit="B",
+        unit_scale=True,
+        disable=not sys.stderr.isatty(),
+    )
+    ends: deque[int] = deque()
+
+    def blocks() -> Iterator[_Block]:
+        for number, (pieces, end) in enumerate(_blocks(sources, options)):
+            ends.append(end)
+            yield _Block(number, pieces, journal.parts.get(number))
+
+    parts = []
+    with bar:
+        begin, sequences = time.monotonic(), 0
+        for part in in_processes(partial(_make_part, job), blocks(), workers):
+            if part != journal.parts.get(part.number):
+                journal.add(part)
+            parts.append(part)
+            sequences += part.num_sequences + sum(part.skipped.values())
+            bar.set_postfix_str(f"{sequences / (time.monotonic() - begin):,.0f} sequences/s", refresh=False)
+            bar.update(ends.popleft() - bar.n)
+    if filters.deduplicate:
+        parts = _deduplicate(job, parts, journal, workers)
+    return parts
+
+
+def _blocks(sources: Sequence[Source], options: SourceOptions) -> Iterator[tuple[list[Piece], int]]:
+    """Blocks of pieces, each with the bytes of all sources read up to its end."""
+    pieces: list[Piece] = []
+    size = before = end = 0
+    try:
+        for source in sources:
+            for piece in cut(source, options):
+                pieces.append(piece)
+                size, end = size + len(piece.data), before + piece.position
+                if size >= BLOCK_BYTES:
+                    yield pieces, end
+                    pieces, size = [], 0
+            before = end
+    except UserError:  # what may be wrong before that place is to be told first
+        if pieces:
+            yield pieces, end
+        raise
+    if pieces:
+        yield pieces, end
+
+
+def _make_part(job: _Job, block: _Block) -> Part:
+    checksum = _checksum(block.pieces)
+    if block.previous and block.previous.input == checksum and _is_intact(job.directory, block.previous):
+        return block.previous
+    ids: list[str] = []
+    tokens: list[NDArray[np.unsignedinteger]] = []
+    report: list[str] = []
+    skipped: Counter[str] = Counter()
+    shortest, longest = job.filters.min_length or 0, job.filters.max_length or sys.maxsize
+    for piece in block.pieces:
+        for item in parse(piece, job.options):
+            if not isinstance(item, Flaw):
+                try:
+                    encoded = job.tokenizer.encode(item.text)
+                except InvalidSymbolError as error:
+                    item = Flaw(
+                        item.line,
+                        f"record '{item.id}' has {error.symbol} at position {error.position}; allowed: "
+                        f"{error.allowed}; correct or remove it",
+                    )
+            if isinstance(item, Flaw):
+                if not job.filters.skip_bad:
+                    raise UserError(f"{piece.where(item.line)}: {item.reason}")
+                skipped["bad"] += 1
+                report.append(f"{piece.source}\t{item.line or ''}\t{' '.join(item.reason.split())}\n")
+            elif len(encoded) < shortest:
+                skipped["short"] += 1
+            elif len(encoded) > longest:
+                skipped["long"] += 1
+            else:
+                ids.append(item.id)
+                tokens.append(encoded)
+    if report:
+        report_file(job.directory, block.number).write_text("".join(report), encoding="utf-8")
+    if not ids:
+        return Part(block.number, checksum, None, 0, 0, "", dict(skipped))
+    file = job.directory / f"shard-{block.number:05d}.arrow"
+    sha256 = write_shard(file, ids, tokens, job.tokenizer.dtype)
+    num_tokens = sum(map(len, tokens))
+    return Part(block.number, checksum, file.name, len(ids), num_tokens, sha256, dict(skipped))
+
+
+def report_file(directory: Path, number: int) -> Path:
+    """Where the bad records of a part are listed, if it has any."""
+    return directory / f"skipped-{number:05d}.tsv"
+
+
+def _checksum(pieces: Sequence[Piece]) -> str:
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(json.dumps([*piece.source, piece.line, piece.columns, len(piece.data)]).encode())
+        digest.update(piece.data)
+    return digest.hexdigest()
+
+
+def _is_intact(directory: Path, part: Part) -> bool:
+    if part.skipped.get("bad") and not report_file(directory, part.number).is_file():
+        return False
+    file = directory / part.file if part.file else None
+    return file is None or (file.is_file() and file_checksum(file) == part.sha256)
+
+
+# --- duplicates -------------------------------------------------------------------------------------------------------
+
+
+def _deduplicate(job: _Job, parts: list[Part], journal: Journal, workers: int) -> list[Part]:
+    """Take out of the shards what an earlier sequence repeats.
+
+    Shards that have been through this already stay as they are, so it may be killed and repeated at any point.
+    """
+    full = [part for part in parts if part.file]
+    hashes = list(in_processes(partial(_hash_sequences, job.directory), full, workers))
+    kept = _is_first(np.concatenate(hashes)) if hashes else np.zeros(0, np.bool_)
+    keeps = np.split(kept, np.cumsum([len(part) for part in hashes])[:-1])
+    unique = {part.number: part for part in parts}
+    repeated = [(part, keep) for part, keep in zip(full, keeps, strict=True) if not keep.all()]
+    for part in in_processes(partial(_take_out, job.directory), repeated, workers):
+        journal.add(part)
+        unique[part.number] = part
+    return list(unique.values())
+
+
+def _hash_sequences(directory: Path, part: Part) -> NDArray[np.uint64]:
+    """A hash of 128 bits for each sequence of a shard: two equal ones of different sequences are not to be expected."""
+    shard = open_shard(directory / (part.file or ""))
+    tokens = shard.tokens.view(np.uint8).data
+    bounds = (shard.offsets * shard.tokens.itemsize).tolist()
+    digests = [hashlib.blake2b(tokens[a:b], digest_size=16).digest() for a, b in itertools.pairwise(bounds)]
+    return np.frombuffer(b"".join(digests), np.uint64).reshape(-1, 2)
+
+
+def _is_first(hashes: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    order = np.lexsort((hashes[:, 1], hashes[:, 0]))  # stable: of equal ones the first in the corpus comes first
+    first = np.ones(len(hashes), np.bool_)
+    first[order[1:]] = (hashes[order[1:]] != hashes[order[:-1]]).any(axis=1)
+    return first
+
+
+def _take_out(directory: Path, task: tuple[Part, NDArray[np.bool_]]) -> Part:
+    part, keep = task
+    file = directory / (part.file or "")
+    skipped = {**part.skipped, "duplicate": part.skipped.get("duplicate", 0) + int((~keep).sum())}
+    if not keep.any():
+        file.unlink()
+        return part._replace(file=None, num_sequences=0, num_tokens=0, sha256="", skipped=skipped)
+    sha256 = write_rows(file, keep)
+    num_tokens = len(open_shard(file).tokens)
+    return part._replace(num_sequences=int(keep.sum()), num_tokens=num_tokens, sha256=sha256, skipped=skipped)
