@@ -14,7 +14,7 @@ from pretrain.downstream.export import new_directory, refuse_existing, verify, w
 from pretrain.errors import UserError
 from pretrain.model.config import BERT_SIZES, ESM2_SIZES, EncoderConfig
 from pretrain.model.encoder import Encoder
-from pretrain.model.hf import from_hf_config, published_names, to_hf
+from pretrain.model.hf import DECODER, from_hf_config, published_names, to_hf
 from pretrain.train.pretrained import CONFIG, INDEX, load_tensors, read_config, read_json, read_tensors
 
 OVERLAY = "fit.yaml"
@@ -55,7 +55,7 @@ def import_model(source: str, out: Path, seed: int = 0) -> str:
     left_out = _modules(tensors.keys() - fresh.keys())
     headless = not any(name.startswith(_HEAD) for name in tensors)
     if headless:
-        tensors |= {name: tensor for name, tensor in fresh.items() if name.startswith(_HEAD) and name not in tensors}
+        tensors |= {name: tensor for name, tensor in fresh.items() if name.startswith(_HEAD) and name != DECODER}
     load_tensors(encoder, tensors, directory)
     encoder.eval()
 
@@ -128,8 +128,8 @@ def _check_special_tokens(directory: Path, config: EncoderConfig, tokenizer: Tok
     for name in ("vocab_size", "pad_token_id", "mask_token_id"):
         if (theirs := getattr(config, name)) != (ours := getattr(tokenizer, name)):
             raise UserError(
-                f"{directory}: {CONFIG} has {name} {theirs}, its tokenizer {ours}; give the tokenizer that the model was "
-                "trained with"
+                f"{directory}: {CONFIG} has {name} {theirs}, its tokenizer {ours}; give the tokenizer that the model "
+                "was trained with"
             )
     for file in _SPECIAL_TOKENS:
         settings = read_json(directory / file) if (directory / file).is_file() else {}

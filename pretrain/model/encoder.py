@@ -138,6 +138,7 @@ class Encoder(nn.Module):
         lengths = cu_seqlens.diff().tolist()
         hidden_states, attentions = [hidden], []
         for block in self.blocks:
+            assert isinstance(block, Block)
             hidden, maps = block.trace(hidden, rotation, lengths)
             hidden_states.append(hidden)
             attentions.append(maps)
@@ -173,7 +174,7 @@ class Encoder(nn.Module):
 
 @dataclass(frozen=True)
 class Trace:
-    """What an encoder computed on its way, laid out as transformers' ``output_hidden_states`` and ``output_attentions``.
+    """What an encoder computed on its way: transformers' ``output_hidden_states`` and ``output_attentions``, unpadded.
 
     Attributes:
         hidden_states: The embedding and every block's output, [T, D] each, so one more than there are blocks; the last

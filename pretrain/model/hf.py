@@ -27,7 +27,8 @@ _BLOCK_NAMES = {
     "ffn_in": "intermediate.dense",
     "ffn_out": "output.dense",
 }
-_DECODER = "lm_head.decoder.weight"
+DECODER = "lm_head.decoder.weight"
+"""The head's output matrix: the embedding, under a second name."""
 _QKV = ("query", "key", "value")
 _OLDER_NAMES = {
     r"^esm\.encoder\.layer\.[0*]\.attention\.self\.rotary_embeddings\.inv_freq$": _NAMES["inv_freq"],
@@ -100,7 +101,7 @@ def to_hf(state: dict[str, Tensor]) -> dict[str, Tensor]:
                 renamed[f"{prefix}.attention.self.{part}.{kind}"] = piece.contiguous()
         else:
             renamed[f"{prefix}.{_BLOCK_NAMES[module]}.{kind}"] = tensor
-    renamed[_DECODER] = renamed[_NAMES["embedding.weight"]]
+    renamed[DECODER] = renamed[_NAMES["embedding.weight"]]
     return renamed
 
 
@@ -129,9 +130,9 @@ def from_hf(state: dict[str, Tensor], config: EncoderConfig) -> dict[str, Tensor
         UserError: If a tensor is missing, or one has no place in an encoder of this config.
     """
     state = published_names(state)
-    embedding, decoder = state.get(_NAMES["embedding.weight"]), state.get(_DECODER)
+    embedding, decoder = state.get(_NAMES["embedding.weight"]), state.get(DECODER)
     if decoder is not None and embedding is not None and not torch.equal(decoder, embedding):
-        raise UserError(f"the model's {_DECODER} differs from its embedding; only tied models can be read")
+        raise UserError(f"the model's {DECODER} differs from its embedding; only tied models can be read")
     layer_names = re.compile(r"esm\.encoder\.layer\.(\d+)\.")
     deepest = max((int(match[1]) for name in state if (match := layer_names.match(name))), default=0)
     if deepest >= config.num_hidden_layers:

@@ -58,6 +58,7 @@ class MLMModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.encoder = Encoder(encoder)
+        self.initialized_from = initialize_from
         if initialize_from is not None:
             load_initial_weights(self.encoder, Path(initialize_from))
         self.encoder.activation_checkpointing = activation_checkpointing
