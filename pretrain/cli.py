@@ -99,6 +99,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--verify", action="store_true", help="compare a corpus's shards with their checksums")
     command.set_defaults(command=_inspect)
 
+    command = commands.add_parser("import", help="bring a transformers ESM-2 model, to train it further")
+    command.add_argument("source", metavar="DIR_OR_HUB_NAME", help="what save_pretrained wrote, or a name on the Hub")
+    command.add_argument("--out", required=True, type=Path, metavar="DIR", help="the directory to write")
+    command.add_argument("--seed", type=int, default=0, help="of the masked-LM head, if it has none (default 0)")
+    command.set_defaults(command=_import)
+
     command = commands.add_parser("export", help="write a directory that transformers loads")
     command.add_argument("run", type=Path, metavar="RUN", help="a run, or one of its checkpoints")
     command.add_argument("--out", required=True, type=Path, metavar="DIR", help="the directory to write")
@@ -140,6 +146,13 @@ def _inspect(options: argparse.Namespace) -> int:
     from pretrain.downstream.inspect import inspect
 
     print(inspect(options.path, options.picture, options.verify))
+    return 0
+
+
+def _import(options: argparse.Namespace) -> int:
+    from pretrain.downstream.import_model import import_model
+
+    print(import_model(options.source, options.out, options.seed))
     return 0
 
 

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +31,7 @@ def export(run: Path, out: Path) -> str:
     Raises:
         UserError: If ``out`` exists, or ``run`` is no run.
     """
-    if out.exists():
-        raise UserError(f"{out}: exists already; choose another directory, or remove it first")
+    refuse_existing(out)
     checkpoint = checkpoint_of(run)
     home = run if run.is_dir() else run.absolute().parent.parent
     if not (home / CONFIG).is_file():
@@ -40,24 +41,37 @@ def export(run: Path, out: Path) -> str:
     tokenizer = tokenizer_from_string(checkpoint["MLMDataModule"]["tokenizer"], str(run))
     max_length = settings["data"]["max_length"]
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir()
-        _write_model(encoder, tokenizer, max_length, partial)
-        _write_tokenizer(tokenizer, max_length, partial)
+    with new_directory(out) as partial:
+        write_model(encoder, tokenizer, max_length, partial)
+        write_tokenizer(tokenizer, max_length, partial)
         result = json.loads((home / RESULT).read_text(encoding="utf-8")) if (home / RESULT).is_file() else {}
         card = model_card(encoder, checkpoint, settings, result, home.absolute().name)
         (partial / "README.md").write_text(card, encoding="utf-8")
-        difference = _verify(encoder, tokenizer, max_length, partial)
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        difference = verify(encoder, tokenizer, max_length, partial)
     return (
         f"{out}: step {checkpoint['global_step']} of {home}, for transformers' AutoModelForMaskedLM and AutoTokenizer; "
         f"logits agree within {difference:.1e}"
     )
+
+
+def refuse_existing(out: Path) -> None:
+    """Raises `UserError` if there is something at ``out``."""
+    if out.exists():
+        raise UserError(f"{out}: exists already; choose another directory, or remove it first")
+
+
+@contextmanager
+def new_directory(out: Path) -> Iterator[Path]:
+    """A directory beside ``out`` that becomes ``out`` when the block ends, and vanishes when it fails."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.absolute().with_name(f".{out.absolute().name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir()
+        yield partial
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _hf_model(encoder: Encoder, tokenizer: Tokenizer, max_length: int) -> Any:
@@ -80,7 +94,8 @@ def _hf_model(encoder: Encoder, tokenizer: Tokenizer, max_length: int) -> Any:
     return model.eval()
 
 
-def _write_model(encoder: Encoder, tokenizer: Tokenizer, max_length: int, out: Path) -> None:
+def write_model(encoder: Encoder, tokenizer: Tokenizer, max_length: int, out: Path) -> None:
+    """Write ``config.json`` and ``model.safetensors`` into the directory ``out``."""
     model = _hf_model(encoder, tokenizer, max_length)
     for parameter in model.esm.contact_head.parameters():
         torch.nn.init.zeros_(parameter)  # no contact head was trained: better none than a random one
@@ -88,7 +103,8 @@ def _write_model(encoder: Encoder, tokenizer: Tokenizer, max_length: int, out: P
     model.save_pretrained(out, save_original_format=False)
 
 
-def _write_tokenizer(tokenizer: Tokenizer, max_length: int, out: Path) -> None:
+def write_tokenizer(tokenizer: Tokenizer, max_length: int, out: Path) -> None:
+    """Write what transformers' ``AutoTokenizer`` loads into the directory ``out``."""
     from transformers import EsmTokenizer, PreTrainedTokenizerFast
 
     if isinstance(tokenizer, TextTokenizer):
@@ -118,7 +134,7 @@ def _write_tokenizer(tokenizer: Tokenizer, max_length: int, out: Path) -> None:
     EsmTokenizer(str(vocabulary), model_max_length=max_length).save_pretrained(out)
 
 
-def _verify(encoder: Encoder, tokenizer: Tokenizer, max_length: int, out: Path) -> float:
+def verify(encoder: Encoder, tokenizer: Tokenizer, max_length: int, out: Path) -> float:
     """The largest difference between our logits and those of the files just written, on a random masked sequence."""
     from transformers import AutoModelForMaskedLM
 

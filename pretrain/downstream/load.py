@@ -1,16 +1,14 @@
 """`pretrain.load`: a trained encoder from a run, a checkpoint or a transformers directory."""
 
-import json
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from pretrain.errors import UserError
 from pretrain.model.config import EncoderConfig
 from pretrain.model.encoder import Encoder
-from pretrain.model.hf import from_hf, from_hf_config
+from pretrain.model.hf import from_hf_config
 from pretrain.train.checkpoint import newest_checkpoint, read_checkpoint
+from pretrain.train.pretrained import load_tensors, read_config, read_tensors
 from pretrain.train.run import CHECKPOINTS
 
 
@@ -19,7 +17,7 @@ def load(path: str | Path) -> Encoder:
 
     Args:
         path: A run directory (its newest checkpoint), a ``.ckpt`` file, or a directory that transformers' or
-            `pretrain export`'s ``save_pretrained`` wrote (``config.json`` and ``model.safetensors``).
+            `pretrain export`'s ``save_pretrained`` wrote (``config.json`` and safetensors, in one file or in shards).
 
     Raises:
         UserError: If there is no model at ``path``, or one of another kind than ESM-2.
@@ -62,22 +60,6 @@ def encoder_of(checkpoint: dict[str, Any], source: Path) -> Encoder:
 
 
 def _from_transformers(path: Path) -> Encoder:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    weights = path / "model.safetensors"
-    if not weights.is_file():
-        raise UserError(f"{path}: has no model.safetensors; save the model with save_pretrained")
-    try:
-        config = from_hf_config(json.loads((path / "config.json").read_text(encoding="utf-8")))
-        state = load_file(weights)
-    except (ValueError, SafetensorError) as error:
-        raise error if isinstance(error, UserError) else UserError(f"{path}: damaged model ({error})") from error
-    encoder = Encoder(config)
-    # Ours computes rotary frequencies where the file has none (transformers' older versions did the same).
-    try:
-        encoder.load_state_dict({"inv_freq": encoder.inv_freq, **from_hf(state, config)})
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: model.safetensors does not fit config.json ({reason})") from error
-    return encoder.to(torch.float32).eval()
+    encoder = Encoder(from_hf_config(read_config(path)))
+    load_tensors(encoder, read_tensors(path), path)
+    return encoder.eval()

@@ -1,7 +1,8 @@
 """`EncoderConfig`: the encoder's shape, the named sizes, and the arithmetic that a step costs."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -51,11 +52,22 @@ class EncoderConfig:
 
     @classmethod
     def named(cls, size: str) -> "EncoderConfig":
-        """A published ESM-2 shape: 8M, 35M, 150M, 650M, 3B or 15B (Lin et al. 2023, supplementary table 1)."""
-        if size not in ESM2_SIZES:
-            raise UserError(f"no ESM-2 size '{size}'; there are {', '.join(ESM2_SIZES)}")
-        layers, width, heads = ESM2_SIZES[size]
-        return cls(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads)
+        """A published shape.
+
+        Args:
+            size: ESM-2's 8M, 35M, 150M, 650M, 3B or 15B (Lin et al. 2023, supplementary table 1); or BERT-base or
+                BERT-large (Devlin et al. 2019, section 3) for text: BERT's depth, width, heads and vocabulary size, in
+                this encoder's architecture, without token dropout, with the special ids of `pretrain tokenizer`.
+
+        Raises:
+            UserError: If there is no such size.
+        """
+        sizes = {**ESM2_SIZES, **BERT_SIZES}
+        if size not in sizes:
+            raise UserError(f"no size '{size}'; there are {', '.join(sizes)}")
+        layers, width, heads = sizes[size]
+        shape = cls(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads)
+        return replace(shape, **_TEXT) if size in BERT_SIZES else shape
 
     @property
     def head_dim(self) -> int:
@@ -97,3 +109,8 @@ ESM2_SIZES = {
     "15B": (48, 5120, 40),
 }
 """Layers, width and heads of the published models."""
+
+BERT_SIZES = {"BERT-base": (12, 768, 12), "BERT-large": (24, 1024, 16)}
+"""The same of Devlin et al. 2019."""
+
+_TEXT: dict[str, Any] = {"vocab_size": 30_522, "mask_token_id": 4, "token_dropout": False}

@@ -5,6 +5,7 @@ function computed is that of transformers' ``EsmForMaskedLM`` (and of facebookre
 the same weights.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -93,16 +94,7 @@ class Encoder(nn.Module):
     ) -> Float[Tensor, "M D"]:
         """The final layer-normed hidden states: what the head reads. Arguments as for `forward`."""
         layout = Layout.of(cu_seqlens, max_seqlen)
-        starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
-        sequence = torch.repeat_interleave(lengths, output_size=len(input_ids))  # [T], which sequence a token is of
-
-        hidden = self.embedding(input_ids)
-        if self.config.token_dropout:
-            hidden = hidden * self._token_dropout_scale(input_ids, sequence, lengths)[:, None]
-
-        angles = (torch.arange(len(input_ids), device=input_ids.device) - starts[sequence])[:, None] * self.inv_freq
-        rotation = angles.cos().to(hidden.dtype), angles.sin().to(hidden.dtype)  # [T, d/2] each
-
+        hidden, rotation, sequence = self._embed(input_ids, cu_seqlens)
         rows = None if positions is None else Rows.of(positions, sequence, layout)
         for block in self.blocks:
             inputs = hidden, rotation, layout, rows if block is self.blocks[-1] else None
@@ -136,6 +128,38 @@ class Encoder(nn.Module):
         hidden = self.hidden_states(input_ids, cu_seqlens, max_seqlen, positions)
         return self.head.loss(hidden, self.embedding.weight, targets)
 
+    def trace(self, input_ids: Int[Tensor, " T"], cu_seqlens: Int[Tensor, " bounds"]) -> "Trace":
+        """All hidden states and all attention maps, for looking inside.
+
+        The same function as `forward`, with attention computed from its formula rather than by a kernel: slower, and
+        it holds L x L numbers a head. Arguments as for `forward`.
+        """
+        hidden, rotation, _ = self._embed(input_ids, cu_seqlens)
+        lengths = cu_seqlens.diff().tolist()
+        hidden_states, attentions = [hidden], []
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            hidden, maps = block.trace(hidden, rotation, lengths)
+            hidden_states.append(hidden)
+            attentions.append(maps)
+        hidden_states[-1] = self.norm(hidden)
+        return Trace(tuple(hidden_states), tuple(attentions))
+
+    def _embed(
+        self, input_ids: Int[Tensor, " T"], cu_seqlens: Int[Tensor, " bounds"]
+    ) -> tuple[Float[Tensor, "T D"], tuple[Float[Tensor, "T half"], Float[Tensor, "T half"]], Int[Tensor, " T"]]:
+        """What the first block reads, each token's rotation (cosines, sines), and which sequence it is of."""
+        starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
+        sequence = torch.repeat_interleave(lengths, output_size=len(input_ids))  # [T], which sequence a token is of
+
+        hidden = self.embedding(input_ids)
+        if self.config.token_dropout:
+            hidden = hidden * self._token_dropout_scale(input_ids, sequence, lengths)[:, None]
+
+        angles = (torch.arange(len(input_ids), device=input_ids.device) - starts[sequence])[:, None] * self.inv_freq
+        rotation = angles.cos().to(hidden.dtype), angles.sin().to(hidden.dtype)  # [T, d/2] each
+        return hidden, rotation, sequence
+
     def _token_dropout_scale(
         self, input_ids: Int[Tensor, " T"], sequence: Int[Tensor, " T"], lengths: Int[Tensor, " N"]
     ) -> Float[Tensor, " T"]:
@@ -146,6 +170,20 @@ class Encoder(nn.Module):
         observed = observed.index_add(0, sequence, masked.float()) / lengths.clamp(min=1)
         scale = (1 - TOKEN_DROPOUT_TRAIN_RATIO) / (1 - observed)
         return torch.where(masked, 0.0, scale[sequence]).to(weight.dtype)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What an encoder computed on its way: transformers' ``output_hidden_states`` and ``output_attentions``, unpadded.
+
+    Attributes:
+        hidden_states: The embedding and every block's output, [T, D] each, so one more than there are blocks; the last
+            is layer-normed, which is what the head reads.
+        attentions: For every block, for every sequence, who attends (rows) to whom (columns), [H, L, L]; rows sum to 1.
+    """
+
+    hidden_states: tuple[Tensor, ...]
+    attentions: tuple[tuple[Tensor, ...], ...]
 
 
 class Rows:
@@ -208,6 +246,22 @@ class Block(nn.Module):
         hidden = hidden + self.out(attended.flatten(1))
         output: Tensor = hidden + self.ffn_out(F.gelu(self.ffn_in(self.ffn_norm(hidden))))
         return output
+
+    def trace(
+        self,
+        hidden: Float[Tensor, "T D"],
+        rotation: tuple[Float[Tensor, "T half"], Float[Tensor, "T half"]],
+        lengths: list[int],
+    ) -> tuple[Float[Tensor, "T D"], tuple[Tensor, ...]]:
+        """The block's output, and the attention map of each sequence, [H, L, L]; see `Encoder.trace`."""
+        parts = rotate(self.qkv(self.attention_norm(hidden)).unflatten(-1, (3, *self.heads)), rotation, 2)
+        maps, attended = [], []
+        for query, key, value in zip(*(part.split(lengths) for part in parts), strict=True):
+            scores = torch.einsum("qhd,khd->hqk", query, key) * query.shape[-1] ** -0.5
+            maps.append(scores.softmax(-1))
+            attended.append(torch.einsum("hqk,khd->qhd", maps[-1], value))
+        hidden = hidden + self.out(torch.cat(attended).flatten(1))
+        return hidden + self.ffn_out(F.gelu(self.ffn_in(self.ffn_norm(hidden)))), tuple(maps)
 
 
 def rotate(

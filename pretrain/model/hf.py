@@ -27,12 +27,16 @@ _BLOCK_NAMES = {
     "ffn_in": "intermediate.dense",
     "ffn_out": "output.dense",
 }
+DECODER = "lm_head.decoder.weight"
+"""The head's output matrix: the embedding, under a second name."""
 _QKV = ("query", "key", "value")
 _OLDER_NAMES = {
     r"^esm\.encoder\.layer\.[0*]\.attention\.self\.rotary_embeddings\.inv_freq$": _NAMES["inv_freq"],
     r"LayerNorm\.gamma$": "LayerNorm.weight",
     r"LayerNorm\.beta$": "LayerNorm.bias",
 }
+_NO_WEIGHT = r"\.attention\.self\.rotary_embeddings\.inv_freq$|\.position_ids$"
+"""Further layers' copies of the frequencies, and a buffer of constants."""
 
 
 def to_hf_config(config: EncoderConfig, **special: Any) -> dict[str, Any]:
@@ -97,22 +101,45 @@ def to_hf(state: dict[str, Tensor]) -> dict[str, Tensor]:
                 renamed[f"{prefix}.attention.self.{part}.{kind}"] = piece.contiguous()
         else:
             renamed[f"{prefix}.{_BLOCK_NAMES[module]}.{kind}"] = tensor
-    renamed["lm_head.decoder.weight"] = renamed[_NAMES["embedding.weight"]]
+    renamed[DECODER] = renamed[_NAMES["embedding.weight"]]
     return renamed
 
 
-def from_hf(state: dict[str, Tensor], config: EncoderConfig) -> dict[str, Tensor]:
-    """The reverse of `to_hf`; what an `Encoder` has no use for (pooler, contact head) is left out.
+def published_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A model's tensors under the names of a published ``EsmForMaskedLM``.
 
     Stored rotary frequencies are kept, also those that older versions stored once a layer: converted ESM-2 models
     carry rounded ones, which belong to the function. transformers 5 saves a model that it has not loaded under those
-    older names, with a literal ``*`` for the layer and layer norms in TensorFlow's words: these are read, too.
+    older names, with a literal ``*`` for the layer and layer norms in TensorFlow's words: these are read, too. An
+    ``EsmModel`` that was saved by itself lacks the prefix.
+    """
+    if not any(name.startswith("esm.") for name in state):
+        state = {f"esm.{name}": tensor for name, tensor in state.items()}
+    for pattern, name in _OLDER_NAMES.items():
+        renamed = {re.sub(pattern, name, old): tensor for old, tensor in state.items()}
+        state = {**renamed, **{new: tensor for new, tensor in state.items() if new in renamed}}
+    return {name: tensor for name, tensor in state.items() if not re.search(_NO_WEIGHT, name)}
+
+
+def from_hf(state: dict[str, Tensor], config: EncoderConfig) -> dict[str, Tensor]:
+    """The reverse of `to_hf`, under any of the names that `published_names` knows.
+
+    What an `Encoder` has no use for (pooler, contact head) is left out.
 
     Raises:
-        UserError: If a tensor is missing.
+        UserError: If a tensor is missing, or one has no place in an encoder of this config.
     """
-    for pattern, name in _OLDER_NAMES.items():
-        state = {**{re.sub(pattern, name, old): tensor for old, tensor in state.items()}, **state}
+    state = published_names(state)
+    embedding, decoder = state.get(_NAMES["embedding.weight"]), state.get(DECODER)
+    if decoder is not None and embedding is not None and not torch.equal(decoder, embedding):
+        raise UserError(f"the model's {DECODER} differs from its embedding; only tied models can be read")
+    layer_names = re.compile(r"esm\.encoder\.layer\.(\d+)\.")
+    deepest = max((int(match[1]) for name in state if (match := layer_names.match(name))), default=0)
+    if deepest >= config.num_hidden_layers:
+        raise UserError(
+            f"the model has tensors of {deepest + 1} layers, its config says num_hidden_layers "
+            f"{config.num_hidden_layers}; give the config.json that was saved with it"
+        )
     ours: dict[str, Tensor] = {}
     try:
         for name, theirs in _NAMES.items():
@@ -127,5 +154,8 @@ def from_hf(state: dict[str, Tensor], config: EncoderConfig) -> dict[str, Tensor
                 parts = [state[f"{theirs}.attention.self.{part}.{kind}"] for part in _QKV]
                 ours[f"{mine}.qkv.{kind}"] = torch.cat(parts)
     except KeyError as error:
-        raise UserError(f"the model has no tensor {error}; a complete EsmForMaskedLM is needed") from error
+        raise UserError(
+            f"the model has no tensor {error}; a complete EsmForMaskedLM is needed (`pretrain import` gives a model "
+            "without masked-LM head a new one)"
+        ) from error
     return ours

@@ -91,6 +91,8 @@ class FitCLI(LightningCLI):
         for name in ("config", "run", "allow_change"):
             self.settings.pop(name, None)
         self.changes = self.run.check(self.settings, config.allow_change)
+        if self.run.checkpoint:  # which holds the weights: those that the run began with may be gone by now
+            config.model.initialize_from = None
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """A Trainer with the run's checkpoints, loggers, monitor and progress bar."""

@@ -1,6 +1,7 @@
 """`MLMModule`: the masked-language-model training step, in any ``pl.Trainer``."""
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Literal
 
 import pytorch_lightning as pl
@@ -14,6 +15,7 @@ from pretrain.corpus.batch import Batch
 from pretrain.model.config import EncoderConfig
 from pretrain.model.encoder import Encoder
 from pretrain.train.optim import build_adamw
+from pretrain.train.pretrained import load_initial_weights
 from pretrain.train.schedule import InverseSqrtScheduler
 
 
@@ -34,6 +36,9 @@ class MLMModule(pl.LightningModule):
         scheduler_name: Name that the learning rate is logged under; Lightning's own (``lr-AdamW``) if not given.
         activation_checkpointing: See `Encoder`.
         compile: Compile the blocks by ``torch.compile``; needs ``data.static_shapes``, or each new shape is compiled.
+        initialize_from: A directory with ``config.json`` and safetensors, as `pretrain import` or transformers'
+            ``save_pretrained`` writes it, whose weights training starts from instead of random ones; its shape must be
+            ``encoder``'s.
     """
 
     def __init__(
@@ -49,9 +54,13 @@ class MLMModule(pl.LightningModule):
         scheduler_name: str | None = None,
         activation_checkpointing: bool = False,
         compile: bool = False,
+        initialize_from: str | None = None,
     ) -> None:
         super().__init__()
         self.encoder = Encoder(encoder)
+        self.initialized_from = initialize_from
+        if initialize_from is not None:
+            load_initial_weights(self.encoder, Path(initialize_from))
         self.encoder.activation_checkpointing = activation_checkpointing
         self.compile_blocks = compile
         self.learning_rate = learning_rate

@@ -26,10 +26,12 @@ def header(run: Run, trainer: pl.Trainer, module: MLMModule, data: MLMDataModule
     attention = "varlen_attn" if device == "cuda" else "SDPA by sequence"
     hardware = f"{trainer.world_size} x {device}, {trainer.precision}, attention by {attention}"
     begin = f"continues after step {run.step} of {trainer.max_steps}" if run.step else f"{trainer.max_steps} steps"
+    start = [f"  weights   from {module.initialized_from}"] if module.initialized_from else []
     return "\n".join(
         [
             f"{run.directory}: {begin}",
             f"  model     {parameters:,} parameters: {shape}",
+            *start,
             f"  data      {corpus.num_sequences:,} sequences, {corpus.num_tokens:,} tokens{held_out}",
             f"  step      {data.global_batch_tokens:,} tokens, crops of at most {data.max_length}",
             f"  hardware  {hardware}; MFU against {rate / 1e12:.3g} TFLOP/s ({source})",

@@ -27,7 +27,14 @@ from pretrain.train.checkpoint import newest_checkpoint
 
 CONFIG, CHECKPOINTS, STARTS, RESULT = "config.yaml", "checkpoints", "starts.jsonl", "result.json"
 
-_IDENTITY = ("seed_everything", "model.encoder.", "data.tokenizer", "data.max_length", "data.global_batch_tokens")
+_IDENTITY = (
+    "seed_everything",
+    "model.encoder.",
+    "model.initialize_from",  # the directory is not read again, but what the run grew from cannot change
+    "data.tokenizer",
+    "data.max_length",
+    "data.global_batch_tokens",
+)
 _HISTORY = (
     "model.",
     "data.mlm_probability",
@@ -78,9 +85,10 @@ class Run:
     def check(self, config: dict[str, Any], allow_change: bool) -> list[str]:
         """Compare the settings with those that the run was started with.
 
-        Settings are of three classes: *identity* (the model's shape, the data, the seed: no change), *history* (what
-        the training does: a change must be allowed) and *free* (processes, workers, accumulation, logging, how it is
-        computed). The train corpus is identity by content, which the data module verifies against the checkpoint.
+        Settings are of three classes: *identity* (the model's shape and first weights, the data, the seed: no change),
+        *history* (what the training does: a change must be allowed) and *free* (processes, workers, accumulation,
+        logging, how it is computed). The train corpus is identity by content, which the data module verifies against
+        the checkpoint.
 
         Returns:
             The changes of history, for the record.

@@ -349,7 +349,7 @@ def test_an_export_that_fails_half_way_leaves_nothing(
         assert (untouched / ".out.partial" / "model.safetensors").exists()
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export_module, "_verify", fail)
+    monkeypatch.setattr(export_module, "verify", fail)
     with pytest.raises(OSError, match="No space"):
         export(run, untouched / "out")
 

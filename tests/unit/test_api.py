@@ -55,11 +55,11 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
 def test_help_imports_nothing_heavy_and_lists_every_command() -> None:
     printed, heavy = command("--help")
     assert not heavy
-    for name in ("prepare", "tokenizer", "fit", "inspect", "export"):
+    for name in ("prepare", "tokenizer", "fit", "inspect", "import", "export"):
         assert re.search(rf"^ +{name}\b", printed, re.MULTILINE), name
 
 
-@pytest.mark.parametrize("name", ["prepare", "tokenizer", "inspect", "export"])
+@pytest.mark.parametrize("name", ["prepare", "tokenizer", "inspect", "import", "export"])
 def test_help_of_a_command_describes_its_arguments(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main([name, "--help"])

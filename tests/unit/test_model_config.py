@@ -5,12 +5,13 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import EsmConfig, EsmForMaskedLM
 
 from pretrain.errors import UserError
-from pretrain.model.config import ESM2_SIZES, EncoderConfig
+from pretrain.model.config import BERT_SIZES, ESM2_SIZES, EncoderConfig
 from pretrain.model.encoder import Encoder
+from pretrain.model.hf import to_hf_config
 
-# EsmForMaskedLM's parameters without the contact head, by transformers 5.23 on the meta device.
 PARAMETERS = {
     "8M": 7_512_353,
     "35M": 33_501_153,
@@ -18,22 +19,32 @@ PARAMETERS = {
     "650M": 651_042_593,
     "3B": 2_839_004_193,
     "15B": 15_129_098_273,
+    "BERT-base": 109_119_546,
+    "BERT-large": 334_648_122,
 }
+PUBLISHED = {"8M": 8e6, "35M": 35e6, "150M": 150e6, "650M": 650e6, "3B": 3e9, "15B": 15e9}
+PUBLISHED |= {"BERT-base": 110e6, "BERT-large": 340e6}
 
 
 @pytest.mark.parametrize("size", PARAMETERS)
 def test_a_named_size_has_the_published_number_of_parameters(size: str) -> None:
+    """Also those of transformers' model of that shape, but for its contact head."""
+    config = EncoderConfig.named(size)
     with torch.device("meta"):
-        encoder = Encoder(EncoderConfig.named(size))
-    assert sum(parameter.numel() for parameter in encoder.parameters()) == PARAMETERS[size]
+        encoder, reference = Encoder(config), EsmForMaskedLM(EsmConfig(**to_hf_config(config)))
+    parameters = sum(parameter.numel() for parameter in encoder.parameters())
+    assert parameters == PARAMETERS[size]
+    contact_head = sum(parameter.numel() for parameter in reference.esm.contact_head.parameters())
+    assert parameters == reference.num_parameters() - contact_head
+    assert parameters == pytest.approx(PUBLISHED[size], rel=0.07)
 
 
 def test_every_named_size_is_listed_above() -> None:
-    assert ESM2_SIZES.keys() == PARAMETERS.keys()
+    assert [*ESM2_SIZES, *BERT_SIZES] == [*PARAMETERS]
 
 
 def test_an_unknown_size_is_refused_with_those_that_exist() -> None:
-    with pytest.raises(UserError, match="no ESM-2 size '8m'; there are 8M, 35M, 150M, 650M, 3B, 15B"):
+    with pytest.raises(UserError, match="no size '8m'; there are 8M, 35M, 150M, 650M, 3B, 15B, BERT-base, BERT-large"):
         EncoderConfig.named("8m")
 
 

@@ -1,0 +1,178 @@
+"""`pretrain import`: a transformers model as the start of a run."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from pretrain.corpus.tokenizer import ESM_ALPHABET, ProteinTokenizer, Tokenizer, load_tokenizer
+from pretrain.downstream.export import new_directory, refuse_existing, verify, write_model, write_tokenizer
+from pretrain.errors import UserError
+from pretrain.model.config import BERT_SIZES, ESM2_SIZES, EncoderConfig
+from pretrain.model.encoder import Encoder
+from pretrain.model.hf import DECODER, from_hf_config, published_names, to_hf
+from pretrain.train.pretrained import CONFIG, INDEX, load_tensors, read_config, read_json, read_tensors
+
+OVERLAY = "fit.yaml"
+_VOCABULARY, _TOKENIZER = "vocab.txt", "tokenizer.json"
+_SPECIAL_TOKENS = ("tokenizer_config.json", "special_tokens_map.json")
+_FILES = (CONFIG, "*.safetensors", INDEX, _VOCABULARY, _TOKENIZER, *_SPECIAL_TOKENS)
+_HEAD = "lm_head."
+
+
+def import_model(source: str, out: Path, seed: int = 0) -> str:
+    """Bring a transformers ESM-2 model: the same tensors, and an overlay with which `pretrain fit` starts from them.
+
+    Args:
+        source: A directory that ``save_pretrained`` wrote, or a model's name on the Hub. Only its config, safetensors
+            and tokenizer files are read: nothing that was pickled, and no code.
+        out: The directory to write: whole, or not at all. It holds a complete transformers model, its tokenizer and
+            the overlay ``fit.yaml``.
+        seed: Seed of the masked-LM head, where the model has none.
+
+    Returns:
+        What was brought, what was missing or left out, and the next command, for people.
+
+    Raises:
+        UserError: If ``out`` exists, there is no such model, or it is of another kind.
+    """
+    refuse_existing(out)
+    directory = _find(source)
+    stored = read_config(directory)
+    config = from_hf_config(stored)
+    tokenizer = _read_tokenizer(directory, stored)
+    _check_special_tokens(directory, config, tokenizer)
+
+    tensors = published_names(read_tensors(directory))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder = Encoder(config)
+    fresh = to_hf(encoder.state_dict())
+    left_out = _modules(tensors.keys() - fresh.keys())
+    headless = not any(name.startswith(_HEAD) for name in tensors)
+    if headless:
+        tensors |= {name: tensor for name, tensor in fresh.items() if name.startswith(_HEAD) and name != DECODER}
+    load_tensors(encoder, tensors, directory)
+    encoder.eval()
+
+    # transformers' ESM counts positions from the padding id on, hence the two.
+    max_length = (stored.get("max_position_embeddings") or 1026) - 2
+    with new_directory(out) as partial:
+        write_model(encoder, tokenizer, max_length, partial)
+        write_tokenizer(tokenizer, max_length, partial)
+        (partial / OVERLAY).write_text(_overlay(source, encoder.config, tokenizer, out.absolute()), encoding="utf-8")
+        difference = verify(encoder, tokenizer, max_length, partial)
+
+    parts = ["embedding", f"{config.num_hidden_layers} blocks", "final layer norm"]
+    parts += [] if headless else ["masked-LM head"]
+    parts += ["stored rotary frequencies"] if "esm.rotary_embeddings.inv_freq" in tensors else []
+    dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()} - {"float32"})
+    return "\n".join(
+        [
+            f"{out}: {source}, {sum(p.numel() for p in encoder.parameters()):,} parameters; transformers' logits agree "
+            f"within {difference:.1e}",
+            f"  brought   {', '.join(parts)}; tokenizer {tokenizer.name}, {tokenizer.vocab_size:,} ids",
+            *([f"  stored    in {', '.join(dtypes)}; written in float32"] if dtypes else []),
+            f"  missing   {f'masked-LM head: initialised, seed {seed}' if headless else 'nothing'}",
+            f"  left out  {', '.join(left_out) or 'nothing'}",
+            f"  next      pretrain fit -c {_recipe(config, tokenizer)} -c {out / OVERLAY}",
+        ]
+    )
+
+
+def _find(source: str) -> Path:
+    """The directory itself, or where the Hub's files were downloaded to."""
+    if Path(source).is_dir():
+        return Path(source)
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) or Path(source).exists():
+        raise UserError(f"{source}: no such directory; give one that save_pretrained wrote, or a model's Hub name")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=list(_FILES)))
+    except Exception as error:  # the library raises whatever its transport meets
+        reason = str(error).strip().split("\n")[0][:150]
+        raise UserError(
+            f"{source}: no such directory, and the Hub gave no model of that name ({reason}); check the name and the "
+            "connection"
+        ) from error
+
+
+def _read_tokenizer(directory: Path, stored: dict[str, Any]) -> Tokenizer:
+    vocabulary = directory / _VOCABULARY
+    if (directory / _TOKENIZER).is_file():
+        tokenizer = load_tokenizer(directory / _TOKENIZER)
+        return ProteinTokenizer() if tokenizer.tokens == ESM_ALPHABET else tokenizer
+    if vocabulary.is_file():
+        tokens, where = vocabulary.read_text(encoding="utf-8", errors="replace").split(), str(vocabulary)
+    elif stored.get("vocab_list"):
+        tokens, where = list(stored["vocab_list"]), f"vocab_list in {directory / CONFIG}"
+    else:
+        raise UserError(
+            f"{directory}: has no tokenizer; save it there, too: {_VOCABULARY} with ESM's 33 tokens or a {_TOKENIZER}"
+        )
+    if tuple(tokens) != ESM_ALPHABET:
+        raise UserError(
+            f"{where}: {len(tokens)} tokens, and not ESM's 33 in ESM's order; supported are that alphabet, or any "
+            f"tokenizer as a {_TOKENIZER}"
+        )
+    return ProteinTokenizer()
+
+
+def _check_special_tokens(directory: Path, config: EncoderConfig, tokenizer: Tokenizer) -> None:
+    """Make sure that model, tokenizer files and our tokenizer mean the same ids."""
+    for name in ("vocab_size", "pad_token_id", "mask_token_id"):
+        if (theirs := getattr(config, name)) != (ours := getattr(tokenizer, name)):
+            raise UserError(
+                f"{directory}: {CONFIG} has {name} {theirs}, its tokenizer {ours}; give the tokenizer that the model "
+                "was trained with"
+            )
+    for file in _SPECIAL_TOKENS:
+        settings = read_json(directory / file) if (directory / file).is_file() else {}
+        for role in ("cls", "pad", "eos", "unk", "mask"):
+            given = settings.get(f"{role}_token")
+            token = given.get("content") if isinstance(given, dict) else given
+            if token is not None and token != (ours := tokenizer.tokens[getattr(tokenizer, f"{role}_token_id")]):
+                raise UserError(f"{directory / file}: {role}_token is {token!r}; only {ours!r} is supported here")
+
+
+def _modules(names: Iterable[str]) -> list[str]:
+    """The modules that tensors belong to: a head as a whole, others each by its name."""
+    modules = set()
+    for name in names:
+        first, *rest = name.removeprefix("esm.").split(".")
+        modules.add(".".join([first, *rest[:-1]]) if first in ("embeddings", "encoder") else first)
+    return sorted(modules)
+
+
+def _overlay(source: str, config: EncoderConfig, tokenizer: Tokenizer, home: Path) -> str:
+    from_tokenizer = ("vocab_size", "pad_token_id", "mask_token_id")  # `fit` takes these from the tokenizer itself
+    settings = {
+        "model": {
+            "initialize_from": str(home),
+            "encoder": {name: value for name, value in asdict(config).items() if name not in from_tokenizer},
+        },
+        "data": {
+            "tokenizer": tokenizer.name if isinstance(tokenizer, ProteinTokenizer) else str(home / _TOKENIZER),
+        },
+    }
+    return (
+        f"# Overlay: continue to pre-train {source}.\n#\n"
+        f"#   pretrain fit -c {_recipe(config, tokenizer)} -c {home / OVERLAY}\n"
+        f"{yaml.safe_dump(settings, sort_keys=False)}"
+    )
+
+
+def _recipe(config: EncoderConfig, tokenizer: Tokenizer) -> str:
+    """The recipe of the model's size, or the smallest of its kind: the overlay sets the shape in any case."""
+    shape = (config.num_hidden_layers, config.hidden_size, config.num_attention_heads)
+    recipes = {
+        **{size: f"configs/esm2_{name}.yaml" for name, size in ESM2_SIZES.items()},
+        **{size: f"configs/{name.lower().replace('-', '_')}.yaml" for name, size in BERT_SIZES.items()},
+    }
+    protein = isinstance(tokenizer, ProteinTokenizer)
+    return recipes.get(shape, "configs/esm2_8M.yaml" if protein else "configs/bert_base.yaml")

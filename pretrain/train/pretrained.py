@@ -1,0 +1,100 @@
+"""A transformers directory's encoder: what `pretrain.load` opens, and what a run may start from."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from pretrain.errors import UserError
+from pretrain.model.encoder import Encoder
+from pretrain.model.hf import from_hf, from_hf_config
+
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The content of ``config.json``.
+
+    Raises:
+        UserError: If there is none, or it is no JSON object.
+    """
+    return read_json(directory / CONFIG)
+
+
+def read_tensors(directory: Path) -> dict[str, Tensor]:
+    """The tensors of ``model.safetensors``, or of the shards that ``model.safetensors.index.json`` lists.
+
+    Raises:
+        UserError: If there are neither, a shard is missing, or one is damaged. Pickled weights are never read.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    files = [WEIGHTS]
+    if not (directory / WEIGHTS).is_file() and (directory / INDEX).is_file():
+        shards = read_json(directory / INDEX).get("weight_map")
+        if not isinstance(shards, dict) or any(not isinstance(f, str) or Path(f).name != f for f in shards.values()):
+            raise UserError(f"{directory / INDEX}: damaged model (weight_map does not name files beside it)")
+        files = sorted(set(shards.values()))
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        if not (directory / file).is_file():
+            raise UserError(
+                f"{directory}: has no {file}; save the model with save_pretrained (pickled weights are not read)"
+            )
+        try:
+            tensors.update(load_file(directory / file))
+        except SafetensorError as error:
+            raise UserError(f"{directory / file}: damaged model ({error})") from error
+    return tensors
+
+
+def load_tensors(encoder: Encoder, tensors: dict[str, Tensor], directory: Path) -> None:
+    """Fill an encoder with tensors under transformers' names; ``directory`` is named in errors.
+
+    Raises:
+        UserError: If a tensor is missing, or has another shape than the encoder.
+    """
+    # Ours computes rotary frequencies where the file has none (transformers' older versions did the same).
+    state = {"inv_freq": encoder.inv_freq, **from_hf(tensors, encoder.config)}
+    try:
+        encoder.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{directory}: the tensors do not fit {CONFIG} ({reason})") from error
+
+
+def load_initial_weights(encoder: Encoder, directory: Path) -> None:
+    """Give an encoder a transformers directory's weights.
+
+    Raises:
+        UserError: If there is no model, or it computes another function than the encoder's config says.
+    """
+    if not (directory / CONFIG).is_file():
+        raise UserError(
+            f"model.initialize_from: {directory} has no {CONFIG}; give a directory that `pretrain import` or "
+            "save_pretrained wrote"
+        )
+    ours, theirs = asdict(encoder.config), asdict(from_hf_config(read_config(directory)))
+    for name, value in ours.items():
+        if name != "initializer_range" and value != theirs[name]:  # no say over weights that exist
+            raise UserError(
+                f"model.initialize_from: {directory} has {name} {theirs[name]!r}, model.encoder has {value!r}; the "
+                "fit.yaml that `pretrain import` writes sets them to agree"
+            )
+    load_tensors(encoder, read_tensors(directory), directory)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in one of the directory's files; a `UserError` if there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it is no JSON object")
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: not found; give a directory that save_pretrained wrote") from error
+    except ValueError as error:
+        raise UserError(f"{path}: damaged model ({error})") from error
+    return content
