@@ -12,7 +12,9 @@ import pytorch_lightning as pl
 import yaml
 from jsonargparse import ArgumentError, Namespace
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.strategies import DDPStrategy, ParallelStrategy, SingleDeviceStrategy, Strategy
 from pytorch_lightning.utilities import rank_zero_only
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from pretrain.corpus.datamodule import MLMDataModule
@@ -21,8 +23,9 @@ from pretrain.errors import UserError
 from pretrain.train.checkpoint import AtomicCheckpointIO, RunInterruptedError, StepCheckpoint
 from pretrain.train.logging import EventLogger, LearningRateMonitor, MetricsFile, ProgressBar
 from pretrain.train.module import MLMModule
-from pretrain.train.report import final_figures, header, summary
+from pretrain.train.report import execution, final_figures, header, summary
 from pretrain.train.run import CHECKPOINTS, Run
+from pretrain.train.sharding import FullyShardedStrategy
 from pretrain.train.throughput import Throughput
 
 _QUIET = (
@@ -109,13 +112,36 @@ class FitCLI(LightningCLI):
         callbacks += [StepCheckpoint(self.run.directory / CHECKPOINTS, **self.config_init.checkpoint)]
         given = settings.callbacks or []
         plugins = settings.plugins or []
-        return super().instantiate_trainer(
-            logger=loggers or False,
-            callbacks=[*callbacks, *(given if isinstance(given, list) else [given])],
-            plugins=[AtomicCheckpointIO(), *(plugins if isinstance(plugins, list) else [plugins])],
-            val_check_interval=self.config_init.validate_every_n_steps * settings.accumulate_grad_batches,
-            check_val_every_n_epoch=None,
-            **kwargs,
+        try:
+            trainer = super().instantiate_trainer(
+                logger=loggers or False,
+                callbacks=[*callbacks, *(given if isinstance(given, list) else [given])],
+                plugins=[AtomicCheckpointIO(), *(plugins if isinstance(plugins, list) else [plugins])],
+                val_check_interval=self.config_init.validate_every_n_steps * settings.accumulate_grad_batches,
+                check_val_every_n_epoch=None,
+                **kwargs,
+            )
+            _check_processes(trainer.strategy)
+        except (MisconfigurationException, ValueError) as error:
+            message = " ".join(str(error).split()).rstrip(".")
+            raise UserError(f"{message}; change trainer.accelerator, devices, num_nodes or precision") from error
+        _check_strategy(trainer.strategy)
+        return trainer
+
+
+def _check_processes(strategy: Strategy) -> None:
+    """Compare the processes that a launcher (torchrun, SLURM) started with those that the Trainer was set to."""
+    if isinstance(strategy, ParallelStrategy) and strategy.cluster_environment:
+        devices = len(strategy.parallel_devices or ())
+        strategy.cluster_environment.validate_settings(num_devices=devices, num_nodes=strategy.num_nodes)
+
+
+def _check_strategy(strategy: Strategy) -> None:
+    """Refuse strategies under which gradients are clipped, or checkpoints written, in another way."""
+    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | FullyShardedStrategy):
+        raise UserError(
+            f"trainer.strategy is {type(strategy).__name__}; gradients are clipped and checkpoints written rightly under DDP, "
+            "FSDP2 and one process only: add -c configs/ddp.yaml or -c configs/fsdp.yaml"
         )
 
 
@@ -179,7 +205,8 @@ def fit(arguments: Sequence[str]) -> int:
     data.prepare_data()
     data.setup("fit")
     data.check_packs(trainer.world_size, trainer.accumulate_grad_batches)
-    rank_zero_only(run.record_start)(cli.settings, yaml.safe_dump(cli.settings, sort_keys=False), cli.changes)
+    config_text = yaml.safe_dump(cli.settings, sort_keys=False)
+    rank_zero_only(run.record_start)(cli.settings, config_text, cli.changes, execution(trainer))
     _say(header(run, trainer, module, data))
     try:
         trainer.fit(module, data, ckpt_path=run.checkpoint, weights_only=True)

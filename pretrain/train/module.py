@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from torch.optim import AdamW, Optimizer
 
 from pretrain.corpus.batch import Batch
@@ -16,6 +17,7 @@ from pretrain.model.config import EncoderConfig
 from pretrain.model.encoder import Encoder
 from pretrain.train.optim import build_adamw
 from pretrain.train.schedule import InverseSqrtScheduler
+from pretrain.train.sharding import shard
 
 
 class MLMModule(pl.LightningModule):
@@ -64,6 +66,12 @@ class MLMModule(pl.LightningModule):
         self._validation_loss = _RunningLoss()
         self._grad_norm: Tensor | float = 0.0
 
+    def configure_model(self) -> None:
+        """Divide the encoder among the processes, where the strategy does so (FSDP2); Lightning may ask repeatedly."""
+        # Whatever changes a block itself (activation checkpointing, compilation) must come before.
+        if self.device_mesh is not None:
+            shard(self.encoder, self.device_mesh, self.trainer.precision)
+
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW, and the schedule stepped at every optimizer step."""
         optimizer, scheduler = self._build_optimizer()
@@ -101,11 +109,14 @@ class MLMModule(pl.LightningModule):
     ) -> None:
         """Clip as the Trainer is set to, and keep the norm of the whole gradient before clipping for the log."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        self._grad_norm = norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if not gradient_clip_val:
+            return
         if gradient_clip_algorithm == "value":
-            self._grad_norm = clip_grad_norm_(parameters, float("inf"))
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            clip_grad_value_(parameters, gradient_clip_val)
         else:
-            self._grad_norm = clip_grad_norm_(parameters, gradient_clip_val or float("inf"))
+            clip_grads_with_norm_(parameters, gradient_clip_val, norm)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Log the step's figures, once, when its last micro-batch is done."""
