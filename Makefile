@@ -3,7 +3,7 @@
 bin := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test lint types bench
+.PHONY: help install quickstart test lint types bench bench-gpu
 
 help: ## List these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ types: install ## Check the types
 
 bench: install ## Measure training throughput on this machine
 	$(bin)/python benchmarks/throughput.py
+
+bench-gpu: ## Measure training throughput on this machine's GPU, in the Python that is active
+	python benchmarks/gpu.py
 
 # The stamp appears only when everything is installed; a change of the pins or of the package's metadata renews it.
 .venv/.installed: requirements.lock pyproject.toml

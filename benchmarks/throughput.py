@@ -1,14 +1,14 @@
 """Training throughput beside transformers' Trainer, alternating in one run.
 
-    python benchmarks/throughput.py [--shapes 8M 35M] [--batch-sizes 1 8 16 32] [--rounds 4] [--tokens 4096] [--out FILE]
+    python benchmarks/throughput.py [--shapes 8M 35M] [--batch-sizes 1 8 16 32] [--rounds 4] [--out FILE]
 
 Both train the same ESM-2 shape on the same sequences with the same threads, precision (fp32), fused AdamW and gradient
 clipping. For each of Trainer's sampling strategies and batch sizes, a round takes batches at random from those that
 Trainer's sampler deals over the whole corpus, at least ``--tokens`` real tokens; `Trainer` + `EsmForMaskedLM` +
 `DataCollatorForLanguageModeling` trains on them, padding each to its longest sequence, and this project trains on the
 very same sequences, both with one optimizer step a round. Only real tokens count, padding does not. The machine's rate
-of matrix products is measured before and after each of this project's steps. Both are warmed up
-first. Rates are medians over the rounds, ratios medians of the rounds' ratios.
+of matrix products is measured before and after each of this project's steps. Both are warmed up first. Rates are
+medians over the rounds, ratios medians of the rounds' ratios.
 """
 
 import argparse

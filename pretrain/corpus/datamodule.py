@@ -5,13 +5,14 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from pretrain.corpus.baselines import Baselines, perplexities
 from pretrain.corpus.batch import Batch, PackDataset
 from pretrain.corpus.masking import MAX_TOKENS_PER_SEQUENCE, Masking
 from pretrain.corpus.order import ORDER_VERSION, Order
-from pretrain.corpus.packing import FixedSampler, Pack, PackSampler, Planner, Position, validation_packs
+from pretrain.corpus.packing import FixedSampler, PackSampler, Planner, Position, validation_packs
+from pretrain.corpus.padding import PaddedDataset, static_shapes
 from pretrain.corpus.prepare import open_or_prepare
 from pretrain.corpus.store import Corpus
 from pretrain.corpus.tokenizer import load_tokenizer
@@ -39,6 +40,7 @@ class MLMDataModule(pl.LightningDataModule):
         validation_pack_tokens: Tokens in a forward pass of validation.
         attention_cost: Cost of attending to one token relative to a token's linear layers, for packs of equal cost;
             about ``1 / (6 * hidden_size)``.
+        static_shapes: Pad packs to one of a few sizes, for compiled code; they are then made equal in tokens, not cost.
         num_workers: Processes that load ahead of training.
         seed: Seed of order, crops and masks.
 
@@ -58,6 +60,7 @@ class MLMDataModule(pl.LightningDataModule):
         random_replace_prob: float = 0.1,
         validation_pack_tokens: int = 16_384,
         attention_cost: float = 0.0005,
+        static_shapes: bool = False,
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
@@ -69,7 +72,8 @@ class MLMDataModule(pl.LightningDataModule):
         self.max_length = max_length
         self.global_batch_tokens = global_batch_tokens
         self.validation_pack_tokens = validation_pack_tokens
-        self.attention_cost = attention_cost
+        self.attention_cost = 0.0 if static_shapes else attention_cost
+        self.static_shapes = static_shapes
         self.num_workers = num_workers
         self.seed = seed
         self.tokenizer = load_tokenizer(tokenizer)
@@ -132,28 +136,36 @@ class MLMDataModule(pl.LightningDataModule):
             accumulate_grad_batches=trainer.accumulate_grad_batches,
             attention_cost=self.attention_cost,
         )
-        return self._loader(PackDataset(self.train_corpus, self.masking), self._sampler)
+        pack_tokens = self.global_batch_tokens / (trainer.world_size * trainer.accumulate_grad_batches)
+        return self._loader(planner, self._sampler, pack_tokens)
 
     def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
         """This process's share of the validation corpus, the same at every call; nothing without a corpus."""
         if self.validation_corpus is None:
             return []
         trainer = self._trainer()
-        packs = self._validation_packs(self.validation_corpus, trainer.world_size)[trainer.global_rank]
-        return self._loader(PackDataset(self.validation_corpus, self.validation_masking), FixedSampler(packs))
+        planner = self._validation_planner(self.validation_corpus)
+        packs = validation_packs(planner, self.validation_pack_tokens, trainer.world_size)[trainer.global_rank]
+        return self._loader(planner, FixedSampler(packs), self.validation_pack_tokens)
 
     def baselines(self) -> Baselines | None:
         """Unigram and bigram perplexity on the positions that validation asks about; None without validation."""
         if self.validation_corpus is None:
             return None
-        (packs,) = self._validation_packs(self.validation_corpus, 1)
+        (packs,) = validation_packs(self._validation_planner(self.validation_corpus), self.validation_pack_tokens, 1)
         return perplexities(self.train_corpus, PackDataset(self.validation_corpus, self.validation_masking), packs)
 
-    def _validation_packs(self, corpus: Corpus, world_size: int) -> list[list[Pack]]:
-        planner = Planner(corpus, Order(len(corpus), _VALIDATION_SEED), self.validation_masking, self.max_length)
-        return validation_packs(planner, self.validation_pack_tokens, world_size)
+    def _validation_planner(self, corpus: Corpus) -> Planner:
+        return Planner(corpus, Order(len(corpus), _VALIDATION_SEED), self.validation_masking, self.max_length)
 
-    def _loader(self, dataset: PackDataset, sampler: PackSampler | FixedSampler) -> DataLoader[Batch]:
+    def _loader(
+        self, planner: Planner, sampler: PackSampler | FixedSampler, mean_pack_tokens: float
+    ) -> DataLoader[Batch]:
+        dataset: Dataset[Batch] = PackDataset(planner.corpus, planner.masking)
+        if self.static_shapes:
+            share = planner.masking.mlm_probability
+            shapes = static_shapes(mean_pack_tokens, planner.mean_length, self.max_length, share)
+            dataset = PaddedDataset(dataset, shapes)
         return DataLoader(
             dataset,
             sampler=sampler,

@@ -81,11 +81,11 @@ class Planner:
 
     def __init__(self, corpus: Corpus, order: Order, masking: Masking, max_length: int) -> None:
         self.corpus, self.order, self.masking, self.max_length = corpus, order, masking, max_length
-        self._mean_length = max(1.0, min(corpus.num_tokens / corpus.num_sequences, max_length))
+        self.mean_length = max(1.0, min(corpus.num_tokens / corpus.num_sequences, max_length))
 
     def step(self, start: Position, global_batch_tokens: int) -> Pack:
         """The step at ``start``, as one pack: the next sequences whose crops fit into ``global_batch_tokens``."""
-        window = int(global_batch_tokens / self._mean_length * 1.1) + 16
+        window = int(global_batch_tokens / self.mean_length * 1.1) + 16
         while True:
             epochs, indices = self.order(np.arange(start.cursor, start.cursor + window))
             lengths = np.minimum(self.corpus.lengths(indices), self.max_length)

@@ -72,6 +72,7 @@ def variable_length_attention(
     return _attention_by_sequence(query, key, value, queries, keys)
 
 
+@torch.compiler.disable  # the loop's lengths differ from pack to pack: each would be compiled anew
 def _attention_by_sequence(query: Tensor, key: Tensor, value: Tensor, queries: Layout, keys: Layout) -> Tensor:
     assert queries.lengths is not None
     assert keys.lengths is not None

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from pretrain.model.attention import Layout, variable_length_attention
 from pretrain.model.config import EncoderConfig
@@ -20,16 +21,25 @@ TOKEN_DROPOUT_TRAIN_RATIO = 0.15 * 0.8
 """Share of masked tokens in ESM's training: a constant at every masking rate, or exports would not be equal."""
 
 
+_MAX_LOGITS = 2**25
+"""Logits that the loss holds at a time: 128 MiB of float32."""
+
+
 class Encoder(nn.Module):
     """Packed token ids to logits.
 
     Args:
         config: The encoder's shape.
+
+    Attributes:
+        activation_checkpointing: Keep only each block's input for the backward pass, and compute the rest again: about
+            a third more work for a fraction of the memory (Chen et al. 2016).
     """
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.config = config
+        self.activation_checkpointing = False
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
@@ -93,12 +103,38 @@ class Encoder(nn.Module):
         angles = (torch.arange(len(input_ids), device=input_ids.device) - starts[sequence])[:, None] * self.inv_freq
         rotation = angles.cos().to(hidden.dtype), angles.sin().to(hidden.dtype)  # [T, d/2] each
 
-        for block in self.blocks[:-1]:
-            hidden = block(hidden, rotation, layout)
         rows = None if positions is None else Rows.of(positions, sequence, layout)
-        hidden = self.blocks[-1](hidden, rotation, layout, rows)
+        for block in self.blocks:
+            inputs = hidden, rotation, layout, rows if block is self.blocks[-1] else None
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                hidden = checkpoint(block, *inputs, use_reentrant=False)
+            else:
+                hidden = block(*inputs)
         normed: Tensor = self.norm(hidden)
         return normed
+
+    def loss(
+        self,
+        input_ids: Int[Tensor, " T"],
+        cu_seqlens: Int[Tensor, " bounds"],
+        max_seqlen: int | None,
+        positions: Int[Tensor, " M"],
+        targets: Int[Tensor, " M"],
+    ) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
+        """Cross-entropy at ``positions``.
+
+        Args:
+            input_ids: As for `forward`.
+            cu_seqlens: As for `forward`.
+            max_seqlen: As for `forward`.
+            positions: As for `forward`.
+            targets: The original tokens at ``positions``; rows of -100 are left out.
+
+        Returns:
+            The cross-entropy summed over the targets, in nats and float32, and how many of them are predicted best.
+        """
+        hidden = self.hidden_states(input_ids, cu_seqlens, max_seqlen, positions)
+        return self.head.loss(hidden, self.embedding.weight, targets)
 
     def _token_dropout_scale(
         self, input_ids: Int[Tensor, " T"], sequence: Int[Tensor, " T"], lengths: Int[Tensor, " N"]
@@ -107,7 +143,7 @@ class Encoder(nn.Module):
         masked = input_ids == self.config.mask_token_id
         weight = self.embedding.weight
         observed = torch.zeros(len(lengths), dtype=torch.float32, device=weight.device)
-        observed = observed.index_add(0, sequence, masked.float()) / lengths
+        observed = observed.index_add(0, sequence, masked.float()) / lengths.clamp(min=1)
         scale = (1 - TOKEN_DROPOUT_TRAIN_RATIO) / (1 - observed)
         return torch.where(masked, 0.0, scale[sequence]).to(weight.dtype)
 
@@ -187,6 +223,10 @@ def rotate(
         count: How many parts to rotate.
     """
     cos, sin = (part[:, None, None] for part in rotation)
+    if torch.compiler.is_compiling():  # the compiler fuses the plain formula
+        first, second = parts[:, :count].chunk(2, dim=-1)
+        turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(parts.dtype)
+        return *turned.unbind(1), *parts[:, count:].unbind(1)
     rotated: tuple[Tensor, ...] = _Rotation.apply(parts, cos, sin, count)  # type: ignore[no-untyped-call]
     return rotated
 
@@ -242,3 +282,20 @@ class MaskedLMHead(nn.Module):
     def forward(self, hidden: Float[Tensor, "M D"], embedding: Float[Tensor, "V D"]) -> Float[Tensor, "M V"]:
         """Logits; ``embedding`` is the encoder's own (tied) embedding matrix."""
         return F.linear(self.norm(F.gelu(self.dense(hidden))), embedding, self.bias)
+
+    def loss(
+        self, hidden: Float[Tensor, "M D"], embedding: Float[Tensor, "V D"], targets: Int[Tensor, " M"]
+    ) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
+        """See `Encoder.loss`. With a large vocabulary only some rows' logits exist at a time, also in the backward."""
+        rows = max(1, _MAX_LOGITS // len(embedding))
+        if len(hidden) <= rows:
+            return self._loss(hidden, embedding, targets)
+        chunks = zip(hidden.split(rows), targets.split(rows), strict=True)
+        losses, correct = zip(
+            *(checkpoint(self._loss, h, embedding, t, use_reentrant=False) for h, t in chunks), strict=True
+        )
+        return torch.stack(losses).sum(), torch.stack(correct).sum()
+
+    def _loss(self, hidden: Tensor, embedding: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self(hidden, embedding).float()
+        return F.cross_entropy(logits, targets, reduction="sum"), (logits.argmax(-1) == targets).sum()

@@ -9,18 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 import yaml
 from jsonargparse import ArgumentError, Namespace
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.strategies import DDPStrategy, ParallelStrategy, SingleDeviceStrategy, Strategy
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from torch._dynamo.exc import TorchDynamoException
 from typing_extensions import override
 
 from pretrain.corpus.datamodule import MLMDataModule
 from pretrain.corpus.tokenizer import load_tokenizer
 from pretrain.errors import UserError
 from pretrain.train.checkpoint import AtomicCheckpointIO, RunInterruptedError, StepCheckpoint
+from pretrain.train.hardware import check_hardware, out_of_memory
 from pretrain.train.logging import EventLogger, LearningRateMonitor, MetricsFile, ProgressBar
 from pretrain.train.module import MLMModule
 from pretrain.train.report import execution, final_figures, header, summary
@@ -140,8 +143,8 @@ def _check_strategy(strategy: Strategy) -> None:
     """Refuse strategies under which gradients are clipped, or checkpoints written, in another way."""
     if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | FullyShardedStrategy):
         raise UserError(
-            f"trainer.strategy is {type(strategy).__name__}; gradients are clipped and checkpoints written rightly under DDP, "
-            "FSDP2 and one process only: add -c configs/ddp.yaml or -c configs/fsdp.yaml"
+            f"trainer.strategy is {type(strategy).__name__}, under which gradients are not clipped or checkpoints not "
+            "written as a run needs it; add -c configs/ddp.yaml or -c configs/fsdp.yaml"
         )
 
 
@@ -205,6 +208,7 @@ def fit(arguments: Sequence[str]) -> int:
     data.prepare_data()
     data.setup("fit")
     data.check_packs(trainer.world_size, trainer.accumulate_grad_batches)
+    check_hardware(trainer, module, data)
     config_text = yaml.safe_dump(cli.settings, sort_keys=False)
     rank_zero_only(run.record_start)(cli.settings, config_text, cli.changes, execution(trainer))
     _say(header(run, trainer, module, data))
@@ -213,6 +217,14 @@ def fit(arguments: Sequence[str]) -> int:
     except RunInterruptedError as interruption:
         _say(f"\n{interruption}; the same command continues the run")
         return 128 + interruption.signal_number
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"{run.directory}: {out_of_memory(trainer, data)}") from error
+    except TorchDynamoException as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{run.directory}: model.compile failed ({reason}); install what it asks for, or train with "
+            "--model.compile false"
+        ) from error
     result = final_figures(trainer, module, data)
     rank_zero_only(run.record_result)(result)
     _say(f"\n{run.directory}: finished\n{summary(run.directory, result)}")

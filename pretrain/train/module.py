@@ -5,7 +5,6 @@ from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
-import torch.nn.functional as F
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -35,6 +34,8 @@ class MLMModule(pl.LightningModule):
         weight_decay: Decoupled weight decay.
         decay: What decays: ``all`` parameters, or the ``matrices`` only.
         scheduler_name: Name that the learning rate is logged under; Lightning's own (``lr-AdamW``) if not given.
+        activation_checkpointing: See `Encoder`.
+        compile: Compile the blocks by ``torch.compile``; needs ``data.static_shapes``, or each new shape is compiled.
     """
 
     def __init__(
@@ -48,9 +49,13 @@ class MLMModule(pl.LightningModule):
         weight_decay: float = 0.01,
         decay: Literal["all", "matrices"] = "all",
         scheduler_name: str | None = None,
+        activation_checkpointing: bool = False,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         self.encoder = Encoder(encoder)
+        self.encoder.activation_checkpointing = activation_checkpointing
+        self.compile_blocks = compile
         self.learning_rate = learning_rate
         self.warmup_steps = warmup_steps
         self.warmup_init_lr = warmup_init_lr
@@ -67,8 +72,17 @@ class MLMModule(pl.LightningModule):
         self._grad_norm: Tensor | float = 0.0
 
     def configure_model(self) -> None:
-        """Divide the encoder among the processes, where the strategy does so (FSDP2); Lightning may ask repeatedly."""
-        # Whatever changes a block itself (activation checkpointing, compilation) must come before.
+        """Compile the blocks, if asked to; divide the encoder among the processes, where the strategy does so (FSDP2).
+
+        Lightning may ask repeatedly. The blocks are alike, so one compilation a shape serves all but the last.
+        """
+        if self.compile_blocks:
+            # A few shapes each for training and validation, with and without rows; beyond that, torch would quietly
+            # run uncompiled.
+            torch._dynamo.config.recompile_limit = 32
+            torch._dynamo.config.fail_on_recompile_limit_hit = True
+            for block in self.encoder.blocks:
+                block.compile(dynamic=False)
         if self.device_mesh is not None:
             shard(self.encoder, self.device_mesh, self.trainer.precision)
 
@@ -95,9 +109,8 @@ class MLMModule(pl.LightningModule):
         Its sum over targets is divided by the targets of the *whole* step, so that the gradient does not depend on how
         the step was split; Lightning divides by the micro-batches and DDP by the processes, which is undone here.
         """
-        logits = self._logits(batch)
-        loss = F.cross_entropy(logits.float(), batch.targets, reduction="sum")
-        self._train_loss.add(loss, len(batch.targets))
+        loss, correct = self._loss(batch)
+        self._train_loss.add(loss, correct, batch)
         shares = self.trainer.accumulate_grad_batches * self.trainer.world_size
         return loss * (shares / max(1, batch.pack.step_targets))
 
@@ -139,9 +152,8 @@ class MLMModule(pl.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add up a validation pack's loss and its correct predictions."""
-        logits = self._logits(batch)
-        loss = F.cross_entropy(logits.float(), batch.targets, reduction="sum")
-        self._validation_loss.add(loss, len(batch.targets), (logits.argmax(-1) == batch.targets).sum())
+        loss, correct = self._loss(batch)
+        self._validation_loss.add(loss, correct, batch)
 
     def on_validation_epoch_end(self) -> None:
         """Log the mean over all targets of all processes: exact, however the packs were divided."""
@@ -172,29 +184,32 @@ class MLMModule(pl.LightningModule):
             saved.update({name: value for name, value in group.items() if name != "params"}, lr=rate)
         checkpoint["lr_schedulers"][0].update(base_lrs=scheduler.base_lrs, _last_lr=rates)
 
-    def _logits(self, batch: Batch) -> Tensor:
-        logits: Tensor = self.encoder(batch.input_ids, batch.cu_seqlens, batch.max_seqlen, batch.target_positions)
-        return logits
+    def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        return self.encoder.loss(
+            batch.input_ids, batch.cu_seqlens, batch.max_seqlen, batch.target_positions, batch.targets
+        )
 
 
 class _RunningLoss:
-    """Sums of loss, targets and correct predictions, on the device, read once a step."""
+    """Sums of loss, correct predictions and targets, on the device, read once a step."""
 
     def __init__(self) -> None:
-        self._sums: Tensor | None = None
+        self.reset()
 
     def reset(self) -> None:
-        self._sums = None
+        self._sums: Tensor | None = None
+        self._targets = 0
 
-    def add(self, loss: Tensor, targets: int, correct: Tensor | int = 0) -> None:
-        values = [loss.detach().double(), torch.as_tensor(correct, device=loss.device), torch.tensor(targets)]
-        sums = torch.stack([value.to(loss.device, torch.float64, non_blocking=True) for value in values])
+    def add(self, loss: Tensor, correct: Tensor, batch: Batch) -> None:
+        sums = torch.stack((loss.detach().double(), correct.double()))
         self._sums = sums if self._sums is None else self._sums + sums
+        self._targets += int(batch.pack.targets.sum())  # known without a look at the device
 
     def collect(self, trainer: pl.Trainer) -> tuple[Tensor, Tensor]:
         """Mean loss and accuracy over all targets of all processes; begins anew."""
         assert self._sums is not None
-        loss, correct, targets = trainer.strategy.reduce(self._sums, reduce_op="sum")
+        sums = torch.cat((self._sums, self._sums.new_tensor([self._targets])))
+        loss, correct, targets = trainer.strategy.reduce(sums, reduce_op="sum")
         self.reset()
         targets = targets.clamp(min=1)
         return (loss / targets).float(), (correct / targets).float()

@@ -38,6 +38,7 @@ _HISTORY = (
     "trainer.gradient_clip_algorithm",
     "trainer.precision",
 )
+_FREE = ("model.compile", "model.activation_checkpointing")
 _PACKAGES = ("torch", "pytorch-lightning", "transformers", "numpy", "pyarrow", "tokenizers")
 
 
@@ -78,8 +79,8 @@ class Run:
         """Compare the settings with those that the run was started with.
 
         Settings are of three classes: *identity* (the model's shape, the data, the seed: no change), *history* (what
-        the training does: a change must be allowed) and *free* (processes, workers, accumulation, logging). The train
-        corpus is identity by content, which the data module verifies against the checkpoint.
+        the training does: a change must be allowed) and *free* (processes, workers, accumulation, logging, how it is
+        computed). The train corpus is identity by content, which the data module verifies against the checkpoint.
 
         Returns:
             The changes of history, for the record.
@@ -97,7 +98,7 @@ class Run:
                     f"{self.directory}: was started with {name} {was!r}, this config has {now!r}: that would be "
                     "another run; choose another directory with --run, or restore the setting"
                 )
-            if name.startswith(_HISTORY):
+            if name.startswith(_HISTORY) and name not in _FREE:
                 history.append(what)
         if history and not allow_change:
             raise UserError(
