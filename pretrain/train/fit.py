@@ -34,6 +34,7 @@ from pretrain.train.throughput import Throughput
 _QUIET = (
     ".*does not have many workers.*",  # a worker costs a core that a small machine needs for training
     ".*is smaller than the logging interval.*",
+    ".*It is recommended to use `self.log.*sync_dist=True.*",  # what is logged has been summed over processes already
     ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
 )
 

@@ -105,9 +105,9 @@ def shard(encoder: Encoder, mesh: DeviceMesh, precision: str) -> None:
     The embedding, tied with the head, forms one group with the final norm and the head: it is whole from the first
     layer of the forward pass to the last of the backward pass. Nothing happens to an encoder that is divided already.
 
-    Under ``bf16-mixed`` the blocks' weights are gathered as bfloat16 and their gradients summed in float32, while
-    autocast chooses each operation's type as everywhere; inputs are left alone, so the residual stream and the rotary
-    angles stay float32. Of all parameters only the blocks' norms and biases are rounded where autocast would not.
+    Under ``bf16-mixed`` the matrices are gathered as bfloat16, which is what autocast would round them to anyway, and
+    their gradients summed in float32. Layer norms, the embedding and the head are gathered as float32, and inputs left
+    alone: so the numbers are those of autocast without FSDP2, the residual stream and the rotary angles in float32.
 
     Args:
         encoder: On the CPU or on its device, with the same values in every process.
@@ -129,6 +129,8 @@ def shard(encoder: Encoder, mesh: DeviceMesh, precision: str) -> None:
     if precision == "bf16-mixed":
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for block in encoder.blocks:
+        if precision == "bf16-mixed":
+            fully_shard([block.attention_norm, block.ffn_norm], mesh=mesh, reshard_after_forward=False)
         # The last block is wanted again as soon as the backward pass begins.
         again = block is not encoder.blocks[-1]
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=again)
