@@ -12,10 +12,10 @@ import pytorch_lightning as pl
 import torch
 import yaml
 from jsonargparse import ArgumentError, Namespace
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
-from pytorch_lightning.strategies import DDPStrategy, ParallelStrategy, SingleDeviceStrategy, Strategy
+from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from pytorch_lightning.utilities import rank_zero_only
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch._dynamo.exc import TorchDynamoException
 from typing_extensions import override
 
@@ -128,14 +128,17 @@ class FitCLI(LightningCLI):
             _check_processes(trainer.strategy)
         except (MisconfigurationException, ValueError) as error:
             message = " ".join(str(error).split()).rstrip(".")
-            raise UserError(f"{message}; change trainer.accelerator, devices, num_nodes or precision") from error
+            raise UserError(
+                f"the trainer's settings do not work here: {message}; change them, for example --trainer.devices, "
+                "--trainer.strategy or --trainer.precision"
+            ) from error
         _check_strategy(trainer.strategy)
         return trainer
 
 
 def _check_processes(strategy: Strategy) -> None:
     """Compare the processes that a launcher (torchrun, SLURM) started with those that the Trainer was set to."""
-    if isinstance(strategy, ParallelStrategy) and strategy.cluster_environment:
+    if isinstance(strategy, DDPStrategy | FullyShardedStrategy) and strategy.cluster_environment:
         devices = len(strategy.parallel_devices or ())
         strategy.cluster_environment.validate_settings(num_devices=devices, num_nodes=strategy.num_nodes)
 

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map_only
 from typing_extensions import override
 
 from pretrain.errors import UserError
-from pretrain.model.encoder import Encoder
+from pretrain.model.encoder import Block, Encoder
 from pretrain.train.checkpoint import read_checkpoint
 
 
@@ -129,6 +129,7 @@ def shard(encoder: Encoder, mesh: DeviceMesh, precision: str) -> None:
     if precision == "bf16-mixed":
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for block in encoder.blocks:
+        assert isinstance(block, Block)
         if precision == "bf16-mixed":
             fully_shard([block.attention_norm, block.ffn_norm], mesh=mesh, reshard_after_forward=False)
         # The last block is wanted again as soon as the backward pass begins.

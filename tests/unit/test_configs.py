@@ -7,7 +7,7 @@ import pytest
 from pretrain.train.fit import build
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-OVERLAYS = {"compile", "gpu"}
+OVERLAYS = {"compile", "gpu", "ddp", "fsdp"}
 
 
 @pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
