@@ -139,6 +139,13 @@ def test_clipping_by_value_and_checkpointed_activations_change_nothing_under_fsd
     assert figures(two, *CURVES) == pytest.approx(figures(one, *CURVES), rel=1e-5)
 
 
+def test_bf16_under_fsdp_follows_bf16_in_one_process(runs: Runs) -> None:
+    short = ("--trainer.precision", "bf16-mixed", "--trainer.max_steps", 4)
+    one, two = (runs.run(f"bf16-{layout}", layout, *short) for layout in (ONE, FSDP))
+    assert figures(two, "train/loss", "val/loss") == pytest.approx(figures(one, "train/loss", "val/loss"), rel=1e-3)
+    assert checkpoint(two, 4)["state_dict"]["encoder.blocks.0.qkv.weight"].dtype == torch.float32
+
+
 def test_a_run_under_fsdp_loads_and_exports(whole: dict[str, Path], tmp_path: Path) -> None:
     encoder = pretrain.load(whole[FSDP])
     state = checkpoint(whole[FSDP], STEPS)["state_dict"]
