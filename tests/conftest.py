@@ -3,8 +3,10 @@
 import multiprocessing
 import os
 import random
+import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,9 +27,11 @@ _PROCESSES = multiprocessing.get_context("forkserver")
 _PROCESSES.set_forkserver_preload(["pretrain.train.fit"])  # imports torch once; each run is then a quick fork
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PRETRAIN_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("PRETRAIN_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -43,10 +47,16 @@ def proteins(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def tiny(proteins: Path, tmp_path: Path) -> Callable[..., Path]:
+def tiny(write_tiny: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
     """Writes a config of a tiny run; keyword arguments override, with ``__`` for the dots."""
+    return partial(write_tiny, tmp_path)
 
-    def write(**overrides: object) -> Path:
+
+@pytest.fixture(scope="session")
+def write_tiny(proteins: Path) -> Callable[..., Path]:
+    """As `tiny`, into a given directory."""
+
+    def write(directory: Path, **overrides: object) -> Path:
         config: dict[str, object] = {
             "seed_everything": 7,
             "model": {
@@ -77,7 +87,7 @@ def tiny(proteins: Path, tmp_path: Path) -> Callable[..., Path]:
             for parent in parents:
                 place = place.setdefault(parent, {})  # type: ignore[assignment]
             place[last] = value
-        path = tmp_path / "tiny.yaml"
+        path = directory / "tiny.yaml"
         path.write_text(yaml.safe_dump(config))
         return path
 
@@ -92,20 +102,46 @@ def _fit(arguments: list[str], environment: dict[str, str]) -> None:
     raise SystemExit(main(["fit", *arguments]))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def fit() -> Callable[..., int]:
-    """``pretrain fit`` in a process of its own; returns its exit code, -9 if it was killed."""
+    """``pretrain fit`` in a process of its own; returns its exit code, -9 if it was killed.
 
-    def run(*arguments: object) -> int:
-        environment = {"PRETRAIN_CACHE": os.environ["PRETRAIN_CACHE"]}
-        process = _PROCESSES.Process(target=_fit, args=([str(argument) for argument in arguments], environment))
-        process.start()
-        process.join(120)
-        if process.is_alive():
-            process.kill()
-            process.join()
+    With ``processes``, in several, as torchrun starts them; they talk over the loopback only.
+    """
+
+    def run(*arguments: object, processes: int = 1) -> int:
+        environments = [{"PRETRAIN_CACHE": os.environ["PRETRAIN_CACHE"]} for _ in range(processes)]
+        if processes > 1:
+            group = torchrun_environment(processes)
+            environments = [{**e, **group, "RANK": str(i), "LOCAL_RANK": str(i)} for i, e in enumerate(environments)]
+        given = [str(argument) for argument in arguments]
+        started = [_PROCESSES.Process(target=_fit, args=(given, environment)) for environment in environments]
+        for process in started:
+            process.start()
+        for process in started:
+            process.join(120)
+        if any(process.is_alive() for process in started):
+            for process in started:
+                process.kill()
+                process.join()
             raise AssertionError(f"fit {arguments} did not end within 120 s")
-        assert process.exitcode is not None
-        return process.exitcode
+        codes = {process.exitcode for process in started}
+        assert len(codes) == 1, f"fit {arguments} ended with {codes}"
+        return codes.pop()  # type: ignore[return-value]
 
     return run
+
+
+def torchrun_environment(processes: int) -> dict[str, str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "GROUP_RANK": "0",
+        "TORCHELASTIC_RUN_ID": "test",
+    }

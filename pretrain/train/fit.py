@@ -12,7 +12,9 @@ import pytorch_lightning as pl
 import torch
 import yaml
 from jsonargparse import ArgumentError, Namespace
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from pytorch_lightning.utilities import rank_zero_only
 from torch._dynamo.exc import TorchDynamoException
 from typing_extensions import override
@@ -24,13 +26,15 @@ from pretrain.train.checkpoint import AtomicCheckpointIO, RunInterruptedError, S
 from pretrain.train.hardware import check_hardware, out_of_memory
 from pretrain.train.logging import EventLogger, LearningRateMonitor, MetricsFile, ProgressBar
 from pretrain.train.module import MLMModule
-from pretrain.train.report import final_figures, header, summary
+from pretrain.train.report import execution, final_figures, header, summary
 from pretrain.train.run import CHECKPOINTS, Run
+from pretrain.train.sharding import FullyShardedStrategy
 from pretrain.train.throughput import Throughput
 
 _QUIET = (
     ".*does not have many workers.*",  # a worker costs a core that a small machine needs for training
     ".*is smaller than the logging interval.*",
+    ".*It is recommended to use `self.log.*sync_dist=True.*",  # what is logged has been summed over processes already
     ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
 )
 
@@ -114,13 +118,39 @@ class FitCLI(LightningCLI):
         callbacks += [StepCheckpoint(self.run.directory / CHECKPOINTS, **self.config_init.checkpoint)]
         given = settings.callbacks or []
         plugins = settings.plugins or []
-        return super().instantiate_trainer(
-            logger=loggers or False,
-            callbacks=[*callbacks, *(given if isinstance(given, list) else [given])],
-            plugins=[AtomicCheckpointIO(), *(plugins if isinstance(plugins, list) else [plugins])],
-            val_check_interval=self.config_init.validate_every_n_steps * settings.accumulate_grad_batches,
-            check_val_every_n_epoch=None,
-            **kwargs,
+        try:
+            trainer = super().instantiate_trainer(
+                logger=loggers or False,
+                callbacks=[*callbacks, *(given if isinstance(given, list) else [given])],
+                plugins=[AtomicCheckpointIO(), *(plugins if isinstance(plugins, list) else [plugins])],
+                val_check_interval=self.config_init.validate_every_n_steps * settings.accumulate_grad_batches,
+                check_val_every_n_epoch=None,
+                **kwargs,
+            )
+            _check_processes(trainer.strategy)
+        except (MisconfigurationException, ValueError) as error:
+            message = " ".join(str(error).split()).rstrip(".")
+            raise UserError(
+                f"the trainer's settings do not work here: {message}; change them, for example --trainer.devices, "
+                "--trainer.strategy or --trainer.precision"
+            ) from error
+        _check_strategy(trainer.strategy)
+        return trainer
+
+
+def _check_processes(strategy: Strategy) -> None:
+    """Compare the processes that a launcher (torchrun, SLURM) started with those that the Trainer was set to."""
+    if isinstance(strategy, DDPStrategy | FullyShardedStrategy) and strategy.cluster_environment:
+        devices = len(strategy.parallel_devices or ())
+        strategy.cluster_environment.validate_settings(num_devices=devices, num_nodes=strategy.num_nodes)
+
+
+def _check_strategy(strategy: Strategy) -> None:
+    """Refuse strategies under which gradients are clipped, or checkpoints written, in another way."""
+    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | FullyShardedStrategy):
+        raise UserError(
+            f"trainer.strategy is {type(strategy).__name__}, under which gradients are not clipped or checkpoints not "
+            "written as a run needs it; add -c configs/ddp.yaml or -c configs/fsdp.yaml"
         )
 
 
@@ -185,7 +215,8 @@ def fit(arguments: Sequence[str]) -> int:
     data.setup("fit")
     data.check_packs(trainer.world_size, trainer.accumulate_grad_batches)
     check_hardware(trainer, module, data)
-    rank_zero_only(run.record_start)(cli.settings, yaml.safe_dump(cli.settings, sort_keys=False), cli.changes)
+    config_text = yaml.safe_dump(cli.settings, sort_keys=False)
+    rank_zero_only(run.record_start)(cli.settings, config_text, cli.changes, execution(trainer))
     _say(header(run, trainer, module, data))
     try:
         trainer.fit(module, data, ckpt_path=run.checkpoint, weights_only=True)

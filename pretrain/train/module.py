@@ -8,7 +8,8 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from torch.optim import AdamW, Optimizer
 
 from pretrain.corpus.batch import Batch
@@ -17,6 +18,7 @@ from pretrain.model.encoder import Encoder
 from pretrain.train.optim import build_adamw
 from pretrain.train.pretrained import load_initial_weights
 from pretrain.train.schedule import InverseSqrtScheduler
+from pretrain.train.sharding import shard
 
 
 class MLMModule(pl.LightningModule):
@@ -79,7 +81,10 @@ class MLMModule(pl.LightningModule):
         self._grad_norm: Tensor | float = 0.0
 
     def configure_model(self) -> None:
-        """Compile, if asked to. The blocks are alike, so one compilation a shape serves all but the last."""
+        """Compile the blocks, if asked to; divide the encoder among the processes, where the strategy does so (FSDP2).
+
+        Lightning may ask repeatedly. The blocks are alike, so one compilation a shape serves all but the last.
+        """
         if self.compile_blocks:
             # A few shapes each for training and validation, with and without rows; beyond that, torch would quietly
             # run uncompiled.
@@ -87,6 +92,8 @@ class MLMModule(pl.LightningModule):
             torch._dynamo.config.fail_on_recompile_limit_hit = True
             for block in self.encoder.blocks:
                 block.compile(dynamic=False)
+        if self.device_mesh is not None:
+            shard(self.encoder, self.device_mesh, self.trainer.precision)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW, and the schedule stepped at every optimizer step."""
@@ -124,11 +131,14 @@ class MLMModule(pl.LightningModule):
     ) -> None:
         """Clip as the Trainer is set to, and keep the norm of the whole gradient before clipping for the log."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        self._grad_norm = norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if not gradient_clip_val:
+            return
         if gradient_clip_algorithm == "value":
-            self._grad_norm = clip_grad_norm_(parameters, float("inf"))
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            clip_grad_value_(parameters, gradient_clip_val)
         else:
-            self._grad_norm = clip_grad_norm_(parameters, gradient_clip_val or float("inf"))
+            clip_grads_with_norm_(parameters, gradient_clip_val, norm)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Log the step's figures, once, when its last micro-batch is done."""

@@ -22,9 +22,8 @@ def header(run: Run, trainer: pl.Trainer, module: MLMModule, data: MLMDataModule
     held_out = f", {validation.num_sequences:,} for validation" if validation else ", no validation"
     shape = f"{config.num_hidden_layers} layers, {config.hidden_size} wide, {config.num_attention_heads} heads"
     rate, source = peak_flops(trainer.strategy.root_device)
-    device = trainer.strategy.root_device.type
-    attention = "varlen_attn" if device == "cuda" else "SDPA by sequence"
-    hardware = f"{trainer.world_size} x {device}, {trainer.precision}, attention by {attention}"
+    runs = execution(trainer)
+    hardware = "{processes} x {accelerator}, {strategy}, {precision}, attention by {attention}".format(**runs)
     begin = f"continues after step {run.step} of {trainer.max_steps}" if run.step else f"{trainer.max_steps} steps"
     start = [f"  weights   from {module.initialized_from}"] if module.initialized_from else []
     return "\n".join(
@@ -37,6 +36,18 @@ def header(run: Run, trainer: pl.Trainer, module: MLMModule, data: MLMDataModule
             f"  hardware  {hardware}; MFU against {rate / 1e12:.3g} TFLOP/s ({source})",
         ]
     )
+
+
+def execution(trainer: pl.Trainer) -> dict[str, Any]:
+    """What the run is computed with: processes, the accelerator of each, strategy, precision, attention backend."""
+    accelerator = trainer.strategy.root_device.type
+    return {
+        "processes": trainer.world_size,
+        "accelerator": accelerator,
+        "strategy": type(trainer.strategy).__name__,
+        "precision": trainer.precision,
+        "attention": "varlen_attn" if accelerator == "cuda" else "SDPA by sequence",
+    }
 
 
 def final_figures(trainer: pl.Trainer, module: MLMModule, data: MLMDataModule) -> dict[str, Any]:

@@ -5,7 +5,7 @@ runs/quickstart/
   checkpoints/                step-000000500.ckpt ..., last.ckpt links to the newest
   events.out.tfevents.*       TensorBoard
   metrics.csv                 the same figures as step,name,value
-  starts.jsonl                one line a start: time, step, command, settings changed, versions, device, git commit
+  starts.jsonl                one line a start: time, step, command, changes, versions, hardware, strategy, commit
   result.json                 the final figures, once the run is finished
 """
 
@@ -115,8 +115,10 @@ class Run:
             )
         return history
 
-    def record_start(self, config: dict[str, Any], config_text: str, changes: list[str]) -> None:
-        """Write the config, and a line about this start and the environment it runs in."""
+    def record_start(
+        self, config: dict[str, Any], config_text: str, changes: list[str], execution: dict[str, Any]
+    ) -> None:
+        """Write the config, and a line about this start, what runs and the environment it runs in."""
         self.directory.mkdir(parents=True, exist_ok=True)
         path = self.directory / CONFIG
         partial = path.with_name(f".{CONFIG}.partial")
@@ -131,6 +133,7 @@ class Run:
             "python": platform.python_version(),
             "packages": {name: version(name) for name in _PACKAGES},
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+            **execution,
             "git_commit": _git_commit(),
         }
         with (self.directory / STARTS).open("a", encoding="utf-8") as file:

@@ -10,6 +10,8 @@ import pytest
 
 from pretrain.cli import main
 
+CONFIGS = Path(__file__).parents[2] / "configs"
+
 
 def error_of(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     assert main([str(argument) for argument in arguments]) == 2
@@ -62,6 +64,21 @@ CASES = {
     ),
     "no tokenizer": (lambda tiny: ["-c", tiny(data__tokenizer="none.json")], ["tokenizer 'none.json' not found"]),
     "no config at all": (lambda tiny: [], ["give -c CONFIG"]),
+    "strategy without its accelerator": (
+        lambda tiny: ["-c", tiny(trainer__strategy="fsdp")],
+        ["the trainer's settings do not work here: The strategy `fsdp` requires a GPU", "change them"],
+    ),
+    "strategy of another kind": (
+        lambda tiny: [
+            "-c",
+            tiny(trainer__strategy={"class_path": "pytorch_lightning.strategies.ModelParallelStrategy"}),
+        ],
+        ["trainer.strategy is ModelParallelStrategy", "add -c configs/ddp.yaml or -c configs/fsdp.yaml"],
+    ),
+    "precision that FSDP2 refuses": (
+        lambda tiny: ["-c", tiny(), "-c", CONFIGS / "fsdp.yaml", "--trainer.precision", "16-mixed"],
+        ["precision='16-mixed'", "Choose a different precision among: 32-true, bf16-mixed"],
+    ),
     "run is a file": (lambda tiny: ["-c", tiny(), "--run", write("run", b"")], ["run: is a file"]),
 }
 
@@ -77,6 +94,24 @@ def test_a_mistake_is_told_in_one_line_and_leaves_nothing_behind(
     assert all(part in message for part in expected), message
     assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
     assert not any(path.is_dir() for path in Path().iterdir())
+
+
+def test_more_processes_than_gpus_and_other_ones_than_were_started_are_told_in_one_line(
+    tiny: Callable[..., Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as one_gpu:
+        for place in ("pytorch_lightning.accelerators.cuda", "lightning_fabric.accelerators.cuda"):
+            one_gpu.setattr(f"{place}.num_cuda_devices", lambda: 1, raising=False)
+        message = error_of(capsys, "fit", "-c", tiny(trainer__accelerator="gpu", trainer__devices=2))
+    assert "You requested gpu: [0, 1] But your machine only has: [0]" in message
+    started = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in {**started, "TORCHELASTIC_RUN_ID": "test"}.items():
+        monkeypatch.setenv(name, value)
+    for overlay in ("ddp", "fsdp"):
+        message = error_of(capsys, "fit", "-c", tiny(), "-c", CONFIGS / f"{overlay}.yaml", "--trainer.devices", 1)
+        assert "`devices=1` and `num_nodes=1`" in message
+        assert "does not match the world size (2)" in message
+    assert not list(Path().iterdir())
 
 
 def test_another_config_in_the_same_run_is_refused_by_class_of_setting(

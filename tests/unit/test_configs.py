@@ -11,7 +11,7 @@ from pretrain.model.config import BERT_SIZES, ESM2_SIZES, EncoderConfig
 from pretrain.train.fit import build
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-OVERLAYS = {"compile", "gpu"}
+OVERLAYS = {"compile", "ddp", "fsdp", "gpu"}
 RECIPES = {
     **{size: f"esm2_{size}" for size in ESM2_SIZES},
     **{size: size.lower().replace("-", "_") for size in BERT_SIZES},
