@@ -75,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("inspect", help="look at a corpus or a run: counts, figures, a picture of the curves")
     command.add_argument("path", type=Path, metavar="RUN_OR_CORPUS")
     command.add_argument("--picture", type=Path, metavar="PNG", help="draw the run's curves into this file")
+    command.add_argument("--audit", action="store_true", help="compare what the run consumed with corpus and order")
     command.set_defaults(command=_inspect)
 
     command = commands.add_parser("export", help="write a directory that transformers loads")
@@ -105,6 +106,10 @@ def _inspect(options: argparse.Namespace) -> int:
     from pretrain.downstream.inspect import inspect
 
     print(inspect(options.path, options.picture))
+    if options.audit:
+        from pretrain.train.ledger import audit
+
+        print(audit(options.path))
     return 0
 
 

@@ -22,6 +22,7 @@ from pretrain.corpus.tokenizer import load_tokenizer
 from pretrain.errors import UserError
 from pretrain.train.checkpoint import AtomicCheckpointIO, RunInterruptedError, StepCheckpoint
 from pretrain.train.hardware import check_hardware, out_of_memory
+from pretrain.train.ledger import Ledger
 from pretrain.train.logging import EventLogger, LearningRateMonitor, MetricsFile, ProgressBar
 from pretrain.train.module import MLMModule
 from pretrain.train.report import final_figures, header, summary
@@ -55,7 +56,7 @@ class FitCLI(LightningCLI):
             default=1000,
             help="Steps between validations; one is always held last.",
         )
-        parser.add_class_arguments(StepCheckpoint, "checkpoint", skip={"directory"}, instantiate=False)
+        parser.add_class_arguments(StepCheckpoint, "checkpoint", skip={"directory", "before_save"}, instantiate=False)
         parser.link_arguments("seed_everything", "data.seed")
         parser.link_arguments(
             "data.tokenizer", "model.encoder.vocab_size", lambda name: load_tokenizer(name).vocab_size
@@ -109,7 +110,9 @@ class FitCLI(LightningCLI):
         callbacks: list[pl.Callback] = [Throughput(), _ValidateLast()]
         callbacks += [LearningRateMonitor()] if loggers else []
         callbacks += [ProgressBar()] if settings.enable_progress_bar is not False else []
-        callbacks += [StepCheckpoint(self.run.directory / CHECKPOINTS, **self.config_init.checkpoint)]
+        ledger = Ledger(self.run.directory, self.run.step)
+        checkpoints = self.run.directory / CHECKPOINTS
+        callbacks += [ledger, StepCheckpoint(checkpoints, ledger.write, **self.config_init.checkpoint)]
         given = settings.callbacks or []
         plugins = settings.plugins or []
         return super().instantiate_trainer(

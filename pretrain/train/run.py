@@ -5,6 +5,7 @@ runs/quickstart/
   checkpoints/                step-000000500.ckpt ..., last.ckpt links to the newest
   events.out.tfevents.*       TensorBoard
   metrics.csv                 the same figures as step,name,value
+  ledger.csv                  what each step consumed, for `pretrain inspect --audit`
   starts.jsonl                one line a start: time, step, command, settings changed, versions, device, git commit
   result.json                 the final figures, once the run is finished
 """
@@ -26,6 +27,7 @@ from pretrain.errors import UserError
 from pretrain.train.checkpoint import newest_checkpoint
 
 CONFIG, CHECKPOINTS, STARTS, RESULT = "config.yaml", "checkpoints", "starts.jsonl", "result.json"
+LEDGER = "ledger.csv"
 
 _IDENTITY = ("seed_everything", "model.encoder.", "data.tokenizer", "data.max_length", "data.global_batch_tokens")
 _HISTORY = (
@@ -64,6 +66,7 @@ class Run:
         newest = newest_checkpoint(directory / CHECKPOINTS)
         self.checkpoint: Path | None = newest[0] if newest else None
         self.step: int = newest[1]["global_step"] if newest else 0
+        self.data_state: dict[str, Any] | None = newest[1].get("MLMDataModule") if newest else None
         self.problems = newest[2] if newest else []
 
     @property
