@@ -64,8 +64,8 @@ class AtomicCheckpointIO(CheckpointIO):
 def read_checkpoint(path: Path, mapped: bool = True) -> dict[str, Any]:
     """A checkpoint's content on the CPU. Tensors and plain values only: nothing is executed.
 
-    The file is a zip archive with a CRC-32 of each record, tensors included, which ``torch.load`` does not look at. They
-    are compared first, so a damaged file is refused rather than trained on.
+    The file is a zip archive with a CRC-32 of each record, tensors included, at which ``torch.load`` does not look.
+    They are compared first, so a damaged file is refused rather than trained on.
 
     Args:
         path: The file.
@@ -256,8 +256,8 @@ class StepCheckpoint(Checkpoint):
             self._best = previous
             if trainer.is_global_zero:
                 print(
-                    f"pretrain: warning: {path}: {os.strerror(errno.ENOSPC)}; the run goes on, its newest checkpoint is "
-                    f"that after step {self._saved_step}: make room before the next one is due",
+                    f"pretrain: warning: {path}: {os.strerror(errno.ENOSPC)}; the run goes on, its newest checkpoint "
+                    f"is that after step {self._saved_step}: make room before the next one is due",
                     file=sys.stderr,
                     flush=True,
                 )

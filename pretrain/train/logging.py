@@ -28,6 +28,8 @@ METRICS_FILE = "metrics.csv"
 class EventLogger(TensorBoardLogger):
     """TensorBoard events directly in the run directory.
 
+    On a full disk the curves have a gap, which ``metrics.csv`` has not: no reason to end a run.
+
     Args:
         run: The run directory.
         first_step: Step that this process begins with; events of earlier processes from there on are purged.
@@ -39,7 +41,15 @@ class EventLogger(TensorBoardLogger):
     @rank_zero_only
     @override
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        super().log_metrics(_without_epoch(metrics), step)
+        try:
+            super().log_metrics(_without_epoch(metrics), step)
+        except (OSError, ValueError) as error:
+            cause = error.__cause__ or error  # Lightning makes a ValueError of what the writer raises
+            if not (isinstance(cause, OSError) and disk_is_full(cause)):
+                raise
+            # The writer's thread has ended: the next figures go into a new file, which takes back nothing.
+            self._experiment = None
+            self._kwargs["purge_step"] = step
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
@@ -48,6 +58,15 @@ class EventLogger(TensorBoardLogger):
     @rank_zero_only
     def save(self) -> None:
         """Nothing: the writer flushes by itself every two minutes and at the end; Lightning would at every step."""
+
+    @rank_zero_only
+    @override
+    def finalize(self, status: str) -> None:
+        try:
+            super().finalize(status)
+        except OSError as error:
+            if not disk_is_full(error):
+                raise
 
 
 class LineFile:

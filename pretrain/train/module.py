@@ -68,6 +68,7 @@ class MLMModule(pl.LightningModule):
         self._train_loss = _RunningLoss()
         self._validation_loss = _RunningLoss()
         self._grad_norm: Tensor | float = 0.0
+        self.sick = torch.zeros(())  # 1 where the last step was skipped because its loss or gradient was not finite
 
     def configure_model(self) -> None:
         """Compile, if asked to. The blocks are alike, so one compilation a shape serves all but the last."""
@@ -105,7 +106,10 @@ class MLMModule(pl.LightningModule):
         loss, correct = self._loss(batch)
         self._train_loss.add(loss, correct, batch)
         shares = self.trainer.accumulate_grad_batches * self.trainer.world_size
-        return loss * (shares / max(1, batch.pack.step_targets))
+        # Zero, or NaN where the loss is NaN or infinite: then so is every gradient, on all processes, whatever the
+        # backward pass makes of it, and the step is skipped.
+        nothing = loss.detach() * 0
+        return loss * (shares / max(1, batch.pack.step_targets) + nothing)
 
     def configure_gradient_clipping(
         self,
@@ -120,6 +124,18 @@ class MLMModule(pl.LightningModule):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         else:
             self._grad_norm = clip_grad_norm_(parameters, gradient_clip_val or float("inf"))
+        self._skip_if_sick(optimizer)
+
+    def _skip_if_sick(self, optimizer: Optimizer) -> None:
+        """Keep NaN and infinity from weights and moments, without a look at the device.
+
+        Fused optimizers leave everything as it is where ``found_inf`` is 1 (it is the gradient scaler's way in).
+        """
+        sick = 1.0 - torch.as_tensor(self._grad_norm).isfinite().float()
+        if self.trainer.world_size > 1:  # the gradients are the same everywhere, but for a process's own faults
+            sick = self.trainer.strategy.reduce(sick, reduce_op="max")
+        self.sick = sick
+        optimizer.found_inf = sick  # type: ignore[attr-defined]
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Log the step's figures, once, when its last micro-batch is done."""
