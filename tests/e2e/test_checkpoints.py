@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -25,24 +26,31 @@ def save(directory: Path, step: int) -> Path:
     return path
 
 
-def test_a_flipped_bit_is_noticed_or_changes_nothing_and_in_a_tensor_it_is_always_noticed(tmp_path: Path) -> None:
+def test_a_flipped_bit_is_noticed_wherever_it_is(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
-    content, sound = path.read_bytes(), read_checkpoint(path, mapped=False)
-    tensors = [sound["state_dict"]["weight"], sound["optimizer_states"][0]["state"][0]["exp_avg"]]
-    places = [content.index(tensor.numpy().tobytes()) for tensor in tensors]
-    refused = set()
-    for place in [*range(0, len(content), 61), *range(0, 300), *range(len(content) - 1500, len(content))]:
+    content = path.read_bytes()
+    read_checkpoint(path)
+    places = [*range(0, len(content), 31), *range(600), *range(len(content) - 1500, len(content))]
+    tensor = content.index((torch.arange(4096.0) + 1).numpy().tobytes())
+    assert sum(tensor <= place < tensor + 4096 * 4 for place in places) > 500
+    for place in places:
         damaged = bytearray(content)
         damaged[place] ^= 1 << place % 8
         path.write_bytes(damaged)
-        try:
-            assert equal(read_checkpoint(path, mapped=False), sound), place
-        except UserError:
-            refused.add(place)
-    for begin in places:
-        inside = {place for place in range(0, len(content), 61) if begin <= place < begin + 4096 * 4}
-        assert len(inside) > 200
-        assert inside <= refused
+        with pytest.raises(UserError, match="not a complete checkpoint"):
+            read_checkpoint(path)
+
+
+def test_a_checkpoint_is_readable_without_this_project_and_one_of_a_plain_trainer_is_readable_here(
+    tmp_path: Path,
+) -> None:
+    ours = save(tmp_path, 1)
+    for mapped in (False, True):
+        assert equal(torch.load(ours, weights_only=True, mmap=mapped), read_checkpoint(ours))
+    assert zipfile.ZipFile(ours).testzip() is None
+    theirs = tmp_path / "theirs.ckpt"
+    torch.save(read_checkpoint(ours), theirs)
+    assert equal(read_checkpoint(theirs), read_checkpoint(ours))
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "half-written"])
@@ -68,15 +76,15 @@ def test_the_last_the_best_and_the_permanent_checkpoints_are_kept_also_over_a_ki
     tiny: Callable[..., Path], fit: Callable[..., int], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    # A learning rate so high that the best validation is not the last one.
+    # Nothing is learnt, so all validations are equally good, and the first ones count as the best.
     keep = {"every_n_steps": 1, "keep_last": 2, "keep_every_n_steps": 4, "keep_best": 2}
-    config = tiny(checkpoint=keep, validate_every_n_steps=3, model__learning_rate=0.3)
+    config = tiny(checkpoint=keep, validate_every_n_steps=3, model__learning_rate=0.0)
     assert fit("-c", config, "--run", run, *kill("batch_end", 15)) == -9
     assert fit("-c", config, "--run", run) == 0
     losses = sorted((value, step + 1) for step, name, value in read_metrics(run / "metrics.csv") if name == "val/loss")
     assert [step for _, step in sorted(losses, key=lambda pair: pair[1])] == [3, 6, 9, 10]
     best = [step for _, step in losses[:2]]
-    assert min(best) < 8, "the test's learning rate is too low"
+    assert best == [3, 6]
     kept = {int(path.stem.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*.ckpt")}
     assert kept == {4, 8} | {9, 10} | set(best)
     assert (run / "checkpoints" / "best.ckpt").readlink() == Path(f"step-{best[0]:09d}.ckpt")

@@ -81,7 +81,7 @@ def straight_runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pat
     return run
 
 
-@pytest.mark.parametrize(("processes", "workers", "accumulate", "kills", "moment"), cases())
+@pytest.mark.parametrize(("processes", "workers", "accumulate", "kills", "moment"), list(cases()))
 def test_a_run_that_was_killed_ends_with_the_bits_of_one_that_never_stopped(
     tiny: Callable[..., Path],
     fit: Callable[..., int],
