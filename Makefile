@@ -3,7 +3,7 @@
 bin := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test lint types bench bench-gpu
+.PHONY: help install quickstart test faults lint types bench bench-gpu
 
 help: ## List these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -15,6 +15,10 @@ quickstart: install ## Train a small protein model from start to finish on a lap
 
 test: install ## Run the tests, offline and on the CPU
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(bin)/pytest -n 2
+
+faults: install ## Kill runs in every way, on one and two processes, and compare with runs that were not (about an hour)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(bin)/pytest -n 2 -m "slow or not slow" tests/faults \
+		$(foreach topic,resume ledger sick_steps one_process checkpoints signals,tests/e2e/test_$(topic).py)
 
 lint: install ## Check style, formatting and which package may import which
 	$(bin)/ruff check .

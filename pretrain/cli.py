@@ -97,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         "--picture", type=Path, metavar="PNG", help="draw the run's curves, or the corpus, into a file"
     )
     command.add_argument("--verify", action="store_true", help="compare a corpus's shards with their checksums")
+    command.add_argument("--audit", action="store_true", help="compare what the run consumed with corpus and order")
     command.set_defaults(command=_inspect)
 
     command = commands.add_parser("import", help="bring a transformers ESM-2 model, to train it further")
@@ -146,6 +147,10 @@ def _inspect(options: argparse.Namespace) -> int:
     from pretrain.downstream.inspect import inspect
 
     print(inspect(options.path, options.picture, options.verify))
+    if options.audit:
+        from pretrain.train.ledger import audit
+
+        print(audit(options.path))
     return 0
 
 

@@ -161,11 +161,12 @@ class MLMDataModule(pl.LightningDataModule):
     def _loader(
         self, planner: Planner, sampler: PackSampler | FixedSampler, mean_pack_tokens: float
     ) -> DataLoader[Batch]:
-        dataset: Dataset[Batch] = PackDataset(planner.corpus, planner.masking)
+        packs = PackDataset(planner.corpus, planner.masking)
+        dataset: Dataset[Batch] = packs
         if self.static_shapes:
             share = planner.masking.mlm_probability
             shapes = static_shapes(mean_pack_tokens, planner.mean_length, self.max_length, share)
-            dataset = PaddedDataset(dataset, shapes)
+            dataset = PaddedDataset(packs, shapes)
         return DataLoader(
             dataset,
             sampler=sampler,

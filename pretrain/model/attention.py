@@ -69,10 +69,11 @@ def variable_length_attention(
         # By position: the keyword arguments after these changed between torch 2.10 and 2.13.
         layout = (queries.cu_seqlens, keys.cu_seqlens, queries.max_seqlen, keys.max_seqlen)
         return cast(Tensor, varlen_attn(query, key, value, *layout))
-    return _attention_by_sequence(query, key, value, queries, keys)
+    return cast(Tensor, _attention_by_sequence(query, key, value, queries, keys))
 
 
-@torch.compiler.disable  # the loop's lengths differ from pack to pack: each would be compiled anew
+# Not compiled: the loop's lengths differ from pack to pack.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _attention_by_sequence(query: Tensor, key: Tensor, value: Tensor, queries: Layout, keys: Layout) -> Tensor:
     assert queries.lengths is not None
     assert keys.lengths is not None

@@ -2,9 +2,14 @@
 
 import difflib
 import logging
+import os
 import re
+import signal
+import subprocess
+import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +29,13 @@ from pretrain.corpus.tokenizer import load_tokenizer
 from pretrain.errors import UserError
 from pretrain.train.checkpoint import AtomicCheckpointIO, RunInterruptedError, StepCheckpoint
 from pretrain.train.hardware import check_hardware, out_of_memory
+from pretrain.train.ledger import Ledger
 from pretrain.train.logging import EventLogger, LearningRateMonitor, MetricsFile, ProgressBar
 from pretrain.train.module import MLMModule
 from pretrain.train.report import execution, final_figures, header, summary
 from pretrain.train.run import CHECKPOINTS, Run
 from pretrain.train.sharding import FullyShardedStrategy
+from pretrain.train.sick import SickSteps
 from pretrain.train.throughput import Throughput
 
 _QUIET = (
@@ -37,6 +44,15 @@ _QUIET = (
     ".*It is recommended to use `self.log.*sync_dist=True.*",  # what is logged has been summed over processes already
     ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
 )
+
+
+_DESCRIPTION = """Train as the config says, or continue its run where it stopped.
+
+Exit codes: 0 the run is finished; 2 a person is needed (one line says for what); 130, 138 and 143 a signal (SIGINT,
+SIGUSR1, SIGTERM) ended it after a whole step: the same command continues it; anything else is a crash, from which the
+same command continues, too. With SIGUSR1 under SLURM (sbatch --signal=USR1@120) the job puts itself back into the
+queue.
+"""
 
 
 class FitCLI(LightningCLI):
@@ -59,7 +75,13 @@ class FitCLI(LightningCLI):
             default=1000,
             help="Steps between validations; one is always held last.",
         )
-        parser.add_class_arguments(StepCheckpoint, "checkpoint", skip={"directory"}, instantiate=False)
+        parser.add_argument(
+            "--max_sick_steps_in_a_row",
+            type=int,
+            default=10,
+            help="Steps skipped in a row because of a NaN or infinite loss or gradient, after which the run stops.",
+        )
+        parser.add_class_arguments(StepCheckpoint, "checkpoint", skip={"directory", "before_save"}, instantiate=False)
         parser.link_arguments("seed_everything", "data.seed")
         parser.link_arguments(
             "data.tokenizer", "model.encoder.vocab_size", lambda name: load_tokenizer(name).vocab_size
@@ -85,8 +107,9 @@ class FitCLI(LightningCLI):
             raise UserError(
                 f"trainer.max_steps is {config.trainer.max_steps}; say how many optimizer steps the run takes"
             )
-        if config.validate_every_n_steps < 1:
-            raise UserError(f"validate_every_n_steps is {config.validate_every_n_steps}; give 1 or more")
+        for name in ("validate_every_n_steps", "max_sick_steps_in_a_row"):
+            if config[name] < 1:
+                raise UserError(f"{name} is {config[name]}; give 1 or more")
         first = Path(config.config[0].relative) if config.config else None
         if config.run is None and first is None:
             raise UserError("no config file and no run directory; give -c CONFIG or --run DIR")
@@ -115,7 +138,10 @@ class FitCLI(LightningCLI):
         callbacks: list[pl.Callback] = [Throughput(), _ValidateLast()]
         callbacks += [LearningRateMonitor()] if loggers else []
         callbacks += [ProgressBar()] if settings.enable_progress_bar is not False else []
-        callbacks += [StepCheckpoint(self.run.directory / CHECKPOINTS, **self.config_init.checkpoint)]
+        sick = SickSteps(self.run.directory, self.run.step, self.config_init.max_sick_steps_in_a_row)
+        ledger = Ledger(self.run.directory, self.run.step)
+        checkpoints = self.run.directory / CHECKPOINTS
+        callbacks += [sick, ledger, StepCheckpoint(checkpoints, ledger.write, **self.config_init.checkpoint)]
         given = settings.callbacks or []
         plugins = settings.plugins or []
         try:
@@ -189,7 +215,7 @@ def build(arguments: Sequence[str]) -> FitCLI:
             "num_sanity_val_steps": 0,
             "enable_model_summary": False,
         },
-        parser_kwargs={"exit_on_error": False, "prog": "pretrain fit", "description": fit.__doc__},
+        parser_kwargs={"exit_on_error": False, "prog": "pretrain fit", "description": _DESCRIPTION},
         args=list(arguments),
     )
 
@@ -198,7 +224,8 @@ def fit(arguments: Sequence[str]) -> int:
     """Train, or continue to train, as the arguments say.
 
     Returns:
-        The exit code: 0 when the run is finished, 128 + n when signal n ended it after a whole step.
+        The exit code: 0 when the run is finished, 128 + n when signal n ended it after a whole step and the same
+        command continues it.
 
     Raises:
         UserError: On any mistake in the arguments, the config, the data or the run directory.
@@ -215,6 +242,12 @@ def fit(arguments: Sequence[str]) -> int:
     data.setup("fit")
     data.check_packs(trainer.world_size, trainer.accumulate_grad_batches)
     check_hardware(trainer, module, data)
+    with run.locked() if trainer.is_global_zero else nullcontext():
+        return _train(cli)
+
+
+def _train(cli: FitCLI) -> int:
+    run, trainer, module, data = cli.run, cli.trainer, cli.model, cli.datamodule
     config_text = yaml.safe_dump(cli.settings, sort_keys=False)
     rank_zero_only(run.record_start)(cli.settings, config_text, cli.changes, execution(trainer))
     _say(header(run, trainer, module, data))
@@ -222,6 +255,8 @@ def fit(arguments: Sequence[str]) -> int:
         trainer.fit(module, data, ckpt_path=run.checkpoint, weights_only=True)
     except RunInterruptedError as interruption:
         _say(f"\n{interruption}; the same command continues the run")
+        if interruption.signal_number == signal.SIGUSR1 and "SLURM_JOB_ID" in os.environ:
+            rank_zero_only(_requeue)(os.environ["SLURM_JOB_ID"])
         return 128 + interruption.signal_number
     except torch.OutOfMemoryError as error:
         raise UserError(f"{run.directory}: {out_of_memory(trainer, data)}") from error
@@ -235,6 +270,17 @@ def fit(arguments: Sequence[str]) -> int:
     rank_zero_only(run.record_result)(result)
     _say(f"\n{run.directory}: finished\n{summary(run.directory, result)}")
     return 0
+
+
+def _requeue(job: str) -> None:
+    """Give the SLURM job back to its queue; it will run the same command again."""
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = (getattr(error, "stderr", "") or "").strip().partition("\n")[0] or error
+        print(f"pretrain: warning: job {job} is not requeued ({reason}); submit it again", file=sys.stderr, flush=True)
+    else:
+        _say(f"job {job} is requeued")
 
 
 def _explain(message: str, keys: list[str]) -> str:

@@ -5,10 +5,12 @@ checkpoint is taken back, since those steps are computed again.
 """
 
 import csv
+import errno
 import os
+import sys
 import time
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ METRICS_FILE = "metrics.csv"
 class EventLogger(TensorBoardLogger):
     """TensorBoard events directly in the run directory.
 
+    On a full disk the curves have a gap, which ``metrics.csv`` has not: no reason to end a run.
+
     Args:
         run: The run directory.
         first_step: Step that this process begins with; events of earlier processes from there on are purged.
@@ -37,7 +41,15 @@ class EventLogger(TensorBoardLogger):
     @rank_zero_only
     @override
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        super().log_metrics(_without_epoch(metrics), step)
+        try:
+            super().log_metrics(_without_epoch(metrics), step)
+        except (OSError, ValueError) as error:
+            cause = error.__cause__ or error  # Lightning makes a ValueError of what the writer raises
+            if not (isinstance(cause, OSError) and disk_is_full(cause)):
+                raise
+            # The writer's thread has ended: the next figures go into a new file, which takes back nothing.
+            self._experiment = None
+            self._kwargs["purge_step"] = step
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
@@ -47,9 +59,71 @@ class EventLogger(TensorBoardLogger):
     def save(self) -> None:
         """Nothing: the writer flushes by itself every two minutes and at the end; Lightning would at every step."""
 
+    @rank_zero_only
+    @override
+    def finalize(self, status: str) -> None:
+        try:
+            super().finalize(status)
+        except OSError as error:
+            if not disk_is_full(error):
+                raise
+
+
+class LineFile:
+    """A file of lines, each about one step: appended to, and cut where a resumed run continues.
+
+    What the disk refuses stays pending, to the byte, and is written by a later `flush`.
+
+    Args:
+        path: The file; a new one begins with ``head``.
+        head: The first line, or nothing.
+        first_step: Lines of this step and of later ones are cut off, and so is a line that was left half-written.
+        step_of: Reads a line's step.
+    """
+
+    def __init__(self, path: Path, head: str, first_step: int, step_of: Callable[[str], int]) -> None:
+        self.path = path
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        kept = 0
+        with path.open("rb") as file:
+            for line in file:
+                text = line.decode("utf-8", "replace")
+                if not text.endswith("\n") or (text != head and step_of(text) >= first_step):
+                    break
+                kept += len(line)
+        os.ftruncate(self._descriptor, kept)
+        self._pending = b"" if kept else head.encode()
+
+    def append(self, lines: str) -> None:
+        """Add whole lines; they are in the file after the next `flush`."""
+        self._pending += lines.encode()
+
+    def flush(self, sync: bool = False) -> None:
+        """Write what is pending, and with ``sync`` wait until the disk has it.
+
+        Raises:
+            OSError: If the disk refuses; what it did not take stays pending.
+        """
+        while self._pending:
+            self._pending = self._pending[os.write(self._descriptor, self._pending) :]
+        if sync:
+            os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Close the file; what is pending is lost."""
+        os.close(self._descriptor)
+
+
+def step_of_csv(line: str) -> int:
+    """The step that begins a line of comma-separated values; of a damaged line, one beyond any run's end."""
+    first = line.partition(",")[0]
+    return int(first) if first.isdigit() else sys.maxsize
+
 
 class MetricsFile(Logger):
     """Every logged value as a line ``step,name,value`` of ``metrics.csv``, appended.
+
+    On a full disk the lines wait in memory: a figure that cannot be written is no reason to end a run.
 
     Args:
         run: The run directory.
@@ -60,7 +134,7 @@ class MetricsFile(Logger):
         super().__init__()
         self.path = run / METRICS_FILE
         self.first_step = first_step
-        self._file: Any = None
+        self._file: LineFile | None = None
 
     @property
     @override
@@ -76,9 +150,9 @@ class MetricsFile(Logger):
     @override
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         if self._file is None:
-            self._file = self._open()
-        for name, value in _without_epoch(metrics).items():
-            self._file.write(f"{step},{name},{float(value):.9g}\n")
+            self._file = LineFile(self.path, "step,name,value\n", self.first_step, step_of_csv)
+        lines = (f"{step},{name},{float(value):.9g}\n" for name, value in _without_epoch(metrics).items())
+        self._file.append("".join(lines))
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
@@ -88,23 +162,21 @@ class MetricsFile(Logger):
     @override
     def save(self) -> None:
         if self._file is not None:
-            self._file.flush()
+            try:
+                self._file.flush()
+            except OSError as error:
+                if not disk_is_full(error):
+                    raise
 
     @rank_zero_only
     @override
     def finalize(self, status: str) -> None:
         self.save()
 
-    def _open(self) -> Any:
-        kept = [row for row in read_metrics(self.path) if row[0] < self.first_step]
-        aside = self.path.with_name(f".{self.path.name}.partial")
-        with aside.open("w", newline="", encoding="utf-8") as file:
-            file.write("step,name,value\n")
-            file.writelines(f"{step},{name},{value:.9g}\n" for step, name, value in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.rename(self.path)
-        return self.path.open("a", newline="", encoding="utf-8")
+
+def disk_is_full(error: OSError) -> bool:
+    """Whether a write failed for want of space, which somebody may make while the run goes on."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def read_metrics(path: Path) -> list[tuple[int, str, float]]:

@@ -79,6 +79,7 @@ class MLMModule(pl.LightningModule):
         self._train_loss = _RunningLoss()
         self._validation_loss = _RunningLoss()
         self._grad_norm: Tensor | float = 0.0
+        self.sick = torch.zeros(())  # 1 where the last step was skipped because its loss or gradient was not finite
 
     def configure_model(self) -> None:
         """Compile the blocks, if asked to; divide the encoder among the processes, where the strategy does so (FSDP2).
@@ -121,7 +122,10 @@ class MLMModule(pl.LightningModule):
         loss, correct = self._loss(batch)
         self._train_loss.add(loss, correct, batch)
         shares = self.trainer.accumulate_grad_batches * self.trainer.world_size
-        return loss * (shares / max(1, batch.pack.step_targets))
+        # Zero, or NaN where the loss is NaN or infinite: then so is every gradient, on all processes, whatever the
+        # backward pass makes of it, and the step is skipped.
+        nothing = loss.detach() * 0
+        return loss * (shares / max(1, batch.pack.step_targets) + nothing)
 
     def configure_gradient_clipping(
         self,
@@ -133,12 +137,22 @@ class MLMModule(pl.LightningModule):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
         self._grad_norm = norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        if not gradient_clip_val:
-            return
-        if gradient_clip_algorithm == "value":
+        if gradient_clip_val and gradient_clip_algorithm == "value":
             clip_grad_value_(parameters, gradient_clip_val)
-        else:
+        elif gradient_clip_val:
             clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+        self._skip_if_sick(optimizer)
+
+    def _skip_if_sick(self, optimizer: Optimizer) -> None:
+        """Keep NaN and infinity from weights and moments, without a look at the device.
+
+        Fused optimizers leave everything as it is where ``found_inf`` is 1 (it is the gradient scaler's way in).
+        """
+        sick = 1.0 - torch.as_tensor(self._grad_norm).isfinite().float()
+        if self.trainer.world_size > 1:  # the gradients are the same everywhere, but for a process's own faults
+            sick = self.trainer.strategy.reduce(sick, reduce_op="max")
+        self.sick = sick
+        optimizer.found_inf = sick  # type: ignore[attr-defined]
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Log the step's figures, once, when its last micro-batch is done."""

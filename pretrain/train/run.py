@@ -5,16 +5,23 @@ runs/quickstart/
   checkpoints/                step-000000500.ckpt ..., last.ckpt links to the newest
   events.out.tfevents.*       TensorBoard
   metrics.csv                 the same figures as step,name,value
+  ledger.csv                  what each step consumed, for `pretrain inspect --audit`
   starts.jsonl                one line a start: time, step, command, changes, versions, hardware, strategy, commit
+  sick.jsonl                  steps that were skipped because of NaN or infinity, with their sequences, if there are any
   result.json                 the final figures, once the run is finished
+  .lock                       held by the process that trains
 """
 
+import fcntl
 import json
+import os
 import platform
 import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,6 +33,7 @@ from pretrain.errors import UserError
 from pretrain.train.checkpoint import newest_checkpoint
 
 CONFIG, CHECKPOINTS, STARTS, RESULT = "config.yaml", "checkpoints", "starts.jsonl", "result.json"
+LEDGER, SICK, LOCK = "ledger.csv", "sick.jsonl", ".lock"
 
 _IDENTITY = (
     "seed_everything",
@@ -68,10 +76,42 @@ class Run:
             self.config = yaml.safe_load((directory / CONFIG).read_text(encoding="utf-8"))
         elif directory.is_dir() and any(not path.name.startswith(".") for path in directory.iterdir()):
             raise UserError(f"{directory}: holds files but no {CONFIG}, so it is no run; choose another with --run")
+        self._files = self._checkpoint_files()
         newest = newest_checkpoint(directory / CHECKPOINTS)
         self.checkpoint: Path | None = newest[0] if newest else None
         self.step: int = newest[1]["global_step"] if newest else 0
+        self.data_state: dict[str, Any] | None = newest[1].get("MLMDataModule") if newest else None
         self.problems = newest[2] if newest else []
+
+    def _checkpoint_files(self) -> list[str]:
+        return sorted(path.name for path in (self.directory / CHECKPOINTS).glob("step-*.ckpt"))
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes out of the run for as long as this lasts; makes the directory.
+
+        The lock is the process's own and ends with it, however it ends. (A POSIX lock: one by ``flock`` would pass to
+        the loader workers, which outlive a killed parent by some seconds.)
+
+        Raises:
+            UserError: If another process trains here, or has since this one looked at the checkpoints.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with (self.directory / LOCK).open("a+", encoding="utf-8") as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError) as error:
+                file.seek(0)
+                owner = file.read().strip() or "another process"
+                raise UserError(
+                    f"{self.directory}: {owner} trains in this directory; stop it first, or choose another with --run"
+                ) from error
+            if self._checkpoint_files() != self._files:
+                raise UserError(f"{self.directory}: another process has trained here meanwhile; give the command again")
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}\n")
+            file.flush()
+            yield
 
     @property
     def result(self) -> dict[str, Any] | None:

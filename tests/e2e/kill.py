@@ -1,18 +1,29 @@
 """A callback for tests: ends its own process by SIGKILL at a chosen moment, with no chance to clean up."""
 
+import io
 import os
 import signal
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
+
+from pretrain.corpus import store
 
 
 class Kill(pl.Callback):
-    """Kill at the start or the end of a micro-batch, or at the end of the n-th validation of this process."""
+    """Kill at the start or the end of a micro-batch, or this process's n-th time in the middle of something else.
+
+    That is a pack of a validation, the writing of a checkpoint, or of a corpus.
+    """
 
     def __init__(self, moment: str, number: int) -> None:
         self.moment, self.number = moment, number
-        self._validations = 0
+        self._count = 0
+        if moment == "save":
+            self._save, torch.save = torch.save, self._save_half
+        if moment == "prepare":
+            self._write_shard, store._write_shard = store._write_shard, self._write_half
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
         self._kill("batch_start", batch_idx)
@@ -21,8 +32,25 @@ class Kill(pl.Callback):
         self._kill("batch_end", batch_idx)
 
     def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        self._validations += 1
-        self._kill("validation", self._validations)
+        if self.moment == "validation":
+            self._count += 1
+            self._kill("validation", self._count)
+
+    def _save_half(self, checkpoint: Any, file: Any) -> None:
+        self._count += 1
+        if self._count == self.number:
+            whole = io.BytesIO()
+            self._save(checkpoint, whole)
+            file.write(whole.getvalue()[: len(whole.getvalue()) // 2])
+            file.flush()
+        self._kill("save", self._count)
+        self._save(checkpoint, file)
+
+    def _write_half(self, file: Any, *content: Any) -> None:
+        self._write_shard(file, *content)
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+        self._count += 1
+        self._kill("prepare", self._count)
 
     def _kill(self, moment: str, number: int) -> None:
         if (moment, number) == (self.moment, self.number):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from pretrain.train.checkpoint import read_checkpoint
+from pretrain.train.ledger import audit
 from pretrain.train.logging import read_metrics
 
 
@@ -24,8 +25,13 @@ def test_one_and_two_processes_and_a_change_between_them_give_the_same_losses(
 ) -> None:
     two = ("--trainer.devices", 2, "--trainer.strategy", "ddp", "--trainer.accumulate_grad_batches", 2)
     fit("-c", tiny(), "--run", tmp_path / "one")
-    fit("-c", tiny(trainer__max_steps=6), "--run", tmp_path / "elastic", *two)
+    fit("-c", tiny(trainer__max_steps=3), "--run", tmp_path / "elastic")
+    fit("-c", tiny(trainer__max_steps=6), "--run", tmp_path / "elastic", *two, "--allow_change", "true")
     fit("-c", tiny(), "--run", tmp_path / "elastic", "--allow_change", "true")  # the last steps with one process again
+
+    ledgers = [(tmp_path / run / "ledger.csv").read_bytes() for run in ("one", "elastic")]
+    assert ledgers[0] == ledgers[1]
+    assert "each epoch's sequences consumed exactly once" in audit(tmp_path / "elastic")
 
     def figures(run: str) -> dict[tuple[int, str], float]:
         rows = read_metrics(tmp_path / run / "metrics.csv")

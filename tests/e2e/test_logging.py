@@ -17,6 +17,7 @@ NAMES = {
     "train/loss",
     "train/perplexity",
     "train/grad_norm",
+    "train/sick_steps",
     "val/loss",
     "val/perplexity",
     "val/accuracy",

@@ -1,0 +1,77 @@
+"""Callbacks for tests: make numbers sick, wait for ever, fill the disk, send a signal; each at chosen micro-batches."""
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+
+
+class Poison(pl.Callback):
+    """Makes the loss infinite, or an element of the gradient NaN, in the micro-batches ``first`` to ``last``.
+
+    The infinite loss has finite gradients, so that it shows only to who looks at the loss.
+    """
+
+    def __init__(self, what: str, first: int, last: int, rank: int = 0) -> None:
+        self.what, self.micro_batches, self.rank = what, range(first, last + 1), rank
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+        self._due = batch_idx in self.micro_batches and trainer.global_rank == self.rank
+        vars(module.encoder).pop("loss", None)
+        if self._due and self.what == "loss":
+            loss_of = module.encoder.loss
+
+            def infinite(*batch: Any) -> Any:
+                loss, correct = loss_of(*batch)
+                return loss + float("inf"), correct
+
+            vars(module.encoder)["loss"] = infinite
+
+    def on_after_backward(self, trainer: pl.Trainer, module: Any) -> None:
+        if self._due and self.what == "gradient":
+            next(module.parameters()).grad.view(-1)[0] = float("nan")
+
+
+class Pause(pl.Callback):
+    """Creates a file before a micro-batch, and waits for ever."""
+
+    def __init__(self, number: int, file: str) -> None:
+        self.number, self.file = number, Path(file)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == self.number:
+            self.file.touch()
+            while True:
+                time.sleep(0.1)
+
+
+class Fill(pl.Callback):
+    """Fills the disk before one micro-batch, and makes room before another."""
+
+    def __init__(self, first: int, last: int, file: str) -> None:
+        self.first, self.last, self.file = first, last, Path(file)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == self.first:
+            with self.file.open("wb", buffering=0) as file:
+                try:
+                    while True:
+                        file.write(bytes(4096))
+                except OSError:
+                    pass
+        if batch_idx == self.last:
+            self.file.unlink()
+
+
+class Signal(pl.Callback):
+    """Sends its own process a signal in the middle of a step."""
+
+    def __init__(self, number: int, name: str) -> None:
+        self.number, self.name = number, name
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == self.number:
+            os.kill(os.getpid(), signal.Signals[self.name])

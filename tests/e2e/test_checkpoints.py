@@ -1,0 +1,145 @@
+"""Checkpoints: damage is noticed wherever it is, the right ones are kept, and a full disk ends no run."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from test_ledger import audit
+from test_resume import equal, figures, final_state, kill
+
+from pretrain.errors import UserError
+from pretrain.train.checkpoint import AtomicCheckpointIO, newest_checkpoint, read_checkpoint
+from pretrain.train.logging import read_metrics
+
+
+def save(directory: Path, step: int) -> Path:
+    weights = torch.arange(4096.0).view(64, 64) + step
+    moments = {"exp_avg": -weights, "step": torch.tensor(float(step))}
+    checkpoint = {"state_dict": {"weight": weights}, "global_step": step, "optimizer_states": [{"state": {0: moments}}]}
+    path = directory / f"step-{step:09d}.ckpt"
+    AtomicCheckpointIO().save_checkpoint(checkpoint, path)
+    return path
+
+
+def test_a_flipped_bit_is_noticed_wherever_it_is(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    content = path.read_bytes()
+    read_checkpoint(path)
+    places = [*range(0, len(content), 31), *range(600), *range(len(content) - 1500, len(content))]
+    tensor = content.index((torch.arange(4096.0) + 1).numpy().tobytes())
+    assert sum(tensor <= place < tensor + 4096 * 4 for place in places) > 500
+    for place in places:
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="not a complete checkpoint"):
+            read_checkpoint(path)
+
+
+def test_a_checkpoint_is_readable_without_this_project_and_one_of_a_plain_trainer_is_readable_here(
+    tmp_path: Path,
+) -> None:
+    ours = save(tmp_path, 1)
+    for mapped in (False, True):
+        assert equal(torch.load(ours, weights_only=True, mmap=mapped), read_checkpoint(ours))
+    assert zipfile.ZipFile(ours).testzip() is None
+    theirs = tmp_path / "theirs.ckpt"
+    torch.save(read_checkpoint(ours), theirs)
+    assert equal(read_checkpoint(theirs), read_checkpoint(ours))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "half-written"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path, damage: str) -> None:
+    older, newer = save(tmp_path, 1), save(tmp_path, 2)
+    content = newer.read_bytes()
+    middle = len(content) // 2
+    newer.write_bytes(
+        {
+            "truncated": content[:-1],
+            "flipped": content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :],
+            "empty": b"",
+            "half-written": content[:middle] + bytes(len(content) - middle),
+        }[damage]
+    )
+    path, checkpoint, problems = newest_checkpoint(tmp_path) or pytest.fail("none is left")
+    assert (path, checkpoint["global_step"]) == (older, 1)
+    assert len(problems) == 1
+    assert problems[0].startswith(f"{newer}: not a complete checkpoint")
+
+
+def test_the_last_the_best_and_the_permanent_checkpoints_are_kept_also_over_a_kill(
+    tiny: Callable[..., Path], fit: Callable[..., int], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    # Nothing is learnt, so all validations are equally good, and the first ones count as the best.
+    keep = {"every_n_steps": 1, "keep_last": 2, "keep_every_n_steps": 4, "keep_best": 2}
+    config = tiny(checkpoint=keep, validate_every_n_steps=3, model__learning_rate=0.0)
+    assert fit("-c", config, "--run", run, *kill("batch_end", 15)) == -9
+    assert fit("-c", config, "--run", run) == 0
+    losses = sorted((value, step + 1) for step, name, value in read_metrics(run / "metrics.csv") if name == "val/loss")
+    assert [step for _, step in sorted(losses, key=lambda pair: pair[1])] == [3, 6, 9, 10]
+    best = [step for _, step in losses[:2]]
+    assert best == [3, 6]
+    kept = {int(path.stem.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*.ckpt")}
+    assert kept == {4, 8} | {9, 10} | set(best)
+    assert (run / "checkpoints" / "best.ckpt").readlink() == Path(f"step-{best[0]:09d}.ckpt")
+    assert (run / "checkpoints" / "last.ckpt").readlink() == Path("step-000000010.ckpt")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of four megabytes."""
+    directory = tmp_path / "disk"
+    directory.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", directory], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("no right to mount a small disk")
+    yield directory
+    subprocess.run(["umount", "--lazy", directory], check=True)
+
+
+def fill(disk: Path, first: int, last: int) -> list[str]:
+    """Settings that fill the disk before micro-batch ``first`` and make room before ``last``."""
+    values = {"file": disk / "filling", "first": first, "last": last}
+    return ["--trainer.callbacks+=poison.Fill", *(f"--trainer.callbacks.{k}={v}" for k, v in values.items())]
+
+
+def test_a_full_disk_costs_checkpoints_but_neither_the_run_nor_a_figure(
+    tiny: Callable[..., Path],
+    fit: Callable[..., int],
+    tmp_path: Path,
+    small_disk: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    straight, run, config = tmp_path / "straight", small_disk / "run", tiny(checkpoint__every_n_steps=2)
+    assert fit("-c", config, "--run", straight) == 0
+    # Full from step 3 on; the checkpoints after steps 4 and 6 fail, that after step 8 finds room again.
+    command = [sys.executable, "-m", "pretrain", "fit", "-c", config, "--run", run, *fill(small_disk, 6, 15)]
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+    assert done.returncode == 0, done.stderr
+    warnings = [line for line in done.stderr.splitlines() if line.startswith("pretrain: warning: ")]
+    assert len(warnings) == 2
+    assert all("No space left on device" in line and "that after step 2" in line for line in warnings)
+    assert equal(final_state(straight), final_state(run))
+    assert figures(straight) == figures(run)
+    kept = sorted(path.name for path in (run / "checkpoints").glob("step-*.ckpt"))
+    assert kept == ["step-000000008.ckpt", "step-000000010.ckpt"]
+    assert audit(run, capsys)[0] == 0
+
+
+def test_while_the_disk_is_full_the_checkpoint_before_stays_and_continues(
+    tiny: Callable[..., Path], fit: Callable[..., int], tmp_path: Path, small_disk: Path
+) -> None:
+    straight, run, config = tmp_path / "straight", small_disk / "run", tiny(checkpoint__every_n_steps=2)
+    assert fit("-c", config, "--run", straight) == 0
+    assert fit("-c", config, "--run", run, *fill(small_disk, 6, 99)) == 2  # the last one failed too
+    assert read_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 2
+    (small_disk / "filling").unlink()
+    assert fit("-c", config, "--run", run) == 0
+    assert equal(final_state(straight), final_state(run))

@@ -1,0 +1,86 @@
+"""A signal ends a run after a whole step, with a checkpoint and an exit code that tells a scheduler to continue."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from test_resume import equal, figures, final_state
+
+from pretrain.cli import main
+from pretrain.train.checkpoint import read_checkpoint
+
+
+def send(name: str, number: int) -> list[str]:
+    return [
+        "--trainer.callbacks+=poison.Signal",
+        f"--trainer.callbacks.number={number}",
+        f"--trainer.callbacks.name={name}",
+    ]
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Path]:
+    """A SLURM job with a ``scontrol`` that writes down how it was called and ends with a given code."""
+
+    def make(code: int) -> Path:
+        called, directory = tmp_path / "called", tmp_path / "bin"
+        directory.mkdir()
+        program = directory / "scontrol"
+        program.write_text(f'#!/bin/sh\necho "$@" >> {called}\necho "slurm is down" >&2\nexit {code}\n')
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", str(directory), prepend=os.pathsep)
+        monkeypatch.setenv("SLURM_JOB_ID", "4711")
+        return called
+
+    return make
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
+def test_a_signal_ends_the_run_after_the_step_and_the_same_command_continues_it(
+    tiny: Callable[..., Path], fit: Callable[..., int], tmp_path: Path, name: str
+) -> None:
+    straight, run, config = tmp_path / "straight", tmp_path / "run", tiny()
+    assert fit("-c", config, "--run", straight) == 0
+    assert fit("-c", config, "--run", run, *send(name, 8)) == 128 + signal.Signals[name]  # the first half of step 4
+    assert read_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 5
+    assert fit("-c", config, "--run", run) == 0
+    assert equal(final_state(straight), final_state(run))
+    assert figures(straight) == figures(run)
+
+
+def test_under_slurm_the_warning_before_the_time_limit_requeues_the_job_after_the_checkpoint(
+    tiny: Callable[..., Path],
+    tmp_path: Path,
+    slurm: Callable[[int], Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    called, run = slurm(0), tmp_path / "run"
+    assert main(["fit", "-c", str(tiny()), "--run", str(run), *send("SIGTERM", 3)]) == 143
+    assert not called.exists()  # SIGTERM is somebody's wish that the job end
+    assert main(["fit", "-c", str(tiny()), "--run", str(run), *send("SIGUSR1", 8)]) == 138
+    assert called.read_text() == "requeue 4711\n"
+    assert "job 4711 is requeued" in capsys.readouterr().out
+    assert read_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 5
+
+
+def test_a_job_that_cannot_be_requeued_says_so_and_is_saved_all_the_same(
+    tiny: Callable[..., Path],
+    tmp_path: Path,
+    slurm: Callable[[int], Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    slurm(1)
+    run = tmp_path / "run"
+    assert main(["fit", "-c", str(tiny()), "--run", str(run), *send("SIGUSR1", 8)]) == 138
+    warning = capsys.readouterr().err.strip().splitlines()[-1]
+    assert warning == "pretrain: warning: job 4711 is not requeued (slurm is down); submit it again"
+    assert read_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 5
+
+
+def test_the_help_lists_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Exit codes: 0 the run is finished; 2 a person is needed" in text
