@@ -89,6 +89,8 @@ class _Block(NamedTuple):
     number: int
     pieces: list[Piece]
     previous: Part | None
+    is_whole: bool
+    """Otherwise a mistake in the sources follows: the pieces before it are looked through, and not written."""
 
 
 class Journal:
@@ -169,9 +171,9 @@ def make_shards(
     ends: deque[int] = deque()
 
     def blocks() -> Iterator[_Block]:
-        for number, (pieces, end) in enumerate(_blocks(sources, options)):
+        for number, (pieces, end, is_whole) in enumerate(_blocks(sources, options)):
             ends.append(end)
-            yield _Block(number, pieces, journal.parts.get(number))
+            yield _Block(number, pieces, journal.parts.get(number), is_whole)
 
     parts = []
     with bar:
@@ -188,8 +190,8 @@ def make_shards(
     return parts
 
 
-def _blocks(sources: Sequence[Source], options: SourceOptions) -> Iterator[tuple[list[Piece], int]]:
-    """Blocks of pieces, each with the bytes of all sources read up to its end."""
+def _blocks(sources: Sequence[Source], options: SourceOptions) -> Iterator[tuple[list[Piece], int, bool]]:
+    """Blocks of pieces, each with the bytes of all sources read up to its end, and whether it is whole."""
     pieces: list[Piece] = []
     size = before = end = 0
     try:
@@ -198,15 +200,15 @@ def _blocks(sources: Sequence[Source], options: SourceOptions) -> Iterator[tuple
                 pieces.append(piece)
                 size, end = size + len(piece.data), before + piece.position
                 if size >= BLOCK_BYTES:
-                    yield pieces, end
+                    yield pieces, end, True
                     pieces, size = [], 0
             before = end
     except UserError:  # what may be wrong before that place is to be told first
         if pieces:
-            yield pieces, end
+            yield pieces, end, False
         raise
     if pieces:
-        yield pieces, end
+        yield pieces, end, True
 
 
 def _make_part(job: _Job, block: _Block) -> Part:
@@ -241,6 +243,8 @@ def _make_part(job: _Job, block: _Block) -> Part:
             else:
                 ids.append(item.id)
                 tokens.append(encoded)
+    if not block.is_whole:
+        return Part(block.number, "", None, 0, 0, "", {})
     if report:
         report_file(job.directory, block.number).write_text("".join(report), encoding="utf-8")
     if not ids:
