@@ -9,9 +9,10 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from io import BufferedRandom
 from pathlib import Path
 from types import FrameType
-from typing import Any, BinaryIO
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -92,7 +93,7 @@ def read_checkpoint(path: Path, mapped: bool = True) -> dict[str, Any]:
     return checkpoint
 
 
-def _seal(file: BinaryIO) -> None:
+def _seal(file: BufferedRandom) -> None:
     """End a zip archive with the SHA-256 of all bytes before, as the archive's comment: readers of zip pass it over."""
     file.seek(-2, os.SEEK_END)
     file.write(_SEAL_SIZE.to_bytes(2, "little"))
