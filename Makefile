@@ -16,7 +16,7 @@ quickstart: install ## Train a small protein model from start to finish on a lap
 test: install ## Run the tests, offline and on the CPU
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(bin)/pytest -n 2
 
-faults: install ## Kill runs in every way, on one and two processes, and compare with runs that were not (about an hour)
+faults: install ## Kill runs in every way, on one and two processes, and compare with runs that were not (an hour or more)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(bin)/pytest -n 2 -m "slow or not slow" tests/faults \
 		$(foreach topic,resume ledger sick_steps one_process checkpoints signals,tests/e2e/test_$(topic).py)
 

@@ -58,6 +58,11 @@ CASES = {
         ["data.global_batch_tokens is 512", "1 processes x 16 micro-batches", "at least 1024, or at most 8 packs"],
     ),
     "no steps": (lambda tiny: ["-c", tiny(trainer__max_steps=-1)], ["trainer.max_steps is -1"]),
+    "nothing to keep": (
+        lambda tiny: ["-c", tiny(checkpoint__keep_best=0)],
+        ["checkpoint.keep_best is 0; give a positive number, or null for none"],
+    ),
+    "no patience": (lambda tiny: ["-c", tiny(max_sick_steps_in_a_row=0)], ["max_sick_steps_in_a_row is 0; give 1"]),
     "head size": (
         lambda tiny: ["-c", tiny(model__encoder={"hidden_size": 30, "num_hidden_layers": 1, "num_attention_heads": 4})],
         ["hidden_size 30", "give a multiple of 8"],

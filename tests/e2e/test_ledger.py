@@ -64,7 +64,7 @@ def test_the_audit_passes_over_kills_and_counts_every_epoch(
     tiny: Callable[..., Path], fit: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, config = tmp_path / "run", tiny(trainer__max_steps=60, validate_every_n_steps=14)
-    for moment, number in [("batch_start", 9), ("batch_end", 44), ("validation", 1)]:
+    for moment, number in [("save", 2), ("batch_end", 44), ("validation", 1)]:
         assert fit("-c", config, "--run", run, *kill(moment, number)) == -9
     assert fit("-c", config, "--run", run, "--trainer.accumulate_grad_batches", 4) == 0
     code, message = audit(run, capsys)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.cli import main
+from pretrain.train.run import Run
 
 
 def test_a_second_process_is_refused_until_the_first_is_gone_however_it_went(
@@ -36,4 +37,6 @@ def test_a_second_process_is_refused_until_the_first_is_gone_however_it_went(
     os.kill(int(owner.split()[1]), signal.SIGKILL)
     thread.join()
     assert codes == [-9]
+    with Run(run).locked():  # at once, while the workers live
+        pass
     assert fit("-c", config, "--run", run) == 0
