@@ -7,6 +7,7 @@ import numpy as np
 from pretrain.corpus.store import Corpus, is_corpus
 from pretrain.errors import UserError
 from pretrain.train.logging import METRICS_FILE, read_metrics
+from pretrain.train.picture import drawing
 from pretrain.train.report import summary
 from pretrain.train.run import CONFIG, Run
 
@@ -68,35 +69,25 @@ def _describe_corpus(corpus: Corpus) -> str:
 
 
 def _draw(curves: dict[str, tuple[list[int], list[float]]], picture: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     # The learning rate stands under the name that the user gave the scheduler: the one metric without a room's prefix.
     rates = [name for name in curves if "/" not in name or name.startswith("lr-")]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    steps, losses = curves["train/loss"]
-    left.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
-    window = max(1, len(losses) // 50)
-    smooth = np.convolve(losses, np.ones(window) / window, "valid")
-    left.plot(
-        steps[window - 1 :],
-        smooth,
-        color="tab:blue",
-        label=f"train (mean of {window} steps)" if window > 1 else "train",
-    )
-    if "val/loss" in curves:
-        left.plot(*curves["val/loss"], "o-", color="tab:orange", label="validation (all <mask>)")
-    left.set(xlabel="optimizer step", ylabel="loss (nats per masked token)")
-    left.legend(frameon=False)
-    for name in rates:
-        right.plot(*curves[name], label=name)
-    right.set(xlabel="optimizer step", ylabel="learning rate")
-    right.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    right.legend(frameon=False)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.3)
-    figure.savefig(picture, dpi=150)
-    plt.close(figure)
+    with drawing(picture, width=10, columns=2) as (left, right):
+        steps, losses = curves["train/loss"]
+        left.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
+        window = max(1, len(losses) // 50)
+        smooth = np.convolve(losses, np.ones(window) / window, "valid")
+        left.plot(
+            steps[window - 1 :],
+            smooth,
+            color="tab:blue",
+            label=f"train (mean of {window} steps)" if window > 1 else "train",
+        )
+        if "val/loss" in curves:
+            left.plot(*curves["val/loss"], "o-", color="tab:orange", label="validation (all <mask>)")
+        left.set(xlabel="optimizer step", ylabel="loss (nats per masked token)")
+        left.legend(frameon=False)
+        for name in rates:
+            right.plot(*curves[name], label=name)
+        right.set(xlabel="optimizer step", ylabel="learning rate")
+        right.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+        right.legend(frameon=False)
