@@ -76,9 +76,9 @@ class TrainingMemory:
         """Bytes in all, with packs of ``tokens`` tokens."""
         return sum(self.split(tokens).values())
 
-    def largest_pack(self, capacity: float, at_most: int) -> int:
-        """Tokens in the largest pack, up to ``at_most``, that fits into ``capacity`` bytes; 0 if none does."""
-        return bisect_right(range(1, at_most + 1), capacity, key=self.total)
+    def largest_pack(self, capacity: float) -> int:
+        """Tokens in the largest pack that fits into ``capacity`` bytes; 0 if none does."""
+        return bisect_right(range(1, 2**31), capacity, key=self.total)
 
     def activations(self, tokens: float, targets: float) -> float:
         """Bytes that the forward pass keeps for the backward pass, over a pack of so many tokens and targets.

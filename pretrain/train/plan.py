@@ -156,8 +156,8 @@ class Plan:
 
     @property
     def largest_pack(self) -> int:
-        """Tokens in the largest pack that fits; 0 if none does. No larger than a GPU's share of a step."""
-        return self.memory.largest_pack(self.capacity, -(-self.step_tokens // self.memory.gpus))
+        """Tokens in the largest pack that fits; 0 if none does."""
+        return self.memory.largest_pack(self.capacity)
 
     @property
     def fewest_packs(self) -> int | None:
@@ -262,12 +262,11 @@ def describe(cli: PlanCLI, rates: dict[int, float]) -> str:
         f"{configs}, on {gpus:,} x {plan.gpu}",
         "",
         f"  parameters   {_short(total)}: embedding {_short(embedding)}, {config.num_hidden_layers} blocks "
-        f"{_short(blocks)}, head {_short(total - embedding - blocks)} (with the final norm; its matrix is the "
-        "embedding)",
+        f"{_short(blocks)}, head and final norm {_short(total - embedding - blocks)}",
         f"  work         {_short(plan.flops_per_token)}FLOP a token, for sequences of {plan.mean_length:,} tokens with "
         f"{memory.target_share:.3g} of them targets",
-        f"  step         {_short(plan.step_tokens)} tokens: {gpus:,} GPUs x {plan.accumulate_grad_batches} packs x "
-        f"{plan.pack_tokens:,} tokens",
+        f"  step         {_short(plan.step_tokens)} tokens in {gpus:,} x {plan.accumulate_grad_batches} packs of "
+        f"{plan.pack_tokens:,} (GPUs x accumulate_grad_batches)",
         f"  run          {plan.max_steps:,} steps, {_short(plan.tokens)} tokens, "
         f"{_short(plan.tokens * plan.flops_per_token)}FLOP",
         f"  learning     rate {rates[0]:.3g} at first, {rates[peak]:.3g} at step {peak:,}, "
@@ -276,8 +275,13 @@ def describe(cli: PlanCLI, rates: dict[int, float]) -> str:
         f"  memory of a GPU in GiB ({', '.join(filter(None, (memory.precision, held)))})",
     ]
     split = memory.split(plan.pack_tokens)
-    lines += [f"    {name:28} {size / GIB:9.2f}" for name, size in split.items()]
-    lines += [f"    {'total':28} {sum(split.values()) / GIB:9.2f}  of {gpu.memory:.1f}", ""]
+    split["total"] = sum(split.values())
+    lines += [
+        f"    {name:28}" + (f"{size / GIB:9.2f}" if size >= 0.005 * GIB else "   < 0.01")
+        for name, size in split.items()
+    ]
+    lines[-1] += f"  of {gpu.memory:.1f}"
+    lines += [""]
     lines += [_verdict(plan)]
     if ELEMENT_SIZES[memory.precision][1] != 2:
         lines += [
@@ -328,7 +332,8 @@ def draw(rates: dict[int, float], warmup_steps: int, picture: Path) -> None:
             inset = axes.inset_axes((0.56, 0.45, 0.42, 0.4))
             inset.plot(shown, [rates[step] for step in shown], color="tab:blue")
             inset.plot(peak, rates[peak], "o", color="tab:orange", markersize=4)
-            inset.set(title="warmup", xlim=(0, 3 * warmup_steps), ylim=(0, 1.1 * rates[peak]), yticks=[])
+            inset.set_title("warmup, enlarged", fontsize="small")
+            inset.set(xlim=(0, 3 * warmup_steps), ylim=(0, 1.1 * rates[peak]), yticks=[])
             inset.xaxis.set_major_formatter("{x:,.0f}")
             inset.tick_params(labelsize="small")
             inset.spines[["top", "right"]].set_visible(False)
@@ -336,11 +341,15 @@ def draw(rates: dict[int, float], warmup_steps: int, picture: Path) -> None:
 
 def _is_sharded(strategy: str | Namespace) -> bool:
     """Whether a strategy, as the config names it, divides the model among the processes."""
-    kind: Any
-    if isinstance(strategy, str):
-        kind = StrategyRegistry[strategy]["strategy"] if strategy in StrategyRegistry else None
-    else:
-        kind = pkgutil.resolve_name(strategy.class_path)
+    name = strategy if isinstance(strategy, str) else strategy.class_path
+    kind: Any = None
+    if name in StrategyRegistry:
+        kind = StrategyRegistry[name]["strategy"]
+    elif "." in name:
+        try:
+            kind = pkgutil.resolve_name(name)
+        except (ImportError, AttributeError) as error:
+            raise UserError(f"trainer.strategy is {name}, which cannot be imported ({error}); see configs/") from error
     return isinstance(kind, type) and issubclass(kind, FSDPStrategy | ModelParallelStrategy)
 
 
@@ -357,6 +366,8 @@ def _short(number: float) -> str:
 
 
 def _duration(hours: float) -> str:
+    if hours < 1 / 60:
+        return f"{3600 * hours:.2g} seconds"
     if hours < 1:
         return f"{60 * hours:.1f} minutes"
     return f"{hours:.1f} hours" if hours < 48 else f"{hours / 24:.1f} days"
