@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jsonargparse import Namespace
 from pytorch_lightning.cli import LightningArgumentParser
@@ -131,8 +132,8 @@ class Plan:
     @property
     def flops_per_token(self) -> float:
         """FLOPs of training per token, forward and backward, where every sequence has the mean length."""
-        targets = self.memory.target_share * self.mean_length
-        return self.memory.encoder.config.training_flops([self.mean_length], [targets]) / self.mean_length
+        targets = np.array([self.memory.target_share * self.mean_length])
+        return self.memory.encoder.config.training_flops([self.mean_length], targets) / self.mean_length
 
     @property
     def tokens(self) -> int:

@@ -72,7 +72,7 @@ def test_activations_and_autocast_copies_are_what_autograd_keeps(
     memory = memory_of(config, precision)
     assert memory.activations(len(input_ids), len(positions)) == pytest.approx(activations, rel=0.1)
     planned = memory.split(len(input_ids))
-    assert planned.get("autocast copies", 0) == pytest.approx(copies, rel=0.02)  # biases are copied, but not kept
+    assert planned.get("autocast copies", 0) == pytest.approx(copies, rel=0.05)  # biases are copied, but not kept
     assert planned["activations"] == pytest.approx(activations, rel=0.1)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pretrain.cli import main
@@ -52,13 +53,13 @@ def test_the_encoder_is_the_real_one_without_its_memory(tiny: Callable[..., Path
 def test_the_arithmetic_of_a_run() -> None:
     plan = planned(*PUBLISHED, "--gpus", 8, "--gpu", "H200", "--mfu", 0.4).plan
     config = EncoderConfig.named("8M")
-    assert plan.flops_per_token * 1024 == config.training_flops([1024], [0.15 * 1024])
+    assert plan.flops_per_token * 1024 == config.training_flops([1024], np.array([0.15 * 1024]))
     assert plan.tokens == 500_000 * 2_097_152
     assert plan.pack_tokens == 2_097_152 // (8 * 32)
     assert plan.hours == pytest.approx(plan.tokens * plan.flops_per_token / (8 * 0.4 * GPUS["H200"].bf16_flops) / 3600)
     assert plan.hours * 3600 * plan.tokens_per_second == pytest.approx(plan.tokens)
     short = planned(*PUBLISHED, "--mean_length", 300).plan
-    assert short.flops_per_token * 300 == config.training_flops([300], [45])
+    assert short.flops_per_token * 300 == config.training_flops([300], np.array([45.0]))
 
 
 def test_the_number_of_gpus_is_the_trainers_unless_given() -> None:
