@@ -1,6 +1,7 @@
 """How much memory training takes on one GPU: arithmetic over the encoder's shape; nothing is allocated.
 
-What autograd keeps follows `Block.forward` line by line; tests compare it with a real step on the CPU. Estimates that nothing was compared with: activation
+What autograd keeps follows `Block.forward` line by line; tests compare it with a real step on the CPU.
+Nothing was compared with these estimates: activation
 checkpointing, what sharding gathers, and the allowance for CUDA.
 """
 
