@@ -26,6 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from pretrain.train.fit import fit
 
             return fit(given[1:])
+        if given[:1] == ["plan"]:
+            from pretrain.train.plan import plan
+
+            return plan(given[1:])
         options = _parser().parse_args(given)
         code: int = options.command(options)
         return code
@@ -89,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--vocab_size", type=int, default=8192, help="number of ids (default 8192)")
     command.set_defaults(command=_tokenizer)
 
+    commands.add_parser("plan", help="what a run needs: memory, hours, cost: pretrain plan -c CONFIG", add_help=False)
     commands.add_parser("fit", help="train, or continue a run: pretrain fit -c CONFIG [--run DIR]", add_help=False)
 
     command = commands.add_parser("inspect", help="look at a corpus or a run: counts, figures, a picture of the curves")

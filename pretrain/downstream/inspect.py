@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from pretrain.corpus.store import REPORT, Corpus, is_corpus, verify
 from pretrain.errors import UserError
 from pretrain.train.logging import METRICS_FILE, read_metrics
+from pretrain.train.picture import drawing
 from pretrain.train.report import summary
 from pretrain.train.run import CONFIG, Run
 
@@ -134,9 +135,12 @@ def _describe_corpus(corpus: Corpus, statistics: _Statistics) -> str:
 
 
 def _draw_corpus(corpus: Corpus, statistics: _Statistics, picture: Path) -> None:
-    plt = _pyplot()
-    figure, (above, below) = plt.subplots(2, 1, figsize=(8.3, 8.3), layout="constrained")
-    figure.suptitle(f"{corpus.path.name}: {corpus.num_sequences:,} sequences, {corpus.num_tokens:,} tokens")
+    with drawing(picture, (8.3, 8.3), rows=2) as (above, below):
+        _plot_corpus(corpus, statistics, above, below)
+
+
+def _plot_corpus(corpus: Corpus, statistics: _Statistics, above: Any, below: Any) -> None:
+    above.figure.suptitle(f"{corpus.path.name}: {corpus.num_sequences:,} sequences, {corpus.num_tokens:,} tokens")
     lengths, counts = statistics.lengths, statistics.counts
     bins = np.unique(np.geomspace(max(lengths[0], 1), lengths[-1] + 1, 60).astype(int))
     above.hist(lengths, bins=bins, weights=counts, color="tab:blue")
@@ -152,53 +156,28 @@ def _draw_corpus(corpus: Corpus, statistics: _Statistics, picture: Path) -> None
     below.bar(range(len(names)), [100 * share for _, share in composition], color="tab:orange")
     below.set_xticks(range(len(names)), names, rotation=0 if max(map(len, names)) < 3 else 90)
     below.set(xlabel="token" if len(names) < 40 else "token (the 40 most frequent)", ylabel="% of the tokens")
-    _save(figure, (above, below), picture)
-
-
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def _save(figure: Any, panels: tuple[Any, ...], picture: Path) -> None:
-    for axes in panels:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.3)
-        axes.set_axisbelow(True)
-    try:
-        figure.savefig(picture, dpi=150, format="png")
-    except OSError as error:
-        raise UserError(f"{picture}: cannot be written ({error.strerror}); choose another place") from error
-    finally:
-        _pyplot().close(figure)
 
 
 def _draw(curves: dict[str, tuple[list[int], list[float]]], picture: Path) -> None:
-    plt = _pyplot()
     # The learning rate stands under the name that the user gave the scheduler: the one metric without a room's prefix.
     rates = [name for name in curves if "/" not in name or name.startswith("lr-")]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    steps, losses = curves["train/loss"]
-    left.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
-    window = max(1, len(losses) // 50)
-    smooth = np.convolve(losses, np.ones(window) / window, "valid")
-    left.plot(
-        steps[window - 1 :],
-        smooth,
-        color="tab:blue",
-        label=f"train (mean of {window} steps)" if window > 1 else "train",
-    )
-    if "val/loss" in curves:
-        left.plot(*curves["val/loss"], "o-", color="tab:orange", label="validation (all <mask>)")
-    left.set(xlabel="optimizer step", ylabel="loss (nats per masked token)")
-    left.legend(frameon=False)
-    for name in rates:
-        right.plot(*curves[name], label=name)
-    right.set(xlabel="optimizer step", ylabel="learning rate")
-    right.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    right.legend(frameon=False)
-    _save(figure, (left, right), picture)
+    with drawing(picture, (10, 3.6), columns=2) as (left, right):
+        steps, losses = curves["train/loss"]
+        left.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
+        window = max(1, len(losses) // 50)
+        smooth = np.convolve(losses, np.ones(window) / window, "valid")
+        left.plot(
+            steps[window - 1 :],
+            smooth,
+            color="tab:blue",
+            label=f"train (mean of {window} steps)" if window > 1 else "train",
+        )
+        if "val/loss" in curves:
+            left.plot(*curves["val/loss"], "o-", color="tab:orange", label="validation (all <mask>)")
+        left.set(xlabel="optimizer step", ylabel="loss (nats per masked token)")
+        left.legend(frameon=False)
+        for name in rates:
+            right.plot(*curves[name], label=name)
+        right.set(xlabel="optimizer step", ylabel="learning rate")
+        right.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+        right.legend(frameon=False)

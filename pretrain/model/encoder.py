@@ -22,7 +22,7 @@ TOKEN_DROPOUT_TRAIN_RATIO = 0.15 * 0.8
 """Share of masked tokens in ESM's training: a constant at every masking rate, or exports would not be equal."""
 
 
-_MAX_LOGITS = 2**25
+MAX_LOGITS = 2**25
 """Logits that the loss holds at a time: 128 MiB of float32."""
 
 
@@ -341,7 +341,7 @@ class MaskedLMHead(nn.Module):
         self, hidden: Float[Tensor, "M D"], embedding: Float[Tensor, "V D"], targets: Int[Tensor, " M"]
     ) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
         """See `Encoder.loss`. With a large vocabulary only some rows' logits exist at a time, also in the backward."""
-        rows = max(1, _MAX_LOGITS // len(embedding))
+        rows = max(1, MAX_LOGITS // len(embedding))
         if len(hidden) <= rows:
             return self._loss(hidden, embedding, targets)
         chunks = zip(hidden.split(rows), targets.split(rows), strict=True)

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytorch_lightning as pl
 import torch
@@ -38,6 +38,8 @@ from pretrain.train.sharding import FullyShardedStrategy
 from pretrain.train.sick import SickSteps
 from pretrain.train.throughput import Throughput
 
+CLI = TypeVar("CLI", bound="SettingsCLI")
+
 _QUIET = (
     ".*does not have many workers.*",  # a worker costs a core that a small machine needs for training
     ".*is smaller than the logging interval.*",
@@ -55,20 +57,11 @@ queue.
 """
 
 
-class FitCLI(LightningCLI):
+class SettingsCLI(LightningCLI):
     """The settings of a run: a model, data, a trainer, checkpoints; links between values that must agree."""
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument(
-            "--run", type=str | None, default=None, help="Run directory (default: runs/<first config>)."
-        )
-        parser.add_argument(
-            "--allow_change",
-            type=bool,
-            default=False,
-            help="Continue a run with other learning-rate, masking, ... settings.",
-        )
         parser.add_argument(
             "--validate_every_n_steps",
             type=int,
@@ -98,15 +91,32 @@ class FitCLI(LightningCLI):
         try:
             self.config = parser.parse_args(args)
         except ArgumentError as error:
-            raise UserError(_explain(str(error), list(parser.get_defaults().keys()))) from error
+            raise UserError(_explain(str(error), parser)) from error
+        if self.config.trainer.max_steps < 1:
+            raise UserError(
+                f"trainer.max_steps is {self.config.trainer.max_steps}; say how many optimizer steps the run takes"
+            )
+
+
+class FitCLI(SettingsCLI):
+    """The settings, and the run that they are for."""
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--run", type=str | None, default=None, help="Run directory (default: runs/<first config>)."
+        )
+        parser.add_argument(
+            "--allow_change",
+            type=bool,
+            default=False,
+            help="Continue a run with other learning-rate, masking, ... settings.",
+        )
+        super().add_arguments_to_parser(parser)
 
     def before_instantiate_classes(self) -> None:
         """Open the run, and refuse a config that is not its own, before anything is built or written."""
         config = self.config
-        if config.trainer.max_steps < 1:
-            raise UserError(
-                f"trainer.max_steps is {config.trainer.max_steps}; say how many optimizer steps the run takes"
-            )
         for name in ("validate_every_n_steps", "max_sick_steps_in_a_row"):
             if config[name] < 1:
                 raise UserError(f"{name} is {config[name]}; give 1 or more")
@@ -196,13 +206,22 @@ def build(arguments: Sequence[str]) -> FitCLI:
     Raises:
         UserError: On any mistake in the arguments or the config, or a config that is not the run's.
     """
+    return parse(FitCLI, "fit", _DESCRIPTION, arguments)
+
+
+def parse(cli: type[CLI], command: str, description: str, arguments: Sequence[str]) -> CLI:
+    """The settings that the arguments of a command give, and what its ``cli`` makes of them.
+
+    Raises:
+        UserError: On any mistake in the arguments or the config.
+    """
     if not arguments:
-        raise UserError("no config; give -c CONFIG, for example `pretrain fit -c configs/quickstart.yaml`")
+        raise UserError(f"no config; give -c CONFIG, for example `pretrain {command} -c configs/quickstart.yaml`")
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for pattern in _QUIET:
         warnings.filterwarnings("ignore", pattern)
-    return FitCLI(
+    return cli(
         MLMModule,
         MLMDataModule,
         run=False,
@@ -215,7 +234,7 @@ def build(arguments: Sequence[str]) -> FitCLI:
             "num_sanity_val_steps": 0,
             "enable_model_summary": False,
         },
-        parser_kwargs={"exit_on_error": False, "prog": "pretrain fit", "description": _DESCRIPTION},
+        parser_kwargs={"exit_on_error": False, "prog": f"pretrain {command}", "description": description},
         args=list(arguments),
     )
 
@@ -283,14 +302,17 @@ def _requeue(job: str) -> None:
         _say(f"job {job} is requeued")
 
 
-def _explain(message: str, keys: list[str]) -> str:
+def _explain(message: str, parser: LightningArgumentParser) -> str:
     """A parser's message in one line, with the key that was probably meant and where the keys are listed."""
     message = " ".join(message.split())
     unknown = re.search(r"(?:'([\w.]+)' does not accept (?:option|nested key)|[Kk]ey) '([\w.]+)'", message)
     if unknown:
         given = ".".join(part for part in unknown.groups() if part)
-        message += "".join(f"; did you mean {key}?" for key in difflib.get_close_matches(given, keys, n=1))
-    return f"{message}; `pretrain fit --help` lists the settings"
+        message += "".join(
+            f"; did you mean {key}?"
+            for key in difflib.get_close_matches(given, list(parser.get_defaults().keys()), n=1)
+        )
+    return f"{message}; `{parser.prog} --help` lists the settings"
 
 
 @rank_zero_only

@@ -3,7 +3,7 @@
 import statistics
 import time
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
@@ -12,21 +12,35 @@ from typing_extensions import override
 from pretrain.corpus.batch import Batch
 from pretrain.train.module import MLMModule
 
-DATASHEET_BF16 = {
-    "GB200": 2500e12,
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10": 125e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-    "V100": 125e12,
+
+class GPU(NamedTuple):
+    """What a GPU offers to training.
+
+    Attributes:
+        bf16_flops: Dense half-precision matrix rate by NVIDIA's datasheet, in FLOP/s, without sparsity.
+        memory: Memory in GiB, as the driver reports it (the datasheet's figure is rounded).
+    """
+
+    bf16_flops: float
+    memory: float
+
+
+GPUS = {
+    "GB200": GPU(2500e12, 185.0),
+    "B200": GPU(2250e12, 179.0),
+    "H200": GPU(989e12, 140.4),
+    "H100 PCIe": GPU(756e12, 79.6),
+    "H100": GPU(989e12, 79.6),
+    "A100-SXM4-40GB": GPU(312e12, 40.0),
+    "A100-PCIE-40GB": GPU(312e12, 40.0),
+    "A100": GPU(312e12, 80.0),
+    "L40S": GPU(362e12, 45.0),
+    "L4": GPU(121e12, 22.5),
+    "A10": GPU(125e12, 22.5),
+    "RTX 4090": GPU(165e12, 24.0),
+    "RTX 3090": GPU(71e12, 24.0),
 }
-"""Dense half-precision matrix rate of GPUs (NVIDIA's datasheets, FLOP/s, without sparsity), by a part of their name."""
+"""GPUs by a part of their name, the more special first."""
 
 
 @lru_cache
@@ -37,9 +51,9 @@ def peak_flops(device: torch.device) -> tuple[float, str]:
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        for part, rate in DATASHEET_BF16.items():
+        for part, gpu in GPUS.items():
             if part in name:
-                return rate, f"datasheet rate of {part}"
+                return gpu.bf16_flops, f"datasheet rate of {part}"
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     return matmul_rate(device, dtype), f"measured {str(dtype).removeprefix('torch.')} matrix products"
 

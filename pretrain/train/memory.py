@@ -1,0 +1,148 @@
+"""How much memory training takes on one GPU: arithmetic over the encoder's shape; nothing is allocated.
+
+What autograd keeps follows `Block.forward` line by line; tests compare it with a real step on the CPU.
+Nothing was compared with these estimates: activation
+checkpointing, what sharding gathers, and the allowance for CUDA.
+"""
+
+from bisect import bisect_right
+from dataclasses import dataclass
+
+from torch import nn
+
+from pretrain.model.encoder import MAX_LOGITS, Encoder
+
+GIB = 2**30
+
+ELEMENT_SIZES = {
+    "32-true": (4, 4),
+    "bf16-mixed": (4, 2),
+    "16-mixed": (4, 2),
+    "bf16-true": (2, 2),
+    "16-true": (2, 2),
+    "64-true": (8, 8),
+}
+"""Bytes of a weight and of what a block computes, by the Trainer's precision."""
+
+_NORM_STATISTICS = 2  # mean and reciprocal deviation of a row, in float32
+_CONTEXT = 1.5 * GIB  # the CUDA context, workspaces of cuBLAS and buffers of NCCL
+_FRAGMENTATION = 0.05  # of all else; also covers packs that are somewhat larger than the mean
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Memory of one GPU at the moment when it is fullest: the backward pass of a step's later micro-batches.
+
+    Attributes:
+        encoder: The encoder; on the meta device it takes no memory itself.
+        precision: The Trainer's, a key of `ELEMENT_SIZES`.
+        target_share: Targets per token.
+        gpus: GPUs that train together.
+        sharded: Whether they divide weights, gradients and optimizer state among themselves (FSDP2), or each has all.
+        gradients_in_buckets: Whether DDP sends gradients from where they lie (``gradient_as_bucket_view``), or copies
+            them.
+        activation_checkpointing: As `Encoder` describes it.
+    """
+
+    encoder: Encoder
+    precision: str
+    target_share: float
+    gpus: int = 1
+    sharded: bool = False
+    gradients_in_buckets: bool = False
+    activation_checkpointing: bool = False
+
+    def split(self, tokens: int) -> dict[str, float]:
+        """Bytes by what they are for, with packs of ``tokens`` tokens; the values add up to what the GPU must have."""
+        weight = ELEMENT_SIZES[self.precision][0]
+        parameters = [p.numel() for p in self.encoder.parameters()]
+        share = weight * sum(parameters) / (self.gpus if self.sharded else 1)
+        parts = {
+            "weights": share + weight * sum(buffer.numel() for buffer in self.encoder.buffers()),
+            "gradients": share,
+            "optimizer state": 2 * share + 4 * len(parameters),  # two moments, and torch's count of steps
+        }
+        if self.sharded:
+            parts["gathered blocks"] = self._gathered()
+        elif self.gpus > 1 and not self.gradients_in_buckets:
+            parts["copies of gradients for DDP"] = share
+        if copies := self._autocast_copies():
+            parts["autocast copies"] = copies
+        parts["activations"] = self.activations(tokens, self.target_share * tokens)
+        parts["one block's backward"] = self._backward(tokens)
+        parts["CUDA and fragmentation"] = _CONTEXT + _FRAGMENTATION * sum(parts.values())
+        return parts
+
+    def total(self, tokens: int) -> float:
+        """Bytes in all, with packs of ``tokens`` tokens."""
+        return sum(self.split(tokens).values())
+
+    def largest_pack(self, capacity: float) -> int:
+        """Tokens in the largest pack that fits into ``capacity`` bytes; 0 if none does."""
+        return bisect_right(range(1, 2**31), capacity, key=self.total)
+
+    def activations(self, tokens: float, targets: float) -> float:
+        """Bytes that the forward pass keeps for the backward pass, over a pack of so many tokens and targets.
+
+        As on CUDA. On a CPU, where attention computes sequence by sequence, the attended values are kept twice.
+        """
+        config = self.encoder.config
+        weight, compute = ELEMENT_SIZES[self.precision]
+        width, layers = config.hidden_size, config.num_hidden_layers
+        ids_and_angles = tokens * (8 + weight + weight * config.head_dim)  # ids, token dropout's scale; cosines, sines
+        if self.activation_checkpointing:
+            blocks = layers * tokens * weight * width  # each block's input
+        else:
+            blocks = (layers - 1) * self._block(tokens, tokens) + self._block(tokens, targets)
+        # Final norm, dense layer, GELU and norm of the head, then the logits' log-softmax; the loss takes many logits
+        # in parts, and computes them again.
+        head = targets * (2 * weight * width + 3 * compute * width + 4 * _NORM_STATISTICS)
+        head += 4 * min(targets * config.vocab_size, MAX_LOGITS) + 16 * targets  # and positions, targets
+        return ids_and_angles + blocks + head
+
+    def _block(self, tokens: float, rows: float) -> float:
+        """What a block keeps: keys and values of all tokens; all else of as many rows as it is asked for."""
+        config = self.encoder.config
+        weight, compute = ELEMENT_SIZES[self.precision]
+        width = config.hidden_size
+        # The residual stream, which the norm reads, has the weights' type; what the norm gives has that of products.
+        # A value is a view of the projection, which thereby stays whole: two widths of it, and the turned key.
+        by_token = weight * width + 4 * _NORM_STATISTICS + compute * width * (1 + 2 + 1)
+        # The turned query, what attention gives with its log-sum-exp; the second norm, feed-forward layer and GELU.
+        by_row = compute * width * 2 + 4 * config.num_attention_heads
+        by_row += weight * width + 4 * _NORM_STATISTICS + compute * (width + 2 * config.ffn_size)
+        if rows == tokens:
+            by_row += compute * width  # the query's part of the whole projection
+        else:
+            by_row += compute * width + weight * config.head_dim  # the norm's rows, and the rows' angles
+        return tokens * by_token + rows * by_row
+
+    def _backward(self, tokens: float) -> float:
+        """What comes and goes in the backward pass, at most: of a block, its gradients; or of the logits, theirs."""
+        config = self.encoder.config
+        weight, compute = ELEMENT_SIZES[self.precision]
+        width = config.hidden_size
+        feed_forward = 2 * compute * config.ffn_size
+        attention = width * (6 * compute + 3 * weight)  # of query, key and value, gathered in the angles' type
+        matrix = width * config.ffn_size * (compute + weight)  # the largest weight's gradient, before it is added
+        block = tokens * (weight * width + max(feed_forward, attention)) + matrix
+        if self.activation_checkpointing:
+            block += self._block(tokens, tokens)
+        logits = min(self.target_share * tokens * config.vocab_size, MAX_LOGITS) * (8 + 2 * compute)
+        return max(block, logits)
+
+    def _autocast_copies(self) -> float:
+        """Weights of products in the type of products: autocast makes them once a micro-batch, autograd keeps them."""
+        weight, compute = ELEMENT_SIZES[self.precision]
+        if weight == compute:
+            return 0
+        modules = self.encoder.head.modules() if self.sharded else self.encoder.modules()  # blocks are gathered so
+        cast = [p for module in modules if isinstance(module, nn.Linear) for p in module.parameters()]
+        return compute * sum(p.numel() for p in [*cast, self.encoder.embedding.weight, self.encoder.head.bias])
+
+    def _gathered(self) -> float:
+        """Whole tensors beside this GPU's shares: a block and the next one, a block's gradient; all outside blocks."""
+        weight, compute = ELEMENT_SIZES[self.precision]
+        block = sum(p.numel() for p in self.encoder.blocks[0].parameters())
+        outside = sum(p.numel() for p in self.encoder.parameters()) - block * len(self.encoder.blocks)
+        return 3 * compute * block + 2 * weight * outside

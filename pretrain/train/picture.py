@@ -1,0 +1,48 @@
+"""How the project's pictures look: plots without a frame, over a light grid."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pretrain.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+@contextmanager
+def drawing(path: Path, size: tuple[float, float], rows: int = 1, columns: int = 1) -> "Iterator[list[Axes]]":
+    """Empty plots, row by row, which are written to a PNG file when the block ends.
+
+    Args:
+        path: The file.
+        size: Width and height of the picture in inches.
+        rows: Plots above each other.
+        columns: Plots side by side.
+
+    Raises:
+        UserError: If ``path`` cannot be written.
+    """
+    if not path.parent.is_dir():
+        raise UserError(
+            f"{path}: there is no directory {path.parent}; make it first, or choose another for the picture"
+        )
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, grid = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    plots = list(grid.flat)
+    try:
+        yield plots
+        for plot in plots:
+            plot.spines[["top", "right"]].set_visible(False)
+            plot.grid(alpha=0.3)
+            plot.set_axisbelow(True)
+        figure.savefig(path, dpi=150, format="png")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+    finally:
+        plt.close(figure)

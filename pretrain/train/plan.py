@@ -1,0 +1,374 @@
+"""`pretrain plan`: what a run needs, before a GPU is paid for. It reads the config alone: no corpus, no run, no GPU."""
+
+import math
+import pkgutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jsonargparse import Namespace
+from pytorch_lightning.cli import LightningArgumentParser
+from pytorch_lightning.strategies import FSDPStrategy, ModelParallelStrategy, StrategyRegistry
+from typing_extensions import override
+
+from pretrain.corpus.datamodule import MLMDataModule
+from pretrain.errors import UserError
+from pretrain.model.config import EncoderConfig
+from pretrain.train.fit import SettingsCLI, parse
+from pretrain.train.memory import ELEMENT_SIZES, GIB, TrainingMemory
+from pretrain.train.module import MLMModule
+from pretrain.train.picture import drawing
+from pretrain.train.throughput import GPUS
+
+_PRECISIONS = {"None": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}
+_MOST_GPUS = 4096  # what is tried, when a model does not fit
+
+
+class PlanCLI(SettingsCLI):
+    """The settings, the hardware to plan for, and the plan."""
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--gpus",
+            type=int | None,
+            default=None,
+            help="How many GPUs to plan for (default: trainer.devices x num_nodes if a number is given there, else 1).",
+        )
+        parser.add_argument("--gpu", type=str, default="H100", help=f"Which GPU: {', '.join(GPUS)}.")
+        parser.add_argument(
+            "--mfu",
+            type=float,
+            default=0.45,
+            help="Model FLOPs utilisation, a share of the GPU's datasheet rate. The default is an assumption; a short "
+            "run logs its own as throughput/mfu.",
+        )
+        parser.add_argument("--price", type=float | None, default=None, help="Price of a GPU for an hour.")
+        parser.add_argument(
+            "--mean_length",
+            type=int | None,
+            default=None,
+            help="Mean tokens of a sequence, for the cost of attention (default: data.max_length).",
+        )
+        parser.add_argument("--picture", type=str | None, default=None, help="PNG to draw the learning rate into.")
+        super().add_arguments_to_parser(parser)
+
+    @override
+    def instantiate_classes(self) -> None:
+        """The module on the meta device, where it takes no memory, and the plan; no Trainer, which needs the GPUs."""
+        config = self.config
+        if config.gpu not in GPUS:
+            raise UserError(f"no datasheet of a GPU '{config.gpu}'; give one of {', '.join(GPUS)}")
+        devices, nodes = config.trainer.devices, config.trainer.num_nodes
+        gpus = config.gpus
+        if gpus is None:
+            gpus = int(devices) * nodes if str(devices).isdecimal() else 1
+        if gpus < 1:
+            raise UserError(f"the number of GPUs is {gpus}; give 1 or more with --gpus")
+        if not 0 < config.mfu <= 1:
+            raise UserError(f"mfu is {config.mfu}; give a share above 0 and at most 1, such as 0.45")
+        if config.price is not None and config.price < 0:
+            raise UserError(f"price is {config.price}; give what a GPU costs for an hour, 0 or more")
+        precision = str(config.trainer.precision)
+        precision = _PRECISIONS.get(precision, precision)
+        if precision not in ELEMENT_SIZES:
+            raise UserError(f"trainer.precision is {precision}; a plan can be made for {', '.join(ELEMENT_SIZES)}")
+        self.datamodule = MLMDataModule(**config.data.as_dict())
+        self.datamodule.check_packs(gpus, config.trainer.accumulate_grad_batches)
+        length = config.mean_length or config.data.max_length
+        if not 1 <= length <= config.data.max_length:
+            raise UserError(f"mean_length is {length}; give 1 to data.max_length, which is {config.data.max_length}")
+        settings = config.model.as_dict()
+        with torch.device("meta"):
+            self.model = MLMModule(EncoderConfig(**settings.pop("encoder")), **settings)
+        strategy = config.trainer.strategy
+        self.plan = Plan(
+            memory=TrainingMemory(
+                encoder=self.model.encoder,
+                precision=precision,
+                target_share=config.data.mlm_probability,
+                gpus=gpus,
+                sharded=_is_sharded(strategy),
+                gradients_in_buckets=bool(_option(strategy, "gradient_as_bucket_view")),
+                activation_checkpointing=self.model.encoder.activation_checkpointing,
+            ),
+            gpu=config.gpu,
+            mfu=config.mfu,
+            max_steps=config.trainer.max_steps,
+            step_tokens=config.data.global_batch_tokens,
+            accumulate_grad_batches=config.trainer.accumulate_grad_batches,
+            max_length=config.data.max_length,
+            mean_length=length,
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The arithmetic of a run.
+
+    Attributes:
+        memory: What a GPU must hold.
+        gpu: Its name in `GPUS`.
+        mfu: Assumed share of its datasheet rate.
+        max_steps: Optimizer steps of the run.
+        step_tokens: Tokens of a step.
+        accumulate_grad_batches: Packs of a step on each GPU.
+        max_length: Tokens of the longest sequence.
+        mean_length: Tokens of a sequence, for the cost of attention.
+    """
+
+    memory: TrainingMemory
+    gpu: str
+    mfu: float
+    max_steps: int
+    step_tokens: int
+    accumulate_grad_batches: int
+    max_length: int
+    mean_length: int
+
+    @property
+    def flops_per_token(self) -> float:
+        """FLOPs of training per token, forward and backward, where every sequence has the mean length."""
+        targets = np.array([self.memory.target_share * self.mean_length])
+        return self.memory.encoder.config.training_flops([self.mean_length], targets) / self.mean_length
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the whole run."""
+        return self.max_steps * self.step_tokens
+
+    @property
+    def pack_tokens(self) -> int:
+        """Tokens of a pack, rounded up."""
+        return -(-self.step_tokens // (self.memory.gpus * self.accumulate_grad_batches))
+
+    @property
+    def capacity(self) -> float:
+        """Bytes of the GPU's memory."""
+        return GPUS[self.gpu].memory * GIB
+
+    @property
+    def fits(self) -> bool:
+        """Whether the GPU can hold what the config asks for."""
+        return self.memory.total(self.pack_tokens) <= self.capacity
+
+    @property
+    def largest_pack(self) -> int:
+        """Tokens in the largest pack that fits; 0 if none does."""
+        return self.memory.largest_pack(self.capacity)
+
+    @property
+    def fewest_packs(self) -> int | None:
+        """The smallest ``accumulate_grad_batches`` that fits; None if none does, or packs would be too small."""
+        if not self.largest_pack:
+            return None
+        packs = -(-self.step_tokens // (self.memory.gpus * self.largest_pack))
+        return packs if self.step_tokens >= packs * self.memory.gpus * self.max_length else None
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens per second of all GPUs together, at the assumed utilisation."""
+        return self.memory.gpus * GPUS[self.gpu].bf16_flops * self.mfu / self.flops_per_token
+
+    @property
+    def hours(self) -> float:
+        """Hours of the whole run."""
+        return self.tokens / self.tokens_per_second / 3600
+
+    def remedy(self) -> str:
+        """What makes a run fit that does not, the least change first."""
+        for options, other in self._alternatives():
+            if packs := other.fewest_packs:
+                if packs > self.accumulate_grad_batches:
+                    options = [*options, f"--trainer.accumulate_grad_batches {packs}"]
+                gpus = other.memory.gpus
+                return " ".join(options) + (f" on {gpus:,} GPUs" if gpus > self.memory.gpus else "")
+        return f"a GPU with more memory, or a larger data.global_batch_tokens: not even {_MOST_GPUS:,} GPUs are enough"
+
+    def _alternatives(self) -> Iterator[tuple[list[str], "Plan"]]:
+        recompute, shard = "--model.activation_checkpointing true", "-c configs/fsdp.yaml"
+        yield [], self
+        for options, changes in (
+            ([recompute], {"activation_checkpointing": True}),
+            ([shard], {"sharded": True}),
+            ([shard, recompute], {"sharded": True, "activation_checkpointing": True}),
+        ):
+            if self.memory.gpus > 1 or "sharded" not in changes:
+                yield options, replace(self, memory=replace(self.memory, **changes))
+        gpus = 2 * self.memory.gpus
+        while gpus <= _MOST_GPUS:
+            memory = replace(self.memory, gpus=gpus, sharded=True, activation_checkpointing=True)
+            yield [shard, recompute], replace(self, memory=memory)
+            gpus *= 2
+
+
+def plan(arguments: Sequence[str]) -> int:
+    """Say what a run needs: parameters, FLOPs, memory for each GPU, the largest pack, hours and cost.
+
+    Takes the configs and overrides of `pretrain fit`; reads no data, writes no run and uses no GPU. Memory and time
+    are estimates.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        UserError: On any mistake in the arguments or the config.
+    """
+    cli = parse(PlanCLI, "plan", plan.__doc__.split("\n\n    Returns")[0], arguments)  # type: ignore[union-attr]
+    rates = learning_rates(cli.model, cli.plan.max_steps)
+    if cli.config.picture:
+        draw(rates, cli.model.warmup_steps, Path(cli.config.picture))
+    print(describe(cli, rates))
+    return 0
+
+
+def learning_rates(module: MLMModule, max_steps: int, points: int = 1000) -> dict[int, float]:
+    """The learning rate after some numbers of optimizer steps, from the module's own scheduler.
+
+    Args:
+        module: Its optimizer and scheduler are built; a module on the meta device will do.
+        max_steps: The last of them.
+        points: How many to take in the warmup, and as many after it.
+    """
+    configured = module.configure_optimizers()
+    scheduler: Any = configured["lr_scheduler"]["scheduler"]  # type: ignore[index]
+    scheduler.optimizer.step()  # without gradients it changes nothing; torch warns of a scheduler that goes first
+    end_of_warmup = min(module.warmup_steps, max_steps)
+    steps = {round(end_of_warmup * i / points) for i in range(points + 1)}
+    steps |= {end_of_warmup + round((max_steps - end_of_warmup) * i / points) for i in range(points + 1)}
+    rates = {}
+    for step in sorted(steps):
+        scheduler.last_epoch = step - 1  # a run of half a million steps need not be walked through
+        scheduler.step()
+        rates[step] = scheduler.get_last_lr()[0]
+    return rates
+
+
+def describe(cli: PlanCLI, rates: dict[int, float]) -> str:
+    """The plan for people, in a few lines and a table."""
+    plan, memory = cli.plan, cli.plan.memory
+    encoder, config = memory.encoder, memory.encoder.config
+    gpu, gpus = GPUS[plan.gpu], memory.gpus
+    configs = " + ".join(str(path.relative) for path in cli.config.config or []) or "options"
+    total, embedding, blocks = (
+        sum(p.numel() for p in part.parameters()) for part in (encoder, encoder.embedding, encoder.blocks)
+    )
+    peak = max(rates, key=rates.__getitem__)
+    last = max(rates)
+    held = "divided among them" if memory.sharded and gpus > 1 else "whole on each" if gpus > 1 else ""
+    lines = [
+        f"{configs}, on {gpus:,} x {plan.gpu}",
+        "",
+        f"  parameters   {_short(total)}: embedding {_short(embedding)}, {config.num_hidden_layers} blocks "
+        f"{_short(blocks)}, head and final norm {_short(total - embedding - blocks)}",
+        f"  work         {_short(plan.flops_per_token)}FLOP a token, for sequences of {plan.mean_length:,} tokens with "
+        f"{memory.target_share:.3g} of them targets",
+        f"  step         {_short(plan.step_tokens)} tokens in {gpus:,} x {plan.accumulate_grad_batches} packs of "
+        f"{plan.pack_tokens:,} (GPUs x accumulate_grad_batches)",
+        f"  run          {plan.max_steps:,} steps, {_short(plan.tokens)} tokens, "
+        f"{_short(plan.tokens * plan.flops_per_token)}FLOP",
+        f"  learning     rate {rates[0]:.3g} at first, {rates[peak]:.3g} at step {peak:,}, "
+        f"{rates[last]:.3g} at the end",
+        "",
+        f"  memory of a GPU in GiB ({', '.join(filter(None, (memory.precision, held)))})",
+    ]
+    split = memory.split(plan.pack_tokens)
+    split["total"] = sum(split.values())
+    lines += [
+        f"    {name:28}" + (f"{size / GIB:9.2f}" if size >= 0.005 * GIB else "   < 0.01")
+        for name, size in split.items()
+    ]
+    lines[-1] += f"  of {gpu.memory:.1f}"
+    lines += [""]
+    lines += [_verdict(plan)]
+    if ELEMENT_SIZES[memory.precision][1] != 2:
+        lines += [
+            f"  precision    {memory.precision}: attention over packs needs bfloat16 or float16 on a GPU; "
+            "add -c configs/gpu.yaml"
+        ]
+    lines += [
+        f"  time         {_duration(plan.hours)} at {_short(plan.tokens_per_second)} tokens/s: {plan.mfu:.0%} of "
+        f"{gpu.bf16_flops / 1e12:,.0f} TFLOP/s a GPU (datasheet, bfloat16)",
+        f"               the {plan.mfu:.0%} are an assumption (--mfu); a short run logs its own as throughput/mfu",
+    ]
+    if cli.config.price is not None:
+        lines += [
+            f"  cost         {gpus * plan.hours * cli.config.price:,.2f}: {gpus * plan.hours:,.1f} GPU-hours at "
+            f"{cli.config.price:g}"
+        ]
+    if cli.config.picture:
+        lines += [f"  picture      {cli.config.picture}"]
+    return "\n".join(lines)
+
+
+def _verdict(plan: Plan) -> str:
+    if not plan.fits:
+        return f"  does not fit; try {plan.remedy()}"
+    return (
+        f"  fits         largest pack {plan.largest_pack:,} tokens: accumulate_grad_batches {plan.fewest_packs} or more"
+    )
+
+
+def draw(rates: dict[int, float], warmup_steps: int, picture: Path) -> None:
+    """Draw the learning rate over the run into a PNG file; a short warmup once more, enlarged."""
+    steps, peak = list(rates), max(rates, key=rates.__getitem__)
+    with drawing(picture, (8, 3.6)) as (axes,):
+        axes.plot(steps, list(rates.values()), color="tab:blue")
+        axes.plot(peak, rates[peak], "o", color="tab:orange")
+        axes.annotate(
+            f"peak {rates[peak]:.3g} at step {peak:,}",
+            (peak, rates[peak]),
+            xytext=(10, 0),
+            textcoords="offset points",
+            va="center",
+        )
+        axes.set(xlabel="optimizer step", ylabel="learning rate", xlim=(0, steps[-1]), ylim=(0, 1.1 * rates[peak]))
+        axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        if 0 < warmup_steps < 0.1 * steps[-1]:
+            shown = [step for step in steps if step <= 3 * warmup_steps]
+            inset = axes.inset_axes((0.56, 0.45, 0.42, 0.4))
+            inset.plot(shown, [rates[step] for step in shown], color="tab:blue")
+            inset.plot(peak, rates[peak], "o", color="tab:orange", markersize=4)
+            inset.set_title("warmup, enlarged", fontsize="small")
+            inset.set(xlim=(0, 3 * warmup_steps), ylim=(0, 1.1 * rates[peak]), yticks=[])
+            inset.xaxis.set_major_formatter("{x:,.0f}")
+            inset.tick_params(labelsize="small")
+            inset.spines[["top", "right"]].set_visible(False)
+
+
+def _is_sharded(strategy: str | Namespace) -> bool:
+    """Whether a strategy, as the config names it, divides the model among the processes."""
+    name = strategy if isinstance(strategy, str) else strategy.class_path
+    kind: Any = None
+    if name in StrategyRegistry:
+        kind = StrategyRegistry[name]["strategy"]
+    elif "." in name:
+        try:
+            kind = pkgutil.resolve_name(name)
+        except (ImportError, AttributeError) as error:
+            raise UserError(f"trainer.strategy is {name}, which cannot be imported ({error}); see configs/") from error
+    return isinstance(kind, type) and issubclass(kind, FSDPStrategy | ModelParallelStrategy)
+
+
+def _option(strategy: str | Namespace, name: str) -> Any:
+    return None if isinstance(strategy, str) else (strategy.get("init_args") or {}).get(name)
+
+
+def _short(number: float) -> str:
+    """Three figures and a prefix: 7.51 M."""
+    power = min(int(math.log10(number) // 3), 8) if number >= 1 else 0
+    scaled = number / 1000**power
+    figures = max(0, 2 - int(math.log10(scaled))) if power else 0
+    return f"{scaled:.{figures}f} {'_kMGTPEZY'[power]}".replace(" _", " ")
+
+
+def _duration(hours: float) -> str:
+    if hours < 1 / 60:
+        return f"{3600 * hours:.2g} seconds"
+    if hours < 1:
+        return f"{60 * hours:.1f} minutes"
+    return f"{hours:.1f} hours" if hours < 48 else f"{hours / 24:.1f} days"
