@@ -1,8 +1,8 @@
 """How much memory training takes on one GPU: arithmetic over the encoder's shape; nothing is allocated.
 
-What autograd keeps follows `Block.forward` line by line; tests compare it with a real step on the CPU.
-Nothing was compared with these estimates: activation
-checkpointing, what sharding gathers, and the allowance for CUDA.
+What autograd keeps follows `Block.forward` line by line, and tests compare it with a real step on the CPU. What remains
+under activation checkpointing, what sharding gathers and the allowance for CUDA are estimates that nothing was compared
+with.
 """
 
 from bisect import bisect_right

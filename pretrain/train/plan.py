@@ -191,13 +191,11 @@ class Plan:
     def _alternatives(self) -> Iterator[tuple[list[str], "Plan"]]:
         recompute, shard = "--model.activation_checkpointing true", "-c configs/fsdp.yaml"
         yield [], self
-        for options, changes in (
-            ([recompute], {"activation_checkpointing": True}),
-            ([shard], {"sharded": True}),
-            ([shard, recompute], {"sharded": True, "activation_checkpointing": True}),
-        ):
-            if self.memory.gpus > 1 or "sharded" not in changes:
-                yield options, replace(self, memory=replace(self.memory, **changes))
+        yield [recompute], replace(self, memory=replace(self.memory, activation_checkpointing=True))
+        if self.memory.gpus > 1:
+            sharded = replace(self.memory, sharded=True)
+            yield [shard], replace(self, memory=sharded)
+            yield [shard, recompute], replace(self, memory=replace(sharded, activation_checkpointing=True))
         gpus = 2 * self.memory.gpus
         while gpus <= _MOST_GPUS:
             memory = replace(self.memory, gpus=gpus, sharded=True, activation_checkpointing=True)
