@@ -304,7 +304,8 @@ def _requeue(job: str) -> None:
 
 def _explain(message: str, parser: LightningArgumentParser) -> str:
     """A parser's message in one line, with the key that was probably meant and where the keys are listed."""
-    message = " ".join(message.split())
+    # What a link computes is a UserError's own line; jsonargparse puts its machinery before it.
+    message = re.sub(r"^Call to compute_fn of link .* failed: ", "", " ".join(message.split()))
     unknown = re.search(r"(?:'([\w.]+)' does not accept (?:option|nested key)|[Kk]ey) '([\w.]+)'", message)
     if unknown:
         given = ".".join(part for part in unknown.groups() if part)

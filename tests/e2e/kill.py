@@ -8,7 +8,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
-from pretrain.corpus import store
+from pretrain.corpus import shards
 
 
 class Kill(pl.Callback):
@@ -23,7 +23,7 @@ class Kill(pl.Callback):
         if moment == "save":
             self._save, torch.save = torch.save, self._save_half
         if moment == "prepare":
-            self._write_shard, store._write_shard = store._write_shard, self._write_half
+            self._write_shard, shards.write_shard = shards.write_shard, self._write_half
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
         self._kill("batch_start", batch_idx)
@@ -46,11 +46,13 @@ class Kill(pl.Callback):
         self._kill("save", self._count)
         self._save(checkpoint, file)
 
-    def _write_half(self, file: Any, *content: Any) -> None:
-        self._write_shard(file, *content)
-        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    def _write_half(self, file: Any, *content: Any) -> str:
+        checksum = self._write_shard(file, *content)
         self._count += 1
+        if self._count == self.number:
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
         self._kill("prepare", self._count)
+        return checksum
 
     def _kill(self, moment: str, number: int) -> None:
         if (moment, number) == (self.moment, self.number):

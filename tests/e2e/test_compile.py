@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.cli import main
+
 
 def test_compiled_training_has_the_same_losses_and_soon_compiles_no_more(proteins: Path) -> None:
     command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("compiled.py")), str(proteins)]
@@ -22,10 +24,10 @@ def test_compiled_training_has_the_same_losses_and_soon_compiles_no_more(protein
 
 
 def test_compiling_without_static_shapes_is_refused(
-    tiny: Callable[..., Path], fit: Callable[..., int], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert fit("-c", tiny(model__compile=True), "--run", tmp_path / "run") == 2
-    message = capfd.readouterr().err
+    assert main(["fit", "-c", str(tiny(model__compile=True)), "--run", str(tmp_path / "run")]) == 2
+    message = capsys.readouterr().err
     assert "--data.static_shapes true" in message
     assert message.count("\n") == 1
     assert not (tmp_path / "run").exists()

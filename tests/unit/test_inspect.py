@@ -77,7 +77,8 @@ def test_a_picture_that_cannot_be_written_is_a_mistake(
     picture = tmp_path / "nowhere" / "picture.png"
     assert main(["inspect", str(corpus), "--picture", str(picture)]) == 2
     assert capsys.readouterr().err == (
-        f"pretrain: error: {picture}: cannot be written (No such file or directory); choose another place\n"
+        f"pretrain: error: {picture}: there is no directory {picture.parent}; make it first, or choose another for the "
+        "picture\n"
     )
 
 

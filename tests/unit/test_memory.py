@@ -126,6 +126,7 @@ def test_weights_gradients_and_optimizer_state_are_those_of_a_real_run_to_the_by
 ) -> None:
     monkeypatch.chdir(tmp_path)
     cli = build(["-c", str(tiny(trainer__max_steps=1, trainer__logger=False))])
+    cli.run.directory.mkdir(parents=True)
     measured = {}
 
     class Measure(pl.Callback):
