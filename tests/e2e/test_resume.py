@@ -52,14 +52,21 @@ def kill(moment: str, number: int) -> list[str]:
 
 
 # Micro-batches count from the run's first; two make a step, a checkpoint is written after every third step.
-@pytest.mark.parametrize("workers", [0, 2])
+KILLS = {
+    "inside_an_accumulation_window": [("batch_start", 9)],
+    "twice_in_a_row": [("batch_end", 11), ("batch_end", 14)],
+    "before_the_first_checkpoint": [("batch_start", 3)],
+    "during_a_validation": [("validation", 2)],
+}
+SLOW = [(2, "before_the_first_checkpoint"), (2, "during_a_validation")]
+
+
 @pytest.mark.parametrize(
-    "kills",
+    ("workers", "kills"),
     [
-        pytest.param([("batch_start", 9)], id="inside_an_accumulation_window"),
-        pytest.param([("batch_end", 11), ("batch_end", 14)], id="twice_in_a_row"),
-        pytest.param([("batch_start", 3)], id="before_the_first_checkpoint"),
-        pytest.param([("validation", 2)], id="during_a_validation"),
+        pytest.param(workers, kills, id=f"{name}-{workers}", marks=[pytest.mark.slow] * ((workers, name) in SLOW))
+        for workers in (0, 2)
+        for name, kills in KILLS.items()
     ],
 )
 def test_a_killed_and_continued_run_has_the_bits_of_an_uninterrupted_one(
