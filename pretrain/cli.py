@@ -151,11 +151,13 @@ def _tokenizer(options: argparse.Namespace) -> int:
 def _inspect(options: argparse.Namespace) -> int:
     from pretrain.downstream.inspect import inspect
 
-    print(inspect(options.path, options.picture, options.verify))
     if options.audit:
         from pretrain.train.ledger import audit
 
         print(audit(options.path))
+        if not options.picture:
+            return 0
+    print(inspect(options.path, options.picture, options.verify))
     return 0
 
 

@@ -108,7 +108,7 @@ class MLMDataModule(pl.LightningDataModule):
         if budget < packs * self.max_length:
             remedy = f"give at least {packs * self.max_length}"
             if fitting := budget // self.max_length:
-                remedy += f", or at most {fitting} packs"
+                remedy += f", or at most {fitting} packs: fewer processes or a smaller trainer.accumulate_grad_batches"
             raise UserError(
                 f"data.global_batch_tokens is {budget}, too small for {packs} packs a step ({processes} processes x "
                 f"{micro_batches} micro-batches) of up to {self.max_length} tokens; {remedy}"
@@ -202,8 +202,8 @@ class MLMDataModule(pl.LightningDataModule):
             "tokenizer": self.tokenizer.serialize(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint's data position.
+    def check_identity(self, state: dict[str, Any]) -> None:
+        """Make sure that a checkpoint's data position means the same sequences here; after `setup`.
 
         Raises:
             UserError: If the checkpoint was made with another order; names the first field that differs.
@@ -214,6 +214,14 @@ class MLMDataModule(pl.LightningDataModule):
                     f"the checkpoint was made with {field} {state[field]!r}, this run has {ours!r}: the data would not "
                     "continue where it stopped; restore that setting, or start another run"
                 )
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint's data position.
+
+        Raises:
+            UserError: If the checkpoint was made with another order; names the first field that differs.
+        """
+        self.check_identity(state)
         # Lightning misses a loader state; there is none to keep, since the sampler seeks to the step.
         warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")
         cursor, tokens = state["cursor"], state["tokens"]

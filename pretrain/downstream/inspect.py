@@ -25,7 +25,7 @@ def inspect(path: Path, picture: Path | None = None, check: bool = False) -> str
     Args:
         path: A corpus or a run directory.
         picture: A PNG to draw into: of a run, its loss and learning-rate curves; of a corpus, its lengths and tokens.
-        check: Compare every shard of a corpus with its checksum, and do nothing else.
+        check: Compare every shard of a corpus with its checksum; that is all, but for a picture that is asked for.
 
     Returns:
         The description, for people.
@@ -36,7 +36,8 @@ def inspect(path: Path, picture: Path | None = None, check: bool = False) -> str
     if is_corpus(path) or (check and not (path / CONFIG).is_file()):
         if check:
             shards = verify(path)
-            return f"{path}: {shards} {'shard' if shards == 1 else 'shards'}, all as the manifest says"
+            verified = f"{path}: {shards} {'shard' if shards == 1 else 'shards'}, all as the manifest says"
+            return f"{verified}\n{inspect(path, picture)}" if picture else verified
         corpus = Corpus(path)
         statistics = _statistics(corpus)
         if picture:

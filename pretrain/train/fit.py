@@ -253,12 +253,20 @@ def fit(arguments: Sequence[str]) -> int:
     run, trainer, module, data = cli.run, cli.trainer, cli.model, cli.datamodule
     for problem in run.problems:
         _say(f"passed over: {problem}")
-    if run.step >= trainer.max_steps and run.result:
+    if run.step > trainer.max_steps:
+        raise UserError(
+            f"{run.directory}: stands at step {run.step}, beyond trainer.max_steps {trainer.max_steps}; give at least "
+            f"{run.step}, or choose another directory with --run"
+        )
+    finished = run.step == trainer.max_steps and run.result
+    if finished and run.config and run.config["data"]["train"] == cli.settings["data"]["train"]:
         _say(f"{run.directory}: finished already (step {run.step} of {trainer.max_steps})")
-        _say(summary(run.directory, run.result))
+        _say(summary(run.directory, finished))
         return 0
     data.prepare_data()
     data.setup("fit")
+    if run.data_state:
+        data.check_identity(run.data_state)
     data.check_packs(trainer.world_size, trainer.accumulate_grad_batches)
     check_hardware(trainer, module, data)
     with run.locked() if trainer.is_global_zero else nullcontext():
@@ -270,8 +278,12 @@ def _train(cli: FitCLI) -> int:
     config_text = yaml.safe_dump(cli.settings, sort_keys=False)
     rank_zero_only(run.record_start)(cli.settings, config_text, cli.changes, execution(trainer))
     _say(header(run, trainer, module, data))
+    for change in cli.changes:
+        _say(f"  changed   {change}")
     try:
         trainer.fit(module, data, ckpt_path=run.checkpoint, weights_only=True)
+        if data.validation_corpus and "val/loss" not in trainer.callback_metrics:  # killed after its last checkpoint
+            trainer.validate(module, data, verbose=False)
     except RunInterruptedError as interruption:
         _say(f"\n{interruption}; the same command continues the run")
         if interruption.signal_number == signal.SIGUSR1 and "SLURM_JOB_ID" in os.environ:

@@ -97,9 +97,10 @@ def audit(directory: Path) -> str:
     Raises:
         UserError: If there is no ledger, or at the first step that consumed something else than the order says.
     """
-    run = Run(directory)
-    if run.config is None:
+    if not (directory / CONFIG).is_file():
         raise UserError(f"{directory}: no run ({CONFIG} is missing), so there is nothing to audit")
+    run = Run(directory)
+    assert run.config is not None
     state = run.data_state
     if state is None:
         raise UserError(f"{directory}: no checkpoint in {CHECKPOINTS} yet, so there is nothing to audit")

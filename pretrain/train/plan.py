@@ -182,9 +182,10 @@ class Plan:
         """What makes a run fit that does not, the least change first."""
         for options, other in self._alternatives():
             if packs := other.fewest_packs:
-                if packs > self.accumulate_grad_batches:
-                    options = [*options, f"--trainer.accumulate_grad_batches {packs}"]
                 gpus = other.memory.gpus
+                too_many = gpus * self.accumulate_grad_batches * self.max_length > self.step_tokens
+                if too_many or packs > self.accumulate_grad_batches:
+                    options = [*options, f"--trainer.accumulate_grad_batches {packs}"]
                 return " ".join(options) + (f" on {gpus:,} GPUs" if gpus > self.memory.gpus else "")
         return f"a GPU with more memory, or a larger data.global_batch_tokens: not even {_MOST_GPUS:,} GPUs are enough"
 

@@ -200,3 +200,43 @@ def test_debug_shows_the_traceback_and_without_it_there_is_none(tmp_path: Path) 
     assert plain.stderr.startswith("pretrain: error: missing.fasta: no such file")
     assert debug.returncode == 1
     assert "Traceback" in debug.stderr
+
+
+def test_a_run_beyond_max_steps_says_so(
+    tiny: Callable[..., Path], fit: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert fit("-c", tiny(trainer__max_steps=4), "--run", run) == 0
+    message = error_of(capsys, "fit", "-c", tiny(trainer__max_steps=3), "--run", run, "--allow_change", "true")
+    assert "stands at step 4, beyond trainer.max_steps 3; give at least 4" in message
+
+
+@pytest.mark.parametrize("steps", [4, 6])
+def test_other_sequences_are_refused_and_leave_the_run_as_it_was(
+    steps: int,
+    tiny: Callable[..., Path],
+    fit: Callable[..., int],
+    proteins: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Also where the run is finished, and there would be nothing left to train."""
+    run = tmp_path / "run"
+    assert fit("-c", tiny(trainer__max_steps=4), "--run", run) == 0
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    other = tmp_path / "other.fasta"
+    other.write_text("".join(proteins.read_text().splitlines(keepends=True)[2:]))
+    config = tiny(trainer__max_steps=steps, data__train=str(other))
+    assert "was made with corpus" in error_of(capsys, "fit", "-c", config, "--run", run, "--allow_change", "true")
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_killed_between_its_last_checkpoint_and_its_result_gets_its_result(
+    tiny: Callable[..., Path], fit: Callable[..., int], tmp_path: Path
+) -> None:
+    run, config = tmp_path / "run", tiny(trainer__max_steps=4)
+    assert fit("-c", config, "--run", run) == 0
+    result = (run / "result.json").read_text()
+    (run / "result.json").unlink()
+    assert fit("-c", config, "--run", run) == 0
+    assert (run / "result.json").read_text() == result
