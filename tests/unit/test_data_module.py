@@ -285,8 +285,16 @@ def test_a_checkpoint_of_another_order_is_refused(proteins: Path, field: str, th
 @pytest.mark.parametrize(
     ("world", "accumulate", "remedy"),
     [
-        (3, 3, "(3 processes x 3 micro-batches) of up to 64 tokens; give at least 576, or at most 8 packs"),
-        (1, 9, "(1 processes x 9 micro-batches) of up to 64 tokens; give at least 576, or at most 8 packs"),
+        (
+            3,
+            3,
+            "(3 processes x 3 micro-batches) of up to 64 tokens; give at least 576, or at most 8 packs: fewer processes or a smaller trainer.accumulate_grad_batches",
+        ),
+        (
+            1,
+            9,
+            "(1 processes x 9 micro-batches) of up to 64 tokens; give at least 576, or at most 8 packs: fewer processes or a smaller trainer.accumulate_grad_batches",
+        ),
     ],
 )
 def test_a_step_too_small_for_its_packs_is_refused_with_values_that_work(
