@@ -51,9 +51,12 @@ from pretrain.corpus.prepare import open_or_prepare
 from pretrain.corpus.store import Corpus
 from pretrain.corpus.tokenizer import load_tokenizer
 from pretrain.model.hf import to_hf_config
+from pretrain.train.throughput import matmul_rate
 
 MAX_LENGTH = 1024
 CLIP = 1.0
+MACHINE = (torch.device("cpu"), torch.float32, 1024, 70)
+"""What the rate of matrix products is measured with: about a second of them, so that it is a sustained rate."""
 
 
 class Ours:
@@ -163,9 +166,9 @@ def measure(shape: str, corpus: Corpus, options: argparse.Namespace, scratch: Pa
             indices = deal(lengths, row.strategy, row.batch_size, options.tokens, round_number)
             step = planner.describe(np.zeros_like(indices), indices)
             tokens = int(step.lengths.sum())
-            before = matmul_rate()
+            before = matmul_rate(*MACHINE)
             our_seconds = ours.seconds(step)
-            machine = (before + matmul_rate()) / 2
+            machine = (before + matmul_rate(*MACHINE)) / 2
             their_seconds = rival.seconds(step, row.batch_size)
             if round_number:
                 row.ours.append(tokens / our_seconds)
@@ -200,17 +203,6 @@ class Row:
             "faster_by": median(a / b for a, b in zip(self.ours, self.theirs, strict=True)),
             "rounds": {"transformers": self.theirs, "pretrain": self.ours, "share_of_matmul_rate": self.shares},
         }
-
-
-def matmul_rate(seconds: float = 1.0) -> float:
-    """The machine's sustained rate of fp32 matrix products, FLOP/s: the median over a second of them."""
-    a, b = torch.randn(2, 1024, 1024)
-    rates = []
-    end = time.perf_counter() + seconds
-    while (begin := time.perf_counter()) < end:
-        torch.mm(a, b)
-        rates.append(2 * 1024**3 / (time.perf_counter() - begin))
-    return median(rates)
 
 
 def table(shape: str, result: dict[str, Any]) -> str:

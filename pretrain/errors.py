@@ -1,5 +1,12 @@
-"""The one exception that means "the user can mend this": shown as one line, exit code 2."""
+"""What goes wrong for users: the exception that means "you can mend this", and the full disk."""
+
+import errno
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave: the message says what was found, what is allowed and what to do."""
+    """A mistake in what the user gave: one line, exit code 2; says what was found, what is allowed and what to do."""
+
+
+def disk_is_full(error: OSError) -> bool:
+    """Whether a write failed for want of space, which somebody may make while a run goes on."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)

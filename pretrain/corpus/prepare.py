@@ -1,6 +1,5 @@
 """Preparing: sources to a corpus, which appears at its place when it is complete."""
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -17,7 +16,7 @@ from pretrain.corpus.shards import JOURNAL, Filters, Part, make_shards, report_f
 from pretrain.corpus.sources import Source, SourceOptions, find_sources
 from pretrain.corpus.store import FORMAT_VERSION, REPORT, Corpus, is_corpus, write_manifest
 from pretrain.corpus.tokenizer import Tokenizer, train_tokenizer
-from pretrain.errors import UserError
+from pretrain.errors import UserError, disk_is_full
 
 
 def prepare(
@@ -79,7 +78,7 @@ def _prepare_once(
             _finish(partial, parts, tokenizer, options, filters)
             partial.rename(out)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if not disk_is_full(error):
                 raise
             raise UserError(
                 f"{error.filename or partial}: {error.strerror}; make room and give the same command again: it "

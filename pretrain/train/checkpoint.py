@@ -1,35 +1,21 @@
-"""What is saved, when and how: whole files or none, and nothing that has to be unpickled."""
+"""Checkpoint files: whole or none, with a checksum, and nothing that has to be unpickled."""
 
 import errno
 import hashlib
-import math
 import os
 import shutil
-import signal
-import sys
-import time
-from collections.abc import Callable
 from io import BufferedRandom
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins import CheckpointIO
-from pytorch_lightning.callbacks import Checkpoint
 from typing_extensions import override
 
 from pretrain.errors import UserError
-from pretrain.train.logging import disk_is_full
-
-LAST, BEST = "last.ckpt", "best.ckpt"
 
 _SEAL_SIZE = 64
 _ZIP_END_SIZE = 22  # of the record that ends an archive without a comment
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""Each asks a run to finish its step, save and end; SIGUSR1 is SLURM's warning before the time limit."""
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -53,7 +39,7 @@ class AtomicCheckpointIO(CheckpointIO):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         finally:
             partial.unlink(missing_ok=True)
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
 
     @override
     def load_checkpoint(
@@ -137,215 +123,8 @@ def newest_checkpoint(directory: Path) -> tuple[Path, dict[str, Any], list[str]]
     return None
 
 
-class RunInterruptedError(Exception):
-    """A signal asked for the run to end; it ended after a whole step, with a checkpoint if the disk took it."""
-
-    def __init__(self, signal_number: int, step: int, saved: bool) -> None:
-        state = "a checkpoint is saved" if saved else "the disk is too full for a checkpoint, an earlier one is left"
-        super().__init__(f"interrupted by {signal.Signals(signal_number).name} after step {step}; {state}")
-        self.signal_number = signal_number
-
-
-class StepCheckpoint(Checkpoint):
-    """Saves at the ends of optimizer steps: every so many, after so much time, at the end, and when a signal asks.
-
-    A checkpoint is written when the next step begins, so that a validation that falls on the same step comes first.
-    Files are named by step; ``last.ckpt`` is a link to the newest, ``best.ckpt`` to the best. On a full disk the run
-    goes on without, and tries again when the next one is due.
-
-    Args:
-        directory: Where checkpoints go.
-        before_save: Called on all processes before each attempt; what has to be on disk before a checkpoint is.
-        every_n_steps: Steps between checkpoints; None for none by step.
-        every_minutes: Minutes after which one is due in any case.
-        keep_last: How many of the newest to keep.
-        keep_every_n_steps: Save at the multiples of this, and keep those for good; None for none.
-        keep_best: How many of the best by validation loss to keep, saved when validated; None for none.
-
-    Raises:
-        UserError: If an interval or a number to keep is not positive.
-    """
-
-    def __init__(
-        self,
-        directory: Path,
-        before_save: Callable[[pl.Trainer], None] = lambda trainer: None,
-        every_n_steps: int | None = None,
-        every_minutes: float = 15.0,
-        keep_last: int = 2,
-        keep_every_n_steps: int | None = None,
-        keep_best: int | None = None,
-    ) -> None:
-        counts = {
-            "every_n_steps": every_n_steps,
-            "every_minutes": every_minutes,
-            "keep_last": keep_last,
-            "keep_every_n_steps": keep_every_n_steps,
-            "keep_best": keep_best,
-        }
-        for name, count in counts.items():
-            if count is not None and count <= 0:
-                remedy = "" if name in ("every_minutes", "keep_last") else ", or null for none"
-                raise UserError(f"checkpoint.{name} is {count}; give a positive number{remedy}")
-        self.directory = Path(directory)
-        self.before_save = before_save
-        self.every_n_steps = every_n_steps
-        self.every_minutes = every_minutes
-        self.keep_last = keep_last
-        self.keep_every_n_steps = keep_every_n_steps
-        self.keep_best = keep_best or 0
-        self._best: dict[int, float] = {}  # validation loss by step, best first
-        self._validation: tuple[int, float] = (0, math.inf)
-        self._saved_step = 0
-        self._tried_time = time.monotonic()
-        self._signal: int | None = None
-        self._handlers: dict[int, Any] = {}
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        return {"best": self._best} if self._best else {}
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._best = dict(state_dict["best"])
-
-    @override
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._saved_step, self._tried_time = trainer.global_step, time.monotonic()
-        # Lightning's own handlers act in the middle of a step, and broadcast and save inside the handler.
-        self._handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt  # asked twice: leave at once
-        self._signal = number
-
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Save, and end the run if a signal came, between two steps."""
-        if batch_idx % trainer.accumulate_grad_batches:
-            return
-        number = self._agreed(trainer, self._signal or 0)
-        saved = self._save(trainer) if number or self._due(trainer) else False
-        if number:
-            raise RunInterruptedError(number, trainer.global_step, saved)
-
-    @override
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._validation = (trainer.global_step, float(trainer.callback_metrics.get("val/loss", math.inf)))
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save the finished run.
-
-        Raises:
-            OSError: If the disk is full: the last steps are not safe, and there is no later attempt.
-        """
-        if not self._save(trainer):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.directory))
-
-    @override
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        self._handlers.clear()
-
-    def _due(self, trainer: pl.Trainer) -> bool:
-        step = trainer.global_step
-        if any(every and step % every == 0 for every in (self.every_n_steps, self.keep_every_n_steps)):
-            return True
-        late = time.monotonic() - self._tried_time > 60 * self.every_minutes
-        return step in self._ranking(step) or bool(self._agreed(trainer, int(late)))
-
-    def _ranking(self, step: int) -> dict[int, float]:
-        """The best by validation loss, best first, with this step where it was validated and is among them."""
-        losses = dict(self._best)
-        if self._validation[0] == step and math.isfinite(self._validation[1]):
-            losses[step] = self._validation[1]
-        return dict(sorted(losses.items(), key=lambda item: (item[1], item[0]))[: self.keep_best])
-
-    @staticmethod
-    def _agreed(trainer: pl.Trainer, value: int) -> int:
-        """The largest of the processes' values, on all of them: they must save and stop at the same step."""
-        if trainer.world_size == 1:
-            return value
-        tensor = torch.tensor(value, device=trainer.strategy.root_device)
-        return int(trainer.strategy.reduce(tensor, reduce_op="max"))
-
-    def _save(self, trainer: pl.Trainer) -> bool:
-        """Save this step, unless it is saved; whether the disk took it."""
-        step = trainer.global_step
-        if step == self._saved_step:
-            return True
-        self._tried_time = time.monotonic()
-        path = self.directory / _name(step)
-        previous, self._best = self._best, self._ranking(step)
-        writes = (
-            lambda: self.before_save(trainer),
-            lambda: self._write(trainer, path),
-            lambda: self._tidy(trainer, step),
-        )
-        if any(self._refused(trainer, write) for write in writes):
-            self._best = previous
-            if trainer.is_global_zero:
-                print(
-                    f"pretrain: warning: {path}: {os.strerror(errno.ENOSPC)}; the run goes on, its newest checkpoint "
-                    f"is that after step {self._saved_step}: make room before the next one is due",
-                    file=sys.stderr,
-                    flush=True,
-                )
-            return False
-        self._saved_step = step
-        return True
-
-    def _refused(self, trainer: pl.Trainer, write: Callable[[], None]) -> bool:
-        """Whether the disk was too full for a write, on any of the processes."""
-        full = False
-        try:
-            write()
-        except OSError as error:
-            if not disk_is_full(error):
-                raise
-            full = True
-        return bool(self._agreed(trainer, int(full)))
-
-    @staticmethod
-    def _write(trainer: pl.Trainer, path: Path) -> None:
-        try:
-            trainer.save_checkpoint(path)
-        except OSError:
-            trainer.strategy.barrier()  # the one at the end of save_checkpoint, where the other processes wait
-            raise
-
-    def _tidy(self, trainer: pl.Trainer, step: int) -> None:
-        """Let the links point at the new files, then remove the old ones."""
-        if not trainer.is_global_zero:
-            return
-        _link(self.directory / LAST, _name(step))
-        if self._best:
-            _link(self.directory / BEST, _name(next(iter(self._best))))
-        # What is newer than this step was passed over when the run began, or is about to be written anew.
-        files = [path for path in sorted(self.directory.glob("step-*.ckpt")) if path.name <= _name(step)]
-        kept = {_name(best) for best in self._best}
-        for old in files[: -self.keep_last]:
-            permanent = self.keep_every_n_steps and int(old.stem.removeprefix("step-")) % self.keep_every_n_steps == 0
-            if old.name not in kept and not permanent:
-                old.unlink()
-
-
-def _name(step: int) -> str:
-    return f"step-{step:09d}.ckpt"
-
-
-def _link(link: Path, target: str) -> None:
-    aside = link.with_name(f".{link.name}.partial")
-    aside.unlink(missing_ok=True)
-    aside.symlink_to(target)
-    aside.rename(link)
-    _sync_directory(link.parent)
-
-
-def _sync_directory(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
+    """Wait until the disk has a directory's entries: a rename in it, or a link."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -27,13 +27,14 @@ from typing_extensions import override
 from pretrain.corpus.datamodule import MLMDataModule
 from pretrain.corpus.tokenizer import load_tokenizer
 from pretrain.errors import UserError
-from pretrain.train.checkpoint import AtomicCheckpointIO, RunInterruptedError, StepCheckpoint
+from pretrain.train.checkpoint import AtomicCheckpointIO
 from pretrain.train.hardware import check_hardware, out_of_memory
 from pretrain.train.ledger import Ledger
 from pretrain.train.logging import EventLogger, LearningRateMonitor, MetricsFile, ProgressBar
 from pretrain.train.module import MLMModule
 from pretrain.train.report import execution, final_figures, header, summary
 from pretrain.train.run import CHECKPOINTS, Run
+from pretrain.train.saving import RunInterruptedError, StepCheckpoint
 from pretrain.train.sharding import FullyShardedStrategy
 from pretrain.train.sick import SickSteps
 from pretrain.train.throughput import Throughput

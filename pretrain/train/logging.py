@@ -5,7 +5,6 @@ checkpoint is taken back, since those steps are computed again.
 """
 
 import csv
-import errno
 import os
 import sys
 import time
@@ -21,6 +20,8 @@ from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities import rank_zero_only
 from tqdm import tqdm
 from typing_extensions import override
+
+from pretrain.errors import disk_is_full
 
 METRICS_FILE = "metrics.csv"
 
@@ -172,11 +173,6 @@ class MetricsFile(Logger):
     @override
     def finalize(self, status: str) -> None:
         self.save()
-
-
-def disk_is_full(error: OSError) -> bool:
-    """Whether a write failed for want of space, which somebody may make while the run goes on."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def read_metrics(path: Path) -> list[tuple[int, str, float]]:

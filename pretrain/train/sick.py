@@ -12,8 +12,8 @@ from typing_extensions import override
 
 from pretrain.corpus.batch import Batch
 from pretrain.corpus.datamodule import MLMDataModule
-from pretrain.errors import UserError
-from pretrain.train.logging import LineFile, disk_is_full
+from pretrain.errors import UserError, disk_is_full
+from pretrain.train.logging import LineFile
 from pretrain.train.module import MLMModule
 from pretrain.train.run import SICK
 

@@ -18,8 +18,9 @@ from pretrain.corpus.datamodule import MLMDataModule
 from pretrain.corpus.order import Order
 from pretrain.corpus.packing import Planner, Position
 from pretrain.model.config import EncoderConfig
-from pretrain.model.encoder import Encoder, rotate
+from pretrain.model.encoder import Encoder
 from pretrain.model.hf import from_hf, to_hf, to_hf_config
+from pretrain.model.rotary import rotate
 from pretrain.train.optim import build_adamw
 
 TOLERANCE = 1e-5
