@@ -1,19 +1,22 @@
 """`pretrain.load`: a trained encoder from a run, a checkpoint or a transformers directory."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pretrain.corpus.tokenizer import Tokenizer, tokenizer_from_string
+from pretrain.downstream.pretrained_encoder import PretrainedEncoder
+from pretrain.downstream.tokenizer_files import check_special_tokens, read_tokenizer
 from pretrain.errors import UserError
 from pretrain.model.config import EncoderConfig
-from pretrain.model.encoder import Encoder
 from pretrain.model.hf import from_hf_config
 from pretrain.train.checkpoint import newest_checkpoint, read_checkpoint
-from pretrain.train.pretrained import load_tensors, read_config, read_tensors
+from pretrain.train.pretrained import CONFIG, load_tensors, read_config, read_tensors
 from pretrain.train.run import CHECKPOINTS
 
 
-def load(path: str | Path) -> Encoder:
-    """An `Encoder` in eval mode, on the CPU.
+def load(path: str | Path) -> PretrainedEncoder:
+    """An `Encoder` in eval mode, on the CPU, with its tokenizer: it takes packed ids, and `embed` takes strings.
 
     Args:
         path: A run directory (its newest checkpoint), a ``.ckpt`` file, or a directory that transformers' or
@@ -23,9 +26,28 @@ def load(path: str | Path) -> Encoder:
         UserError: If there is no model at ``path``, or one of another kind than ESM-2.
     """
     path = Path(path)
-    if (path / "config.json").is_file():
-        return _from_transformers(path)
+    if (path / CONFIG).is_file():
+        stored = read_config(path)
+        longest = stored.get("max_position_embeddings")  # counted from the padding id on, hence the two
+        model = PretrainedEncoder(
+            from_hf_config(stored), partial(_tokenizer_of_directory, path), longest and max(longest - 2, 1)
+        )
+        load_tensors(model, read_tensors(path), path)
+        return model.eval()
     return encoder_of(checkpoint_of(path), path)
+
+
+def _tokenizer_of_directory(path: Path) -> Tokenizer:
+    stored = read_config(path)
+    tokenizer = read_tokenizer(path, stored)
+    check_special_tokens(path, from_hf_config(stored), tokenizer)
+    return tokenizer
+
+
+def _tokenizer_of_run(serialized: str | None, source: str) -> Tokenizer:
+    if serialized is None:
+        raise UserError(f"{source}: trained without MLMDataModule, so it holds no tokenizer; give it ids instead")
+    return tokenizer_from_string(serialized, source)
 
 
 def checkpoint_of(path: Path) -> dict[str, Any]:
@@ -42,10 +64,13 @@ def checkpoint_of(path: Path) -> dict[str, Any]:
     return newest[1]
 
 
-def encoder_of(checkpoint: dict[str, Any], source: Path) -> Encoder:
+def encoder_of(checkpoint: dict[str, Any], source: Path) -> PretrainedEncoder:
     """The encoder of an `MLMModule` checkpoint, in eval mode. ``source`` is named in errors."""
+    data = checkpoint.get("MLMDataModule", {})
+    find_tokenizer = partial(_tokenizer_of_run, data.get("tokenizer"), str(source))
     try:
-        encoder = Encoder(EncoderConfig(**checkpoint["hyper_parameters"]["encoder"]))
+        config = EncoderConfig(**checkpoint["hyper_parameters"]["encoder"])
+        encoder = PretrainedEncoder(config, find_tokenizer, data.get("max_length"))
         prefix = "encoder."
         state = {
             name.removeprefix(prefix): value
@@ -56,10 +81,4 @@ def encoder_of(checkpoint: dict[str, Any], source: Path) -> Encoder:
     except (KeyError, TypeError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{source}: the checkpoint is not one of an MLMModule ({reason})") from error
-    return encoder.eval()
-
-
-def _from_transformers(path: Path) -> Encoder:
-    encoder = Encoder(from_hf_config(read_config(path)))
-    load_tensors(encoder, read_tensors(path), path)
     return encoder.eval()
