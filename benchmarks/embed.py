@@ -2,11 +2,12 @@
 
     python benchmarks/embed.py [--shapes 8M 35M] [--batch-sizes 8 16 32] [--rounds 3] [--out FILE]
 
-Both embed the same sequences (drawn at random from Swiss-Prot proteins, whole up to 1,024 tokens) from strings to one mean vector each,
-with the same weights, threads and precision (fp32). The rival tokenises a batch, pads it to its longest sequence, runs
-`EsmModel` under `inference_mode`, and averages over each sequence's residues; once on batches in the order given, once on the
-sequences sorted by length. Only real tokens count, padding does not. Each round draws other sequences; rates are medians
-over the rounds, ratios medians of the rounds' ratios, after a warm-up. The vectors of both are compared, too.
+Both embed the same sequences (drawn at random from Swiss-Prot proteins of up to 1,024 tokens) from strings to one mean
+vector each, with the same weights, threads and precision (fp32). The rival tokenises a batch, pads it to its longest
+sequence, runs `EsmModel` under `inference_mode`, and averages over each sequence's residues; once on batches in the
+order given, once on the sequences sorted by length. Only real tokens count, padding does not. Each round draws other
+sequences; rates are medians over the rounds, ratios medians of the rounds' ratios, after a warm-up. The vectors of both
+are compared, too.
 """
 
 import argparse
@@ -56,7 +57,9 @@ class Rival:
             places = order[first : first + batch_size]
             batch = self.tokenizer([sequences[i] for i in places], padding=True, return_tensors="pt")
             hidden = self.model(**batch).last_hidden_state
-            special = (batch.input_ids == self.tokenizer.cls_token_id) | (batch.input_ids == self.tokenizer.eos_token_id)
+            special = (batch.input_ids == self.tokenizer.cls_token_id) | (
+                batch.input_ids == self.tokenizer.eos_token_id
+            )
             residues = (batch.attention_mask.bool() & ~special)[..., None]
             vectors[places] = (hidden * residues).sum(1) / residues.sum(1)
         return vectors
@@ -91,7 +94,10 @@ def measure(shape: str, proteins: list[str], options: argparse.Namespace) -> lis
             torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-4)
             row["rates"].append((tokens / (end - middle), tokens / (middle - begin)))
             their_rate, our_rate = row["rates"][-1]
-            print(f"  {shape} round {number} {row['order']}, {size}: {their_rate:,.0f} against our {our_rate:,.0f} tokens/s")
+            print(
+                f"  {shape} round {number} {row['order']}, {size}: "
+                f"{their_rate:,.0f} against our {our_rate:,.0f} tokens/s"
+            )
     return [
         {
             **{name: row[name] for name in ("order", "batch_size")},
@@ -123,8 +129,8 @@ def main() -> None:
         print(f"\n{shape}\n  batches     size   transformers   pretrain   faster by    (real tokens/s)")
         for row in rows:
             print(
-                f"  {row['order']:10}  {row['batch_size']:4}   {row['transformers']:12,.0f}   {row['pretrain']:8,.0f}   "
-                f"{row['faster_by']:7.2f} x"
+                f"  {row['order']:10}  {row['batch_size']:4}   {row['transformers']:12,.0f}   "
+                f"{row['pretrain']:8,.0f}   {row['faster_by']:7.2f} x"
             )
     if options.out:
         conditions = {

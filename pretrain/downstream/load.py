@@ -4,6 +4,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pretrain.corpus.tokenizer import Tokenizer, tokenizer_from_string
 from pretrain.downstream.pretrained_encoder import PretrainedEncoder
 from pretrain.downstream.tokenizer_files import check_special_tokens, read_tokenizer
@@ -82,3 +84,16 @@ def encoder_of(checkpoint: dict[str, Any], source: Path) -> PretrainedEncoder:
         reason = str(error).splitlines()[0]
         raise UserError(f"{source}: the checkpoint is not one of an MLMModule ({reason})") from error
     return encoder.eval()
+
+
+def choose_device(name: str | None) -> torch.device:
+    """A device by its name, or a GPU if there is one.
+
+    Raises:
+        UserError: If there is no such device.
+    """
+    if name not in (None, "cpu", "cuda"):
+        raise UserError(f"device is '{name}'; give cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device is 'cuda', but PyTorch sees no GPU here; give --device cpu")
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -168,6 +168,31 @@ class PretrainedEncoder(Encoder):
             done(len(input_ids))
         return values, offsets
 
+    @torch.inference_mode()
+    def log_probabilities(
+        self, tokens: Sequence[NDArray[np.integer]], positions: Sequence[Sequence[int]]
+    ) -> list[NDArray[np.float32]]:
+        """What the masked-LM head says, at some places.
+
+        Args:
+            tokens: Sequences of ids, ``<cls>`` and ``<eos>`` included, masked or not.
+            positions: Of each sequence, the places to predict, ascending.
+
+        Returns:
+            Of each sequence, natural logarithms of probabilities over the vocabulary, [places, V].
+        """
+        result: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * len(tokens)
+        for pack in self.packs([len(ids) for ids in tokens]):
+            input_ids, cu_seqlens = self.lay_out([tokens[i] for i in pack])
+            starts = cu_seqlens.tolist()
+            rows = [start + place for start, i in zip(starts, pack, strict=False) for place in positions[i]]
+            with self.precision():
+                logits = self(input_ids, cu_seqlens, None, torch.tensor(rows, device=input_ids.device))
+            found = logits.float().log_softmax(-1).cpu().split([len(positions[i]) for i in pack])
+            for i, part in zip(pack, found, strict=True):
+                result[i] = part.numpy()
+        return result
+
     def packs(self, lengths: Sequence[int]) -> Iterator[list[int]]:
         """Sequences to compute together, the longest first, so that neighbours are about equally long."""
         budget = PACK_TOKENS["cuda" if self.embedding.weight.is_cuda else "cpu"]
@@ -182,7 +207,7 @@ class PretrainedEncoder(Encoder):
         if pack:
             yield pack
 
-    def lay_out(self, tokens: Sequence[NDArray[np.unsignedinteger]]) -> tuple[Tensor, Tensor]:
+    def lay_out(self, tokens: Sequence[NDArray[np.integer]]) -> tuple[Tensor, Tensor]:
         """Sequences end to end, on the model's device: ``input_ids`` and ``cu_seqlens``."""
         device = self.embedding.weight.device
         bounds = np.cumsum([0, *map(len, tokens)], dtype=np.int32)
