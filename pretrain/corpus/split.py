@@ -104,10 +104,9 @@ def split_parts(
     settings: dict[str, Any] = asdict(split)
     if table is not None:
         settings["table"] = hashlib.sha256(table.hashes.tobytes() + table.validation.tobytes()).hexdigest()
-    journals = []
-    for side in SIDES:
-        (into / side).mkdir(parents=True, exist_ok=True)
-        journals.append(Journal(into / side, settings))
+    for name in SIDES:
+        (into / name).mkdir(parents=True, exist_ok=True)
+    journals = [Journal(into / name, settings) for name in SIDES]
     job = _Job(directory, split, table)
     tasks = (_Task(part, tuple(journal.parts.get(part.number) for journal in journals)) for part in parts if part.file)
     made: tuple[list[Part], list[Part]] = ([], [])
