@@ -27,6 +27,8 @@ class Stream(IntEnum):
     MASK_COUNT = 3
     MASK_POSITION = 4
     MASK_ACTION = 5
+    SHARDS = 30
+    GROUP = 31
 
 
 def _mix(z: U64) -> U64:
