@@ -8,7 +8,7 @@ from pretrain.corpus.batch import Batch, PackDataset
 from pretrain.corpus.masking import Masking
 from pretrain.corpus.order import Order
 from pretrain.corpus.packed import PackedDataModule
-from pretrain.corpus.packing import Planner, validation_packs
+from pretrain.corpus.packing import Planner, StepPlanner, validation_packs
 from pretrain.corpus.padding import PaddedDataset, static_shapes
 from pretrain.corpus.prepare import open_or_prepare
 
@@ -93,7 +93,8 @@ class MLMDataModule(PackedDataModule):
         return Planner(self.validation_corpus, order, self.validation_masking, self.max_length)
 
     @override
-    def dataset(self, planner: Planner, pack_tokens: float) -> Dataset[Batch]:
+    def dataset(self, planner: StepPlanner, pack_tokens: float) -> Dataset[Batch]:
+        assert isinstance(planner, Planner)
         packs = PackDataset(planner.corpus, planner.masking)
         if not self.static_shapes:
             return packs

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from pretrain.corpus.batch import Batch
 from pretrain.corpus.masking import MAX_TOKENS_PER_SEQUENCE
 from pretrain.corpus.order import ORDER_VERSION
-from pretrain.corpus.packing import FixedSampler, PackSampler, Planner, Position, validation_packs
+from pretrain.corpus.packing import FixedSampler, PackSampler, Position, StepPlanner, validation_packs
 from pretrain.corpus.store import Corpus
 from pretrain.corpus.tokenizer import load_tokenizer
 from pretrain.errors import UserError
@@ -78,15 +78,15 @@ class PackedDataModule(pl.LightningDataModule):
         """Open the corpora; they are prepared first where that has not been done. May be called repeatedly."""
 
     @abstractmethod
-    def train_planner(self) -> Planner:
+    def train_planner(self) -> StepPlanner:
         """What plans the training corpus."""
 
     @abstractmethod
-    def validation_planner(self) -> Planner:
+    def validation_planner(self) -> StepPlanner:
         """What plans the validation corpus, in epoch 0; only called where there is one."""
 
     @abstractmethod
-    def dataset(self, planner: Planner, pack_tokens: float) -> Dataset[Batch]:
+    def dataset(self, planner: StepPlanner, pack_tokens: float) -> Dataset[Batch]:
         """From the planner's packs, of about so many tokens each, to batches."""
 
     def prepare_data(self) -> None:
@@ -147,7 +147,9 @@ class PackedDataModule(pl.LightningDataModule):
         packs = validation_packs(planner, self.validation_pack_tokens, trainer.world_size)[trainer.global_rank]
         return self._loader(planner, FixedSampler(packs), self.validation_pack_tokens)
 
-    def _loader(self, planner: Planner, sampler: PackSampler | FixedSampler, pack_tokens: float) -> DataLoader[Batch]:
+    def _loader(
+        self, planner: StepPlanner, sampler: PackSampler | FixedSampler, pack_tokens: float
+    ) -> DataLoader[Batch]:
         return DataLoader(
             self.dataset(planner, pack_tokens),
             sampler=sampler,
