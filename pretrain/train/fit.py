@@ -27,6 +27,7 @@ from typing_extensions import override
 from pretrain.corpus.datamodule import MLMDataModule
 from pretrain.corpus.tokenizer import load_tokenizer
 from pretrain.errors import UserError
+from pretrain.shipped import find_recipes
 from pretrain.train.checkpoint import AtomicCheckpointIO
 from pretrain.train.hardware import check_hardware, out_of_memory
 from pretrain.train.ledger import Ledger
@@ -217,7 +218,9 @@ def parse(cli: type[CLI], command: str, description: str, arguments: Sequence[st
         UserError: On any mistake in the arguments or the config.
     """
     if not arguments:
-        raise UserError(f"no config; give -c CONFIG, for example `pretrain {command} -c configs/quickstart.yaml`")
+        raise UserError(
+            f"no config; give -c CONFIG, for example `pretrain {command} -c quickstart`; `pretrain recipes` lists them"
+        )
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for pattern in _QUIET:
@@ -236,7 +239,7 @@ def parse(cli: type[CLI], command: str, description: str, arguments: Sequence[st
             "enable_model_summary": False,
         },
         parser_kwargs={"exit_on_error": False, "prog": f"pretrain {command}", "description": description},
-        args=list(arguments),
+        args=find_recipes(arguments),
     )
 
 

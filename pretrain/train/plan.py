@@ -17,6 +17,7 @@ from typing_extensions import override
 from pretrain.corpus.datamodule import MLMDataModule
 from pretrain.errors import UserError
 from pretrain.model.config import EncoderConfig
+from pretrain.shipped import recipe_name
 from pretrain.train.fit import SettingsCLI, parse
 from pretrain.train.memory import ELEMENT_SIZES, GIB, TrainingMemory
 from pretrain.train.module import MLMModule
@@ -251,7 +252,7 @@ def describe(cli: PlanCLI, rates: dict[int, float]) -> str:
     plan, memory = cli.plan, cli.plan.memory
     encoder, config = memory.encoder, memory.encoder.config
     gpu, gpus = GPUS[plan.gpu], memory.gpus
-    configs = " + ".join(str(path.relative) for path in cli.config.config or []) or "options"
+    configs = " + ".join(recipe_name(path.relative) for path in cli.config.config or []) or "options"
     total, embedding, blocks = (
         sum(p.numel() for p in part.parameters()) for part in (encoder, encoder.embedding, encoder.blocks)
     )
