@@ -1,36 +1,43 @@
 """`MLMModule`: the masked-language-model training step, in any ``pl.Trainer``."""
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pretrain.corpus.batch import Batch
 from pretrain.model.config import EncoderConfig
 from pretrain.model.encoder import Encoder
-from pretrain.train.optim import build_adamw
+from pretrain.train.optim import build_optimizer
 from pretrain.train.pretrained import load_initial_weights
-from pretrain.train.schedule import InverseSqrtScheduler
+from pretrain.train.schedule import InverseSqrtScheduler, Schedule, ShapedScheduler, restore
 from pretrain.train.sharding import shard
 
 
 class MLMModule(pl.LightningModule):
-    """An ESM-2 encoder, trained to predict masked tokens with AdamW and an inverse-square-root schedule.
+    """An ESM-2 encoder, trained to predict masked tokens; by default with AdamW and an inverse-square-root schedule.
 
     The defaults are ESM-2's (Lin et al. 2023, supplementary A.2), with ESM-1b's schedule.
 
     Args:
         encoder: The encoder's shape.
         learning_rate: Peak learning rate.
-        warmup_steps: Optimizer steps until the peak.
+        warmup_steps: Optimizer steps until the peak; not for a scheduler of torch's own, which starts as it is set to.
         warmup_init_lr: Learning rate before the first step.
+        schedule: What follows the warmup; inverse square root if not given. `LinearDecay`, `CosineDecay`, `Constant`
+            or `WarmupStableDecay`, which end with the run; or any of ``torch.optim.lr_scheduler`` that is made from an
+            optimizer, stepped at every optimizer step. (``ReduceLROnPlateau`` is stepped at every validation.)
+        optimizer: ``adamw``; or ``muon`` for the blocks' and the head's matrices, with AdamW for all else.
         betas: AdamW's decay rates of the two moments.
         eps: AdamW's epsilon.
         weight_decay: Decoupled weight decay.
@@ -49,6 +56,8 @@ class MLMModule(pl.LightningModule):
         learning_rate: float = 4e-4,
         warmup_steps: int = 2000,
         warmup_init_lr: float = 0.0,
+        schedule: Schedule | Callable[[Optimizer], LRScheduler] | None = None,
+        optimizer: Literal["adamw", "muon"] = "adamw",
         betas: tuple[float, float] = (0.9, 0.98),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
@@ -68,6 +77,8 @@ class MLMModule(pl.LightningModule):
         self.learning_rate = learning_rate
         self.warmup_steps = warmup_steps
         self.warmup_init_lr = warmup_init_lr
+        self.schedule = schedule
+        self.optimizer_name = optimizer
         self.betas = betas
         self.eps = eps
         self.weight_decay = weight_decay
@@ -97,17 +108,32 @@ class MLMModule(pl.LightningModule):
             shard(self.encoder, self.device_mesh, self.trainer.precision)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """AdamW, and the schedule stepped at every optimizer step."""
-        optimizer, scheduler = self._build_optimizer()
-        # Without "interval": "step" Lightning steps a schedule once an epoch, and the learning rate looks frozen.
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": self.scheduler_name},
-        }
+        """The optimizer, and the schedule stepped at every optimizer step."""
+        optimizer, scheduler = self.build_optimizer(self._trainer.max_steps if self._trainer else None)
+        # Without "interval": "step" Lightning steps a schedule once an epoch, and the learning rate looks frozen. As a
+        # "reduce_on_plateau" it would step one at every micro-batch, with a validation long past.
+        entry = {"scheduler": scheduler, "interval": "step", "name": self.scheduler_name, "reduce_on_plateau": False}
+        return {"optimizer": optimizer, "lr_scheduler": entry}  # type: ignore[typeddict-item]
 
-    def _build_optimizer(self) -> tuple[AdamW, InverseSqrtScheduler]:
-        optimizer = build_adamw(self, self.learning_rate, self.betas, self.eps, self.weight_decay, self.decay)
-        return optimizer, InverseSqrtScheduler(optimizer, self.warmup_steps, warmup_init_lr=self.warmup_init_lr)
+    def build_optimizer(self, max_steps: int | None) -> tuple[Optimizer, LRScheduler]:
+        """A new optimizer over the module's parameters, and its scheduler, for a run of ``max_steps`` steps."""
+        settings = (self.learning_rate, self.betas, self.eps, self.weight_decay, self.decay)
+        optimizer = build_optimizer(self, self.optimizer_name, *settings)
+        if self.schedule is None:
+            return optimizer, InverseSqrtScheduler(optimizer, self.warmup_steps, warmup_init_lr=self.warmup_init_lr)
+        if isinstance(self.schedule, Schedule):
+            return optimizer, ShapedScheduler(
+                optimizer, self.schedule, self.warmup_steps, max_steps or 0, warmup_init_lr=self.warmup_init_lr
+            )
+        scheduler = self.schedule(optimizer)
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])  # which ReduceLROnPlateau alone does not note
+        return optimizer, scheduler
+
+    def lr_scheduler_step(self, scheduler: LRScheduler, metric: Any) -> None:
+        """Step the schedule; one that follows the validation loss waits for it."""
+        if not isinstance(scheduler, ReduceLROnPlateau):
+            scheduler.step()
 
     def on_train_start(self) -> None:
         """Forget a window that an earlier run left unfinished: it is computed again from its start."""
@@ -182,6 +208,10 @@ class MLMModule(pl.LightningModule):
         """Log the mean over all targets of all processes: exact, however the packs were divided."""
         loss, accuracy = self._validation_loss.collect(self.trainer)
         self.log_dict({"val/loss": loss, "val/perplexity": loss.exp(), "val/accuracy": accuracy})
+        scheduler = self.lr_schedulers()
+        fitting = self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking
+        if isinstance(scheduler, ReduceLROnPlateau) and fitting:
+            scheduler.step(float(loss))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Let training continue at the checkpoint's step, whatever the accumulation was, under this module's settings.
@@ -196,16 +226,7 @@ class MLMModule(pl.LightningModule):
                 checkpoint["global_step"], self.trainer.accumulate_grad_batches, checkpoint["loops"]["fit_loop"]
             )
         if checkpoint.get("optimizer_states"):
-            self._apply_settings(checkpoint)
-
-    def _apply_settings(self, checkpoint: dict[str, Any]) -> None:
-        optimizer, scheduler = self._build_optimizer()
-        steps = checkpoint["lr_schedulers"][0]["last_epoch"]
-        rates = [base * factor(steps) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
-        saved_groups = checkpoint["optimizer_states"][0]["param_groups"]
-        for saved, group, rate in zip(saved_groups, optimizer.param_groups, rates, strict=True):
-            saved.update({name: value for name, value in group.items() if name != "params"}, lr=rate)
-        checkpoint["lr_schedulers"][0].update(base_lrs=scheduler.base_lrs, _last_lr=rates)
+            restore(checkpoint, *self.build_optimizer(self.trainer.max_steps))
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         return self.encoder.loss(

@@ -14,13 +14,12 @@ from pytorch_lightning.cli import LightningArgumentParser
 from pytorch_lightning.strategies import FSDPStrategy, ModelParallelStrategy, StrategyRegistry
 from typing_extensions import override
 
-from pretrain.corpus.datamodule import MLMDataModule
 from pretrain.errors import UserError
-from pretrain.model.config import EncoderConfig
 from pretrain.train.fit import SettingsCLI, parse
 from pretrain.train.memory import ELEMENT_SIZES, GIB, TrainingMemory
 from pretrain.train.module import MLMModule
 from pretrain.train.picture import drawing
+from pretrain.train.schedule import advance
 from pretrain.train.throughput import GPUS
 
 _PRECISIONS = {"None": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}
@@ -76,14 +75,13 @@ class PlanCLI(SettingsCLI):
         precision = _PRECISIONS.get(precision, precision)
         if precision not in ELEMENT_SIZES:
             raise UserError(f"trainer.precision is {precision}; a plan can be made for {', '.join(ELEMENT_SIZES)}")
-        self.datamodule = MLMDataModule(**config.data.as_dict())
+        with torch.device("meta"):
+            built = self.parser.instantiate_classes(config)
+        self.datamodule, self.model = built.data, built.model
         self.datamodule.check_packs(gpus, config.trainer.accumulate_grad_batches)
         length = config.mean_length or config.data.max_length
         if not 1 <= length <= config.data.max_length:
             raise UserError(f"mean_length is {length}; give 1 to data.max_length, which is {config.data.max_length}")
-        settings = config.model.as_dict()
-        with torch.device("meta"):
-            self.model = MLMModule(EncoderConfig(**settings.pop("encoder")), **settings)
         strategy = config.trainer.strategy
         self.plan = Plan(
             memory=TrainingMemory(
@@ -225,24 +223,23 @@ def plan(arguments: Sequence[str]) -> int:
 
 
 def learning_rates(module: MLMModule, max_steps: int, points: int = 1000) -> dict[int, float]:
-    """The learning rate after some numbers of optimizer steps, from the module's own scheduler.
+    """The learning rate after some numbers of optimizer steps, from the module's own scheduler (of its first group).
+
+    One that follows the validation loss stays at the peak: what it will see is not known.
 
     Args:
         module: Its optimizer and scheduler are built; a module on the meta device will do.
         max_steps: The last of them.
         points: How many to take in the warmup, and as many after it.
     """
-    configured = module.configure_optimizers()
-    scheduler: Any = configured["lr_scheduler"]["scheduler"]  # type: ignore[index]
-    scheduler.optimizer.step()  # without gradients it changes nothing; torch warns of a scheduler that goes first
+    scheduler = module.build_optimizer(max_steps)[1]
     end_of_warmup = min(module.warmup_steps, max_steps)
     steps = {round(end_of_warmup * i / points) for i in range(points + 1)}
     steps |= {end_of_warmup + round((max_steps - end_of_warmup) * i / points) for i in range(points + 1)}
     rates = {}
     for step in sorted(steps):
-        scheduler.last_epoch = step - 1  # a run of half a million steps need not be walked through
-        scheduler.step()
-        rates[step] = scheduler.get_last_lr()[0]
+        advance(scheduler, step)
+        rates[step] = float(scheduler.optimizer.param_groups[0]["lr"])
     return rates
 
 
