@@ -92,6 +92,7 @@ class PlanCLI(SettingsCLI):
                 sharded=_is_sharded(strategy),
                 gradients_in_buckets=bool(_option(strategy, "gradient_as_bucket_view")),
                 activation_checkpointing=self.model.encoder.activation_checkpointing,
+                muon=self.model.optimizer_name == "muon",
             ),
             gpu=config.gpu,
             mfu=config.mfu,
@@ -317,16 +318,19 @@ def draw(rates: dict[int, float], warmup_steps: int, picture: Path) -> None:
         axes.annotate(
             f"peak {rates[peak]:.3g} at step {peak:,}",
             (peak, rates[peak]),
-            xytext=(10, 0),
+            xytext=(10, 6),
             textcoords="offset points",
-            va="center",
+            va="bottom",
         )
-        axes.set(xlabel="optimizer step", ylabel="learning rate", xlim=(0, steps[-1]), ylim=(0, 1.1 * rates[peak]))
+        axes.set(xlabel="optimizer step", ylabel="learning rate", xlim=(0, steps[-1]), ylim=(0, 1.15 * rates[peak]))
         axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
         axes.xaxis.set_major_formatter("{x:,.0f}")
         if 0 < warmup_steps < 0.1 * steps[-1]:
             shown = [step for step in steps if step <= 3 * warmup_steps]
-            inset = axes.inset_axes((0.56, 0.45, 0.42, 0.4))
+            # In the corner that the curve leaves free: a rate that falls late leaves the lower left.
+            middle = rates[min(rates, key=lambda step: abs(step - 0.6 * steps[-1]))]
+            corner = (0.56, 0.45) if middle < 0.45 * rates[peak] else (0.08, 0.14)
+            inset = axes.inset_axes((*corner, 0.4, 0.38))
             inset.plot(shown, [rates[step] for step in shown], color="tab:blue")
             inset.plot(peak, rates[peak], "o", color="tab:orange", markersize=4)
             inset.set_title("warmup, enlarged", fontsize="small")
