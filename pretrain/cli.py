@@ -93,6 +93,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--vocab_size", type=int, default=8192, help="number of ids (default 8192)")
     command.set_defaults(command=_tokenizer)
 
+    command = commands.add_parser("recipes", help="list the recipes and overlays that ship, for -c")
+    command.set_defaults(command=_recipes)
+
     commands.add_parser("plan", help="what a run needs: memory, hours, cost: pretrain plan -c CONFIG", add_help=False)
     commands.add_parser("fit", help="train, or continue a run: pretrain fit -c CONFIG [--run DIR]", add_help=False)
 
@@ -145,6 +148,15 @@ def _tokenizer(options: argparse.Namespace) -> int:
 
     tokenizer = train_tokenizer_file(options.sources, options.out, options.vocab_size)
     print(f"{options.out}: {tokenizer.vocab_size:,} ids")
+    return 0
+
+
+def _recipes(options: argparse.Namespace) -> int:
+    from pretrain.shipped import recipes
+
+    known = list(recipes())
+    width = max(len(name) for name, _ in known)
+    print("\n".join(f"{name:{width}}  {about}" for name, about in known))
     return 0
 
 

@@ -15,6 +15,7 @@ import pyarrow as pa
 from typing_extensions import override
 
 from pretrain.errors import UserError
+from pretrain.shipped import shipped
 
 _SUFFIXES = {
     "fasta": (".fasta", ".fa", ".faa", ".fas"),
@@ -103,6 +104,8 @@ def _find(name: str, kind: str | None) -> Iterator[Source]:
         yield from _find_in_directory(name, kind)
     elif os.path.exists(name):
         yield Source(name, kind or _kind(name))
+    elif sample := shipped(name):
+        yield from _find(str(sample), kind)
     elif glob.has_magic(name):
         matches = [path for path in _match(name) if not path.is_dir()]
         if not matches:

@@ -28,6 +28,7 @@ from typing_extensions import override
 from pretrain.corpus.datamodule import MLMDataModule
 from pretrain.corpus.tokenizer import load_tokenizer
 from pretrain.errors import UserError
+from pretrain.shipped import find_recipes
 from pretrain.train.checkpoint import AtomicCheckpointIO
 from pretrain.train.hardware import check_hardware, out_of_memory
 from pretrain.train.ledger import Ledger
@@ -235,7 +236,9 @@ def parse(cli: type[CLI], command: str, description: str, arguments: Sequence[st
         UserError: On any mistake in the arguments or the config.
     """
     if not arguments:
-        raise UserError(f"no config; give -c CONFIG, for example `pretrain {command} -c configs/quickstart.yaml`")
+        raise UserError(
+            f"no config; give -c CONFIG, for example `pretrain {command} -c quickstart`; `pretrain recipes` lists them"
+        )
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for pattern in _QUIET:
@@ -254,7 +257,7 @@ def parse(cli: type[CLI], command: str, description: str, arguments: Sequence[st
             "enable_model_summary": False,
         },
         parser_kwargs={"exit_on_error": False, "prog": f"pretrain {command}", "description": description},
-        args=list(arguments),
+        args=find_recipes(arguments),
     )
 
 
@@ -296,7 +299,8 @@ def fit(arguments: Sequence[str]) -> int:
 def _check_schedule(trainer: pl.Trainer, module: MLMModule, data: MLMDataModule) -> None:
     """Refuse a schedule that cannot be made, or has nothing to follow."""
     try:
-        scheduler = module.build_optimizer(trainer.max_steps)[1]
+        module.max_steps = trainer.max_steps
+        scheduler = module.build_optimizer()[1]
     except (TypeError, ValueError) as error:
         raise UserError(f"model.schedule: {error}; see the scheduler's documentation") from error
     if isinstance(scheduler, ReduceLROnPlateau) and not data.validation:

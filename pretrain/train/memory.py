@@ -1,8 +1,8 @@
 """How much memory training takes on one GPU: arithmetic over the encoder's shape; nothing is allocated.
 
-What autograd keeps follows `Block.forward` line by line, and tests compare it with a real step on the CPU. What remains
-under activation checkpointing, what sharding gathers and the allowance for CUDA are estimates that nothing was compared
-with.
+What autograd keeps follows `Block.forward` line by line, and tests compare it with a real step on the CPU, with and
+without activation checkpointing. What sharding gathers and the allowance for CUDA are estimates that nothing was
+compared with.
 """
 
 from bisect import bisect_right
@@ -136,7 +136,10 @@ class TrainingMemory:
         matrix = width * config.ffn_size * (compute + weight)  # the largest weight's gradient, before it is added
         block = tokens * (weight * width + max(feed_forward, attention)) + matrix
         if self.activation_checkpointing:
-            block += self._block(tokens, tokens)
+            # The block has been computed again: all that it keeps, but for the GELU's output, is there when the
+            # feed-forward layer's gradients are. Its own input is counted already; the last block's has gone.
+            temporary = max(feed_forward / 2, attention - feed_forward)
+            block = tokens * (temporary - weight * width) + matrix + self._block(tokens, tokens)
         logits = min(self.target_share * tokens * config.vocab_size, MAX_LOGITS) * (8 + 2 * compute)
         return max(block, logits)
 

@@ -15,6 +15,7 @@ from pytorch_lightning.strategies import FSDPStrategy, ModelParallelStrategy, St
 from typing_extensions import override
 
 from pretrain.errors import UserError
+from pretrain.shipped import recipe_name
 from pretrain.train.fit import SettingsCLI, parse
 from pretrain.train.memory import ELEMENT_SIZES, GIB, TrainingMemory
 from pretrain.train.module import MLMModule
@@ -233,7 +234,8 @@ def learning_rates(module: MLMModule, max_steps: int, points: int = 1000) -> dic
         max_steps: The last of them.
         points: How many to take in the warmup, and as many after it.
     """
-    scheduler = module.build_optimizer(max_steps)[1]
+    module.max_steps = max_steps
+    scheduler = module.build_optimizer()[1]
     end_of_warmup = min(module.warmup_steps, max_steps)
     steps = {round(end_of_warmup * i / points) for i in range(points + 1)}
     steps |= {end_of_warmup + round((max_steps - end_of_warmup) * i / points) for i in range(points + 1)}
@@ -249,7 +251,7 @@ def describe(cli: PlanCLI, rates: dict[int, float]) -> str:
     plan, memory = cli.plan, cli.plan.memory
     encoder, config = memory.encoder, memory.encoder.config
     gpu, gpus = GPUS[plan.gpu], memory.gpus
-    configs = " + ".join(str(path.relative) for path in cli.config.config or []) or "options"
+    configs = " + ".join(recipe_name(path.relative) for path in cli.config.config or []) or "options"
     total, embedding, blocks = (
         sum(p.numel() for p in part.parameters()) for part in (encoder, encoder.embedding, encoder.blocks)
     )

@@ -98,11 +98,15 @@ class Tracker(TorchDispatchMode):
         return result
 
 
+@pytest.mark.parametrize("recompute", [False, True], ids=["all kept", "activation checkpointing"])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("config", [WIDE, DEEP], ids=["wide", "deep"])
-def test_the_fullest_moment_of_a_step_is_the_planned_one(config: EncoderConfig, precision: str) -> None:
+def test_the_fullest_moment_of_a_step_is_the_planned_one(
+    config: EncoderConfig, precision: str, recompute: bool
+) -> None:
     """The second micro-batch of a step, when gradients are there already; the allowance for CUDA left out."""
     encoder = Encoder(config)
+    encoder.activation_checkpointing = recompute
     optimizer = torch.optim.AdamW(encoder.parameters(), fused=True)
     input_ids, cu_seqlens, positions = batch(8)
 
@@ -115,7 +119,7 @@ def test_the_fullest_moment_of_a_step_is_the_planned_one(config: EncoderConfig, 
     optimizer.step()
     with Tracker() as tracker:
         micro_batch()
-    planned = memory_of(config, precision).split(len(input_ids))
+    planned = memory_of(config, precision, activation_checkpointing=recompute).split(len(input_ids))
     state = sum(planned[name] for name in ("weights", "gradients", "optimizer state"))
     planned_peak = sum(planned.values()) - planned["CUDA and fragmentation"] - state
     assert tracker.peak == pytest.approx(planned_peak, rel=0.15)

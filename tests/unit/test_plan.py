@@ -127,7 +127,9 @@ def test_the_curve_is_the_schedule_stepped_all_the_way(
     options += ["--model.schedule.gamma", "0.99"] if schedule == "ExponentialLR" else []
     module = planned(*options).model
     rates = learning_rates(module, 200, points=20)
-    optimizer, scheduler = build(options).model.build_optimizer(200)
+    stepped_module = build(options).model
+    stepped_module.max_steps = 200
+    optimizer, scheduler = stepped_module.build_optimizer()
     optimizer.step()
     stepped = []
     for _ in range(201):
