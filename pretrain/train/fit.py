@@ -264,6 +264,7 @@ def fit(arguments: Sequence[str]) -> int:
         _say(f"{run.directory}: finished already (step {run.step} of {trainer.max_steps})")
         _say(summary(run.directory, finished))
         return 0
+    run.check_weights(module.state_dict(), module.hparams["encoder"])
     data.prepare_data()
     data.setup("fit")
     if run.data_state:

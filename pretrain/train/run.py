@@ -20,7 +20,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 
 from pretrain.errors import UserError
 from pretrain.train.checkpoint import newest_checkpoint
@@ -82,6 +83,7 @@ class Run:
         self.step: int = newest[1]["global_step"] if newest else 0
         self.data_state: dict[str, Any] | None = newest[1].get("MLMDataModule") if newest else None
         self.problems = newest[2] if newest else []
+        self._content = _outline(newest[1]) if newest else {}
 
     def _checkpoint_files(self) -> list[str]:
         return sorted(path.name for path in (self.directory / CHECKPOINTS).glob("step-*.ckpt"))
@@ -155,6 +157,32 @@ class Run:
             )
         return history
 
+    def check_weights(self, weights: Mapping[str, Tensor], encoder: dict[str, Any]) -> None:
+        """Make sure that the newest checkpoint is one of this model, and holds what training continues from.
+
+        Args:
+            weights: The module's.
+            encoder: The encoder's settings.
+
+        Raises:
+            UserError: If it is not, with the first setting or tensor that differs.
+        """
+        if self.checkpoint is None:
+            return
+        remedy = "remove this file to continue from the one before, or choose another directory with --run"
+        if missing := {"optimizer_states", "lr_schedulers", "loops", "MLMDataModule"} - self._content.keys():
+            raise UserError(
+                f"{self.checkpoint}: holds no {', '.join(sorted(missing))}, so a run cannot continue from it; {remedy}"
+            )
+        theirs = self._content["encoder"]
+        differing = [f"{k} {theirs.get(k)!r}, not {v!r}" for k, v in encoder.items() if theirs.get(k) != v]
+        ours, saved = _shapes(weights), self._content["weights"]
+        for name in sorted(ours.keys() | saved.keys()):
+            if ours.get(name) != saved.get(name):
+                differing.append(f"{name} {saved.get(name)}, not {ours.get(name)}")
+        if differing:
+            raise UserError(f"{self.checkpoint}: is of another model ({differing[0]}); {remedy}")
+
     def record_start(
         self, config: dict[str, Any], config_text: str, changes: list[str], execution: dict[str, Any]
     ) -> None:
@@ -184,6 +212,20 @@ class Run:
         partial = self.directory / f".{RESULT}.partial"
         partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         partial.rename(self.directory / RESULT)
+
+
+def _outline(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint holds, and of which model: names and shapes, no numbers."""
+    encoder = checkpoint.get("hyper_parameters", {}).get("encoder")
+    return {
+        **dict.fromkeys(checkpoint),
+        "encoder": encoder if isinstance(encoder, dict) else {},
+        "weights": _shapes(checkpoint["state_dict"]),
+    }
+
+
+def _shapes(weights: Mapping[str, Any]) -> dict[str, list[int] | None]:
+    return {name: list(value.shape) if isinstance(value, Tensor) else None for name, value in weights.items()}
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Any:
