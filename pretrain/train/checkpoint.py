@@ -174,6 +174,17 @@ def newest_checkpoint(directory: Path) -> tuple[Path, dict[str, Any], list[str]]
     return None
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a small file, whole or not at all, also over a power cut."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
+    sync_directory(path.parent)
+
+
 def sync_directory(directory: Path) -> None:
     """Wait until the disk has a directory's entries: a rename in it, or a link."""
     descriptor = os.open(directory, os.O_RDONLY)

@@ -20,7 +20,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 import pretrain
 from pretrain.cli import main
@@ -73,7 +72,9 @@ def sealed_with_a_pickle(content: dict[str, Any], path: Path, trap: Path) -> Non
 
 def instantiator(content: dict[str, Any], path: Path, trap: Path) -> None:
     names = {"_instantiator": "os.mkdir", "_class_path": "os.mkdir", "path": str(trap)}
-    AtomicCheckpointIO().save_checkpoint({**content, "hyper_parameters": {**content["hyper_parameters"], **names}}, path)
+    AtomicCheckpointIO().save_checkpoint(
+        {**content, "hyper_parameters": {**content["hyper_parameters"], **names}}, path
+    )
 
 
 def target(content: dict[str, Any], path: Path, trap: Path) -> None:
