@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pretrain import __version__
-from pretrain.errors import UserError
+from pretrain.errors import CrashError, UserError
 
 if TYPE_CHECKING:
     from pretrain.corpus.store import Corpus
@@ -20,12 +20,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The exit code: 0 done, 2 a mistake that the user can mend (told in one line; ``--debug`` adds the traceback),
-        128 + n ended by signal n.
+        The exit code: 0 done, 1 ended from outside, 2 a mistake that the user can mend (each told in one line;
+        ``--debug`` adds the traceback), 128 + n ended by signal n.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     given = [argument for argument in given if argument != "--debug"]
+    code = 2
     try:
         if given[:1] == ["fit"]:  # its options are the config's, known only to LightningCLI
             from pretrain.train.fit import fit
@@ -36,9 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             return plan(given[1:])
         options = _parser().parse_args(given)
-        code: int = options.command(options)
-        return code
-    except UserError as error:
+        return int(options.command(options))
+    except (UserError, CrashError) as error:
+        code = 1 if isinstance(error, CrashError) else 2
         message = str(error)
         if debug:
             raise
@@ -46,14 +47,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if debug or error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.EMFILE):
+        if debug or error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, *_FILES):
             raise
         where = f"{error.filename}: " if error.filename else ""
-        message = f"{where}{os.strerror(error.errno)}; make room, or choose a place that can be written to"
+        remedy = "allow more, as `ulimit -n` does" if error.errno in _FILES else _PLACE
+        message = f"{where}{os.strerror(error.errno)}; {remedy}"
     except KeyboardInterrupt:
-        message = "interrupted"
+        code, message = 130, "interrupted"
     print(f"pretrain: error: {message}", file=sys.stderr)
-    return 130 if message == "interrupted" else 2
+    return code
+
+
+_FILES = (errno.EMFILE, errno.ENFILE)
+_PLACE = "make room, or choose a place that can be written to"
 
 
 _PREPARE = """Sources: FASTA (.fasta .fa .faa .fas), .txt, .jsonl, .csv, .tsv, .parquet and .arrow, each also .gz, .bz2

@@ -45,7 +45,9 @@ def checkpoint_of(path: Path) -> dict[str, Any]:
 def encoder_of(checkpoint: dict[str, Any], source: Path) -> Encoder:
     """The encoder of an `MLMModule` checkpoint, in eval mode. ``source`` is named in errors."""
     try:
-        encoder = Encoder(EncoderConfig(**checkpoint["hyper_parameters"]["encoder"]))
+        config = EncoderConfig(**checkpoint["hyper_parameters"]["encoder"])
+        config.check_size(sum(value.numel() for value in checkpoint["state_dict"].values()))
+        encoder = Encoder(config)
         prefix = "encoder."
         state = {
             name.removeprefix(prefix): value
@@ -53,13 +55,15 @@ def encoder_of(checkpoint: dict[str, Any], source: Path) -> Encoder:
             if name.startswith(prefix)
         }
         encoder.load_state_dict(state)
-    except (KeyError, TypeError, RuntimeError) as error:
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{source}: the checkpoint is not one of an MLMModule ({reason})") from error
     return encoder.eval()
 
 
 def _from_transformers(path: Path) -> Encoder:
-    encoder = Encoder(from_hf_config(read_config(path)))
-    load_tensors(encoder, read_tensors(path), path)
+    config, tensors = from_hf_config(read_config(path)), read_tensors(path)
+    config.check_size(sum(tensor.numel() for tensor in tensors.values()))
+    encoder = Encoder(config)
+    load_tensors(encoder, tensors, path)
     return encoder.eval()
