@@ -9,7 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pretrain.corpus.masking import Masking
+from pretrain.corpus.masking import Crops, Masking
 from pretrain.corpus.packing import Pack
 from pretrain.corpus.store import Corpus
 
@@ -24,6 +24,7 @@ class Batch:
         target_positions: Places of the targets in the pack, ascending.
         targets: The original tokens there.
         max_seqlen: Length of the longest sequence.
+        num_targets: M, without what static shapes may have added.
         pack: The description that this was made from.
     """
 
@@ -32,6 +33,7 @@ class Batch:
     target_positions: Int[Tensor, " M"]
     targets: Int[Tensor, " M"]
     max_seqlen: int
+    num_targets: int
     pack: Pack
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
@@ -58,12 +60,16 @@ class PackDataset(Dataset[Batch]):
         self.corpus, self.masking = corpus, masking
 
     def __getitem__(self, pack: Pack) -> Batch:
-        crops = zip(pack.indices.tolist(), pack.starts.tolist(), (pack.starts + pack.lengths).tolist(), strict=True)
+        ends = (pack.starts + pack.lengths).tolist()
+        crops = list(zip(pack.indices.tolist(), pack.starts.tolist(), ends, strict=True))
         tokens = np.concatenate([self.corpus.tokens(index)[start:end] for index, start, end in crops])
+        word_starts = None
+        if self.masking.unit == "word":
+            word_starts = np.concatenate([self.corpus.word_starts(index)[start:end] for index, start, end in crops])
         cu_seqlens = np.concatenate([[0], np.cumsum(pack.lengths)])
         first = cu_seqlens[:-1] + (pack.starts == 0)
         inputs, positions, targets = self.masking.apply(
-            tokens, first, pack.maskable, pack.targets, pack.epochs, pack.indices
+            tokens, Crops(first, pack.maskable, pack.targets, pack.epochs, pack.indices), word_starts
         )
         return Batch(
             input_ids=torch.from_numpy(inputs),
@@ -71,5 +77,6 @@ class PackDataset(Dataset[Batch]):
             target_positions=torch.from_numpy(positions),
             targets=torch.from_numpy(targets),
             max_seqlen=int(pack.lengths.max()),
+            num_targets=len(targets),
             pack=pack,
         )

@@ -15,7 +15,7 @@ from pretrain.corpus.readers import read_records
 from pretrain.corpus.shards import JOURNAL, Filters, Part, make_shards, report_file
 from pretrain.corpus.sources import Source, SourceOptions, find_sources
 from pretrain.corpus.store import FORMAT_VERSION, REPORT, Corpus, is_corpus, write_manifest
-from pretrain.corpus.tokenizer import Tokenizer, train_tokenizer
+from pretrain.corpus.tokenizer import Tokenizer, TokenizerKind, train_tokenizer
 from pretrain.errors import UserError, disk_is_full
 
 
@@ -142,13 +142,18 @@ def _exclusive(path: Path) -> Iterator[None]:
             return
 
 
-def open_or_prepare(sources: Sequence[str | Path], tokenizer: Tokenizer) -> Corpus:
+def open_or_prepare(sources: Sequence[str | Path], tokenizer: Tokenizer, split: int | None = None) -> Corpus:
     """Open a corpus, or prepare raw sources into the cache: once for each content and tokenizer.
 
     The cache is ``$PRETRAIN_CACHE``, or ``pretrain`` in ``$XDG_CACHE_HOME`` (``~/.cache``).
 
+    Args:
+        sources: Raw sources, or one corpus.
+        tokenizer: What makes the ids.
+        split: Tokens that longer sequences are cut into, at most; None leaves them whole.
+
     Raises:
-        UserError: If a corpus was made with another tokenizer than ``tokenizer``.
+        UserError: If a corpus was made with another tokenizer than ``tokenizer``, or not cut as ``split`` says.
     """
     if len(sources) == 1 and is_corpus(sources[0]):
         corpus = Corpus(sources[0])
@@ -158,8 +163,15 @@ def open_or_prepare(sources: Sequence[str | Path], tokenizer: Tokenizer) -> Corp
                 f"{corpus.tokenizer.fingerprint}), the config asks for '{tokenizer.name}' ({tokenizer.vocab_size} ids, "
                 f"{tokenizer.fingerprint}); set data.tokenizer to the corpus's, or prepare the sources again"
             )
+        was = corpus.manifest.get("prepared", {}).get("split")
+        if split and not (was and was <= split):
+            given = f"with --split {was}" if was else "without --split"
+            raise UserError(
+                f"{corpus.path}: was prepared {given}, data.long_sequences split needs windows of at most {split} "
+                f"tokens; prepare it again with --split {split}, or set data.long_sequences to crop"
+            )
         return corpus
-    key = hashlib.sha256(json.dumps([FORMAT_VERSION, tokenizer.fingerprint]).encode())
+    key = hashlib.sha256(json.dumps([FORMAT_VERSION, tokenizer.fingerprint, split]).encode())
     options = SourceOptions()
     found = find_sources(sources, options)
     for source in found:
@@ -173,15 +185,19 @@ def open_or_prepare(sources: Sequence[str | Path], tokenizer: Tokenizer) -> Corp
             key.update(hashlib.file_digest(file, "sha256").digest())
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     cached = Path(os.environ.get("PRETRAIN_CACHE") or home / "pretrain") / key.hexdigest()[:16]
-    return Corpus(cached) if is_corpus(cached) else _prepare_once(found, cached, tokenizer, options, Filters(), None)
+    if is_corpus(cached):
+        return Corpus(cached)
+    return _prepare_once(found, cached, tokenizer, options, Filters(split=split), None)
 
 
 def _list(skipped: dict[str, int]) -> str:
     return ", ".join(f"{count:,} {reason}" for reason, count in sorted(skipped.items())) or "none was read"
 
 
-def train_tokenizer_file(sources: Sequence[str | Path], out: Path, vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE tokenizer on the records of source files and write it as a ``tokenizer.json``.
+def train_tokenizer_file(
+    sources: Sequence[str | Path], out: Path, vocab_size: int, kind: TokenizerKind = "bpe"
+) -> Tokenizer:
+    """Train a tokenizer on the records of source files and write it as a ``tokenizer.json``; see `train_tokenizer`.
 
     Raises:
         UserError: If a source is unreadable, ``out`` exists, or ``vocab_size`` is too small.
@@ -189,7 +205,7 @@ def train_tokenizer_file(sources: Sequence[str | Path], out: Path, vocab_size: i
     if out.exists():
         raise UserError(f"{out}: exists already; choose another name, or remove it first")
     documents = (record.text.decode("utf-8", "replace") for source in sources for record in read_records(source))
-    tokenizer = train_tokenizer(documents, vocab_size)
+    tokenizer = train_tokenizer(documents, vocab_size, kind)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial")
     partial.write_text(tokenizer.serialize(), encoding="utf-8")

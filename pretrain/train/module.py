@@ -226,7 +226,7 @@ class _RunningLoss:
     def add(self, loss: Tensor, correct: Tensor, batch: Batch) -> None:
         sums = torch.stack((loss.detach().double(), correct.double()))
         self._sums = sums if self._sums is None else self._sums + sums
-        self._targets += int(batch.pack.targets.sum())  # known without a look at the device
+        self._targets += batch.num_targets  # known without a look at the device
 
     def collect(self, trainer: pl.Trainer) -> tuple[Tensor, Tensor]:
         """Mean loss and accuracy over all targets of all processes; begins anew."""
