@@ -36,6 +36,10 @@ BLOCK_BYTES = 2**25
 
 JOURNAL = "journal.jsonl"
 
+_NEEDS_TOKENIZER = (
+    "correct or remove it, or, if this is text, give its tokenizer: --data.tokenizer FILE (in prepare --tokenizer FILE)"
+)
+
 
 @dataclass(frozen=True)
 class Filters:
@@ -234,10 +238,11 @@ def _make_part(job: _Job, block: _Block) -> Part:
                 try:
                     encoded, words = job.tokenizer.encode_words(item.text)
                 except InvalidSymbolError as error:
+                    is_text = error.symbol == "' '" and piece.source.kind != "fasta"
                     item = Flaw(
                         item.line,
                         f"record '{item.id}' has {error.symbol} at position {error.position}; allowed: "
-                        f"{error.allowed}; correct or remove it",
+                        f"{error.allowed}; {_NEEDS_TOKENIZER if is_text else 'correct or remove it'}",
                     )
             if isinstance(item, Flaw):
                 if not job.filters.skip_bad:

@@ -186,7 +186,7 @@ class TextTokenizer(Tokenizer):
 
 
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
-    """``esm``, a ``tokenizer.json``, or a directory that holds one (such as a transformers model's).
+    """``esm``, a ``tokenizer.json``, or the directory of a tokenizer that transformers saved, in whichever form.
 
     Raises:
         UserError: If there is no such tokenizer, or it lacks a token that masked language models need.
@@ -194,6 +194,8 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     if str(name_or_path) == ProteinTokenizer.name:
         return ProteinTokenizer()
     path = Path(name_or_path)
+    if path.is_dir() and not (path / "tokenizer.json").is_file() and any(path.glob("*vocab*")):
+        return _from_transformers(path)
     path = path / "tokenizer.json" if path.is_dir() else path
     if not path.is_file():
         raise UserError(
@@ -205,6 +207,22 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not text ({error}); a tokenizer.json is expected") from error
     return tokenizer_from_string(serialized, str(path))
+
+
+def _from_transformers(path: Path) -> Tokenizer:
+    """A tokenizer that transformers saved as its vocabulary, before there was a tokenizer.json."""
+    from transformers import AutoTokenizer
+
+    try:
+        loaded = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the library raises many kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: not a tokenizer that transformers reads ({reason})") from error
+    if tuple(loaded.convert_ids_to_tokens(range(len(loaded)))) == ESM_ALPHABET:
+        return ProteinTokenizer()
+    if not getattr(loaded, "backend_tokenizer", None):
+        raise UserError(f"{path}: {type(loaded).__name__} has no tokenizer.json; save its fast version to use it")
+    return TextTokenizer(loaded.backend_tokenizer.to_str(), str(path))
 
 
 def tokenizer_from_string(serialized: str, source: str) -> Tokenizer:
