@@ -5,10 +5,15 @@ import errno
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pretrain import __version__
 from pretrain.errors import UserError
+
+if TYPE_CHECKING:
+    from pretrain.corpus.store import Corpus
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,6 +78,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", required=True, type=Path, metavar="DIR", help="the corpus to write")
     command.add_argument("--tokenizer", default="esm", help="'esm' (default), a tokenizer.json or a directory with one")
     command.add_argument("--workers", type=int, help="processes (default: one a core); the corpus is the same")
+    command.add_argument(
+        "--shard", metavar="I/N", help="prepare the I-th of N parts (1 to N), to be joined with --merge"
+    )
+    command.add_argument("--merge", action="store_true", help="the sources are the parts: join them into a corpus")
+    group = command.add_argument_group("two corpora, DIR/train and DIR/validation, instead of one")
+    group.add_argument("--validation_share", type=float, metavar="SHARE", help="by a hash of the ids, such as 0.01")
+    group.add_argument("--split_clusters", metavar="TABLE", help="cluster<TAB>member: whole clusters go to one side")
+    group.add_argument("--validation_ids", metavar="FILE", help="the ids that go to validation, one a line")
     group = command.add_argument_group("how sources are read")
     group.add_argument("--kind", help="fasta, txt, jsonl, csv, tsv, parquet or arrow, whatever the names end in")
     group.add_argument("--document", default="line", help="in .txt, a document is a line (default), paragraph or file")
@@ -84,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     group.add_argument("--max_length", type=int, metavar="N", help="leave out longer ones")
     group.add_argument("--deduplicate", action="store_true", help="keep the first of equal ones (50 bytes of RAM each)")
-    group.add_argument("--split", type=int, metavar="N", help="cut longer ones into several of at most N tokens each")
+    group.add_argument("--windows", type=int, metavar="N", help="cut longer ones into windows of at most N tokens")
     group.add_argument("--skip_bad", action="store_true", help="skip and list bad records instead of stopping")
     command.set_defaults(command=_prepare)
 
@@ -94,6 +107,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--vocab_size", type=int, default=8192, help="number of ids (default 8192)")
     command.add_argument("--kind", default="bpe", help="bpe (default), wordpiece or unigram, all on bytes")
     command.set_defaults(command=_tokenizer)
+
+    command = commands.add_parser("recipes", help="list the recipes and overlays that ship, for -c")
+    command.set_defaults(command=_recipes)
 
     commands.add_parser("plan", help="what a run needs: memory, hours, cost: pretrain plan -c CONFIG", add_help=False)
     commands.add_parser("fit", help="train, or continue a run: pretrain fit -c CONFIG [--run DIR]", add_help=False)
@@ -121,25 +137,55 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _prepare(options: argparse.Namespace) -> int:
-    from pretrain.corpus.prepare import prepare
-    from pretrain.corpus.shards import Filters
+    from pretrain.corpus import parts
+    from pretrain.corpus.prepare import open_split, prepare, prepare_split
+    from pretrain.corpus.shards import Filters, Portion
     from pretrain.corpus.sources import SourceOptions
-    from pretrain.corpus.store import REPORT
+    from pretrain.corpus.split import Split
+    from pretrain.corpus.store import Corpus
     from pretrain.corpus.tokenizer import load_tokenizer
 
-    corpus = prepare(
-        options.sources,
-        options.out,
-        load_tokenizer(options.tokenizer),
-        SourceOptions(options.kind, options.document, options.text_column, options.id_column),
-        Filters(options.min_length, options.max_length, options.deduplicate, options.skip_bad, options.split),
-        options.workers,
-    )
-    print(f"{options.out}: {corpus.num_sequences:,} sequences, {corpus.num_tokens:,} tokens")
-    if skipped := corpus.skipped:
-        report = f"; the bad ones are listed in {options.out / REPORT}" if "bad" in skipped else ""
-        print(f"  left out     {'  '.join(f'{reason} {count:,}' for reason, count in sorted(skipped.items()))}{report}")
+    out, workers = options.out, options.workers
+    split = None
+    if any(value is not None for value in (options.validation_share, options.split_clusters, options.validation_ids)):
+        split = Split(options.validation_share, options.split_clusters, options.validation_ids)
+    source_options = SourceOptions(options.kind, options.document, options.text_column, options.id_column)
+    filters = Filters(options.min_length, options.max_length, options.deduplicate, options.skip_bad, options.windows)
+    if options.merge:
+        settings = (source_options, replace(filters, deduplicate=False), options.tokenizer, options.shard)
+        if settings != (SourceOptions(), Filters(), "esm", None):
+            raise UserError(
+                "--merge takes the parts as they are, with --deduplicate and a split only; give the other options when "
+                "the parts are prepared"
+            )
+        parts.merge_parts([Path(name) for name in options.sources], out, options.deduplicate, split, workers)
+        _say_prepared(out, open_split(out) if split else (Corpus(out),))
+        return 0
+    given = (source_options, filters, workers)
+    tokenizer = load_tokenizer(options.tokenizer)
+    if options.shard:
+        if split:
+            raise UserError("a split is made when the parts are joined; give its options with --merge")
+        part = parts.prepare_part(options.sources, out, tokenizer, Portion.parse(options.shard), *given)
+        print(
+            f"{out}: part {part.number} of {part.of}: {part.num_sequences:,} sequences of {len(part.parts):,} blocks "
+            f"of {part.num_blocks:,}"
+        )
+    elif split:
+        _say_prepared(out, prepare_split(options.sources, out, tokenizer, split, *given))
+    else:
+        _say_prepared(out, (prepare(options.sources, out, tokenizer, *given),))
     return 0
+
+
+def _say_prepared(out: Path, corpora: "tuple[Corpus, ...]") -> None:
+    from pretrain.corpus.store import REPORT
+
+    for corpus in corpora:
+        print(f"{corpus.path}: {corpus.num_sequences:,} sequences, {corpus.num_tokens:,} tokens")
+    if skipped := corpora[0].skipped:
+        report = f"; the bad ones are listed in {out / REPORT}" if "bad" in skipped else ""
+        print(f"  left out     {'  '.join(f'{reason} {count:,}' for reason, count in sorted(skipped.items()))}{report}")
 
 
 def _tokenizer(options: argparse.Namespace) -> int:
@@ -147,6 +193,15 @@ def _tokenizer(options: argparse.Namespace) -> int:
 
     tokenizer = train_tokenizer_file(options.sources, options.out, options.vocab_size, options.kind)
     print(f"{options.out}: {tokenizer.vocab_size:,} ids")
+    return 0
+
+
+def _recipes(options: argparse.Namespace) -> int:
+    from pretrain.shipped import recipes
+
+    known = list(recipes())
+    width = max(len(name) for name, _ in known)
+    print("\n".join(f"{name:{width}}  {about}" for name, about in known))
     return 0
 
 

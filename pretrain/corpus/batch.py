@@ -24,8 +24,7 @@ class Batch:
         target_positions: Places of the targets in the pack, ascending.
         targets: The original tokens there.
         max_seqlen: Length of the longest sequence.
-        num_targets: M, without what static shapes may have added.
-        pack: The description that this was made from.
+        pack: The description that this was made from, with the number of targets that each sequence has now.
     """
 
     input_ids: Int[Tensor, " T"]
@@ -33,7 +32,6 @@ class Batch:
     target_positions: Int[Tensor, " M"]
     targets: Int[Tensor, " M"]
     max_seqlen: int
-    num_targets: int
     pack: Pack
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
@@ -77,6 +75,5 @@ class PackDataset(Dataset[Batch]):
             target_positions=torch.from_numpy(positions),
             targets=torch.from_numpy(targets),
             max_seqlen=int(pack.lengths.max()),
-            num_targets=len(targets),
-            pack=pack,
+            pack=replace(pack, targets=np.diff(np.searchsorted(positions, cu_seqlens))),
         )

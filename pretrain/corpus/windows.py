@@ -9,7 +9,9 @@ Int = NDArray[np.unsignedinteger]
 Bool = NDArray[np.bool_]
 
 
-def split(name: str, tokens: Int, word_starts: Bool | None, max_length: int) -> Iterator[tuple[str, Int, Bool | None]]:
+def into_windows(
+    name: str, tokens: Int, word_starts: Bool | None, max_length: int
+) -> Iterator[tuple[str, Int, Bool | None]]:
     """Cut a sequence into as few windows of at most ``max_length`` tokens as can be, of nearly equal length.
 
     Each window is a sequence of its own, between ``<cls>`` and ``<eos>`` as a document given to the trained model will

@@ -38,6 +38,8 @@ LEDGER, SICK, LOCK = "ledger.csv", "sick.jsonl", ".lock"
 _IDENTITY = (
     "seed_everything",
     "model.encoder.",
+    "model.optimizer",
+    "model.decay",  # which parameters form a group: the optimizer's state is by groups
     "model.initialize_from",  # the directory is not read again, but what the run grew from cannot change
     "data.tokenizer",
     "data.max_length",

@@ -18,7 +18,7 @@ from pretrain.corpus.prepare import open_or_prepare, prepare
 from pretrain.corpus.shards import Filters
 from pretrain.corpus.store import Corpus
 from pretrain.corpus.tokenizer import ProteinTokenizer, TextTokenizer, train_tokenizer
-from pretrain.corpus.windows import split
+from pretrain.corpus.windows import into_windows
 from pretrain.errors import UserError
 
 DATA = Path(__file__).parents[2] / "data" / "text"
@@ -46,7 +46,7 @@ def tokenizer(documents: list[dict[str, str]]) -> TextTokenizer:
 def test_windows_hold_every_token_once_in_order(length: int, max_length: int, has_words: bool) -> None:
     tokens = np.arange(1000, 1000 + length)
     words = np.arange(length) % 3 == 0 if has_words else None
-    windows = list(split("name", tokens, words, max_length))
+    windows = list(into_windows("name", tokens, words, max_length))
     assert np.concatenate([ids[1:-1] for _, ids, _ in windows]).tolist() == tokens[1:-1].tolist()
     for _, ids, starts in windows:
         assert len(ids) <= max_length
@@ -62,7 +62,7 @@ def test_windows_hold_every_token_once_in_order(length: int, max_length: int, ha
 def test_a_corpus_of_windows_holds_every_token_of_its_documents(
     documents: list[dict[str, str]], source: Path, tokenizer: TextTokenizer, tmp_path: Path
 ) -> None:
-    corpus = prepare([source], tmp_path / "corpus", tokenizer, filters=Filters(split=64))
+    corpus = prepare([source], tmp_path / "corpus", tokenizer, filters=Filters(windows=64))
     found: dict[str, list[int]] = {}
     for index in range(len(corpus)):
         assert len(corpus.tokens(index)) <= 64
@@ -106,21 +106,24 @@ def test_a_data_module_cuts_raw_sources_into_windows(source: Path, tokenizer: Te
 def test_a_prepared_corpus_must_have_been_cut(source: Path, tokenizer: TextTokenizer, tmp_path: Path) -> None:
     plain, longer, shorter = (tmp_path / name for name in ("plain", "longer", "shorter"))
     for out, size in ((plain, None), (longer, 100), (shorter, 50)):
-        prepare([source], out, tokenizer, filters=Filters(split=size))
+        prepare([source], out, tokenizer, filters=Filters(windows=size))
     assert isinstance(open_or_prepare([shorter], tokenizer, 64), Corpus)
-    for out, given_as in ((plain, "without --split"), (longer, "with --split 100")):
+    for out, given_as in ((plain, "without --windows"), (longer, "with --windows 100")):
         with pytest.raises(UserError) as caught:
             open_or_prepare([out], tokenizer, 64)
         assert str(caught.value) == (
-            f"{out}: was prepared {given_as}, data.long_sequences split needs windows of at most 64 tokens; prepare it "
-            "again with --split 64, or set data.long_sequences to crop"
+            f"{out}: was prepared {given_as}, data.long_sequences split needs at most 64 tokens in each; prepare it "
+            "again with --windows 64, or set data.long_sequences to crop"
         )
 
 
 def test_windows_too_short_to_hold_a_token_are_a_mistake() -> None:
     with pytest.raises(UserError) as caught:
-        Filters(split=2)
-    assert str(caught.value) == "sequences cannot be split into 2 tokens, <cls> and <eos> included; give 3 or more"
+        Filters(windows=2)
+    assert (
+        str(caught.value)
+        == "sequences cannot be split into windows of 2 tokens; give at least 3 (with <cls> and <eos>)"
+    )
 
 
 # --- whole words ------------------------------------------------------------------------------------------------------
@@ -137,7 +140,7 @@ def test_whole_words_are_masked(source: Path, tokenizer: TextTokenizer, tmp_path
     word = np.cumsum(starts | np.isin(np.arange(len(starts)), batch.cu_seqlens.numpy() + 1))
     masked = (batch.input_ids == data.tokenizer.mask_token_id).numpy()
     assert not set(word[masked]) & set(word[~masked])
-    assert batch.num_targets == masked.sum() == pytest.approx(0.3 * pack.maskable.sum(), rel=0.1)
+    assert batch.pack.targets.sum() == masked.sum() == pytest.approx(0.3 * pack.maskable.sum(), rel=0.1)
     assert (np.bincount(word[masked]) > 1).any(), "some words have several tokens"
 
 
