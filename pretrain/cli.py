@@ -103,13 +103,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     group.add_argument("--max_length", type=int, metavar="N", help="leave out longer ones")
     group.add_argument("--deduplicate", action="store_true", help="keep the first of equal ones (50 bytes of RAM each)")
+    group.add_argument("--windows", type=int, metavar="N", help="cut longer ones into windows of at most N tokens")
     group.add_argument("--skip_bad", action="store_true", help="skip and list bad records instead of stopping")
     command.set_defaults(command=_prepare)
 
-    command = commands.add_parser("tokenizer", help="train a byte-level BPE tokenizer on text")
+    command = commands.add_parser("tokenizer", help="train a tokenizer on text: BPE, WordPiece or Unigram")
     command.add_argument("sources", nargs="+", metavar="SOURCE", help="the text, as for prepare")
     command.add_argument("--out", required=True, type=Path, metavar="FILE", help="the tokenizer.json to write")
     command.add_argument("--vocab_size", type=int, default=8192, help="number of ids (default 8192)")
+    command.add_argument("--kind", default="bpe", help="bpe (default), wordpiece or unigram, all on bytes")
     command.set_defaults(command=_tokenizer)
 
     command = commands.add_parser("recipes", help="list the recipes and overlays that ship, for -c")
@@ -154,7 +156,7 @@ def _prepare(options: argparse.Namespace) -> int:
     if any(value is not None for value in (options.validation_share, options.split_clusters, options.validation_ids)):
         split = Split(options.validation_share, options.split_clusters, options.validation_ids)
     source_options = SourceOptions(options.kind, options.document, options.text_column, options.id_column)
-    filters = Filters(options.min_length, options.max_length, options.deduplicate, options.skip_bad)
+    filters = Filters(options.min_length, options.max_length, options.deduplicate, options.skip_bad, options.windows)
     if options.merge:
         settings = (source_options, replace(filters, deduplicate=False), options.tokenizer, options.shard)
         if settings != (SourceOptions(), Filters(), "esm", None):
@@ -195,7 +197,7 @@ def _say_prepared(out: Path, corpora: "tuple[Corpus, ...]") -> None:
 def _tokenizer(options: argparse.Namespace) -> int:
     from pretrain.corpus.prepare import train_tokenizer_file
 
-    tokenizer = train_tokenizer_file(options.sources, options.out, options.vocab_size)
+    tokenizer = train_tokenizer_file(options.sources, options.out, options.vocab_size, options.kind)
     print(f"{options.out}: {tokenizer.vocab_size:,} ids")
     return 0
 
