@@ -5,22 +5,28 @@ import errno
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pretrain import __version__
-from pretrain.errors import UserError
+from pretrain.errors import CrashError, UserError
+
+if TYPE_CHECKING:
+    from pretrain.corpus.store import Corpus
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The exit code: 0 done, 2 a mistake that the user can mend (told in one line; ``--debug`` adds the traceback),
-        128 + n ended by signal n.
+        The exit code: 0 done, 1 ended from outside, 2 a mistake that the user can mend (each told in one line;
+        ``--debug`` adds the traceback), 128 + n ended by signal n.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     given = [argument for argument in given if argument != "--debug"]
+    code = 2
     try:
         if given[:1] == ["fit"]:  # its options are the config's, known only to LightningCLI
             from pretrain.train.fit import fit
@@ -31,9 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             return plan(given[1:])
         options = _parser().parse_args(given)
-        code: int = options.command(options)
-        return code
-    except UserError as error:
+        return int(options.command(options))
+    except (UserError, CrashError) as error:
+        code = 1 if isinstance(error, CrashError) else 2
         message = str(error)
         if debug:
             raise
@@ -41,14 +47,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if debug or error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.EMFILE):
+        if debug or error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, *_FILES):
             raise
         where = f"{error.filename}: " if error.filename else ""
-        message = f"{where}{os.strerror(error.errno)}; make room, or choose a place that can be written to"
+        remedy = "allow more, as `ulimit -n` does" if error.errno in _FILES else _PLACE
+        message = f"{where}{os.strerror(error.errno)}; {remedy}"
     except KeyboardInterrupt:
-        message = "interrupted"
+        code, message = 130, "interrupted"
     print(f"pretrain: error: {message}", file=sys.stderr)
-    return 130 if message == "interrupted" else 2
+    return code
+
+
+_FILES = (errno.EMFILE, errno.ENFILE)
+_PLACE = "make room, or choose a place that can be written to"
 
 
 _PREPARE = """Sources: FASTA (.fasta .fa .faa .fas), .txt, .jsonl, .csv, .tsv, .parquet and .arrow, each also .gz, .bz2
@@ -84,6 +95,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", required=True, type=Path, metavar="DIR", help="the corpus to write")
     command.add_argument("--tokenizer", default="esm", help="'esm' (default), a tokenizer.json or a directory with one")
     command.add_argument("--workers", type=int, help="processes (default: one a core); the corpus is the same")
+    command.add_argument(
+        "--shard", metavar="I/N", help="prepare the I-th of N parts (1 to N), to be joined with --merge"
+    )
+    command.add_argument("--merge", action="store_true", help="the sources are the parts: join them into a corpus")
+    group = command.add_argument_group("two corpora, DIR/train and DIR/validation, instead of one")
+    group.add_argument("--validation_share", type=float, metavar="SHARE", help="by a hash of the ids, such as 0.01")
+    group.add_argument("--split_clusters", metavar="TABLE", help="cluster<TAB>member: whole clusters go to one side")
+    group.add_argument("--validation_ids", metavar="FILE", help="the ids that go to validation, one a line")
     _add_reading(command)
     group = command.add_argument_group("which sequences are kept")
     group.add_argument(
@@ -91,14 +110,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     group.add_argument("--max_length", type=int, metavar="N", help="leave out longer ones")
     group.add_argument("--deduplicate", action="store_true", help="keep the first of equal ones (50 bytes of RAM each)")
+    group.add_argument("--windows", type=int, metavar="N", help="cut longer ones into windows of at most N tokens")
     group.add_argument("--skip_bad", action="store_true", help="skip and list bad records instead of stopping")
     command.set_defaults(command=_prepare)
 
-    command = commands.add_parser("tokenizer", help="train a byte-level BPE tokenizer on text")
+    command = commands.add_parser("tokenizer", help="train a tokenizer on text: BPE, WordPiece or Unigram")
     command.add_argument("sources", nargs="+", metavar="SOURCE", help="the text, as for prepare")
     command.add_argument("--out", required=True, type=Path, metavar="FILE", help="the tokenizer.json to write")
     command.add_argument("--vocab_size", type=int, default=8192, help="number of ids (default 8192)")
+    command.add_argument("--kind", default="bpe", help="bpe (default), wordpiece or unigram, all on bytes")
     command.set_defaults(command=_tokenizer)
+
+    command = commands.add_parser("recipes", help="list the recipes and overlays that ship, for -c")
+    command.set_defaults(command=_recipes)
 
     commands.add_parser("plan", help="what a run needs: memory, hours, cost: pretrain plan -c CONFIG", add_help=False)
     commands.add_parser("fit", help="train, or continue a run: pretrain fit -c CONFIG [--run DIR]", add_help=False)
@@ -189,32 +213,71 @@ def _add_reading(command: argparse.ArgumentParser) -> None:
 
 
 def _prepare(options: argparse.Namespace) -> int:
-    from pretrain.corpus.prepare import prepare
-    from pretrain.corpus.shards import Filters
+    from pretrain.corpus import parts
+    from pretrain.corpus.prepare import open_split, prepare, prepare_split
+    from pretrain.corpus.shards import Filters, Portion
     from pretrain.corpus.sources import SourceOptions
-    from pretrain.corpus.store import REPORT
+    from pretrain.corpus.split import Split
+    from pretrain.corpus.store import Corpus
     from pretrain.corpus.tokenizer import load_tokenizer
 
-    corpus = prepare(
-        options.sources,
-        options.out,
-        load_tokenizer(options.tokenizer),
-        SourceOptions(options.kind, options.document, options.text_column, options.id_column),
-        Filters(options.min_length, options.max_length, options.deduplicate, options.skip_bad),
-        options.workers,
-    )
-    print(f"{options.out}: {corpus.num_sequences:,} sequences, {corpus.num_tokens:,} tokens")
-    if skipped := corpus.skipped:
-        report = f"; the bad ones are listed in {options.out / REPORT}" if "bad" in skipped else ""
-        print(f"  left out     {'  '.join(f'{reason} {count:,}' for reason, count in sorted(skipped.items()))}{report}")
+    out, workers = options.out, options.workers
+    split = None
+    if any(value is not None for value in (options.validation_share, options.split_clusters, options.validation_ids)):
+        split = Split(options.validation_share, options.split_clusters, options.validation_ids)
+    source_options = SourceOptions(options.kind, options.document, options.text_column, options.id_column)
+    filters = Filters(options.min_length, options.max_length, options.deduplicate, options.skip_bad, options.windows)
+    if options.merge:
+        settings = (source_options, replace(filters, deduplicate=False), options.tokenizer, options.shard)
+        if settings != (SourceOptions(), Filters(), "esm", None):
+            raise UserError(
+                "--merge takes the parts as they are, with --deduplicate and a split only; give the other options when "
+                "the parts are prepared"
+            )
+        parts.merge_parts([Path(name) for name in options.sources], out, options.deduplicate, split, workers)
+        _say_prepared(out, open_split(out) if split else (Corpus(out),))
+        return 0
+    given = (source_options, filters, workers)
+    tokenizer = load_tokenizer(options.tokenizer)
+    if options.shard:
+        if split:
+            raise UserError("a split is made when the parts are joined; give its options with --merge")
+        part = parts.prepare_part(options.sources, out, tokenizer, Portion.parse(options.shard), *given)
+        print(
+            f"{out}: part {part.number} of {part.of}: {part.num_sequences:,} sequences of {len(part.parts):,} blocks "
+            f"of {part.num_blocks:,}"
+        )
+    elif split:
+        _say_prepared(out, prepare_split(options.sources, out, tokenizer, split, *given))
+    else:
+        _say_prepared(out, (prepare(options.sources, out, tokenizer, *given),))
     return 0
+
+
+def _say_prepared(out: Path, corpora: "tuple[Corpus, ...]") -> None:
+    from pretrain.corpus.store import REPORT
+
+    for corpus in corpora:
+        print(f"{corpus.path}: {corpus.num_sequences:,} sequences, {corpus.num_tokens:,} tokens")
+    if skipped := corpora[0].skipped:
+        report = f"; the bad ones are listed in {out / REPORT}" if "bad" in skipped else ""
+        print(f"  left out     {'  '.join(f'{reason} {count:,}' for reason, count in sorted(skipped.items()))}{report}")
 
 
 def _tokenizer(options: argparse.Namespace) -> int:
     from pretrain.corpus.prepare import train_tokenizer_file
 
-    tokenizer = train_tokenizer_file(options.sources, options.out, options.vocab_size)
+    tokenizer = train_tokenizer_file(options.sources, options.out, options.vocab_size, options.kind)
     print(f"{options.out}: {tokenizer.vocab_size:,} ids")
+    return 0
+
+
+def _recipes(options: argparse.Namespace) -> int:
+    from pretrain.shipped import recipes
+
+    known = list(recipes())
+    width = max(len(name) for name, _ in known)
+    print("\n".join(f"{name:{width}}  {about}" for name, about in known))
     return 0
 
 

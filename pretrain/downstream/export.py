@@ -126,6 +126,16 @@ def verify(encoder: Encoder, tokenizer: Tokenizer, max_length: int, out: Path) -
     return difference
 
 
+def _schedule(model: dict[str, Any]) -> str:
+    warmup = f"after {model['warmup_steps']:,} steps"
+    if not (schedule := model.get("schedule")):
+        return f"inverse square root {warmup}"
+    home, _, name = schedule["class_path"].rpartition(".")
+    settings = ", ".join(f"{key} {value}" for key, value in (schedule.get("init_args") or {}).items())
+    said = f"`{name}` ({settings})" if settings else f"`{name}`"
+    return f"{said} {warmup}" if home == "pretrain.train.schedule" else said
+
+
 def model_card(
     encoder: Encoder, checkpoint: dict[str, Any], settings: dict[str, Any], result: dict[str, Any], name: str
 ) -> str:
@@ -154,7 +164,7 @@ def model_card(
         ("Training data", ", ".join(f"`{source}`" for source in sources)),
         (
             "Peak learning rate",
-            f"{model['learning_rate']:g}, inverse square root after {model['warmup_steps']:,} steps",
+            f"{model['learning_rate']:g}, {_schedule(model)}",
         ),
         ("Masking", f"{data['mlm_probability']:.0%} of tokens"),
     ]

@@ -53,6 +53,7 @@ def import_model(source: str, out: Path, seed: int = 0) -> str:
     check_special_tokens(directory, config, tokenizer)
 
     tensors = published_names(read_tensors(directory))
+    config.check_size(sum(tensor.numel() for tensor in tensors.values()))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         encoder = Encoder(config)

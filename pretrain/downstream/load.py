@@ -29,12 +29,12 @@ def load(path: str | Path) -> PretrainedEncoder:
     """
     path = Path(path)
     if (path / CONFIG).is_file():
-        stored = read_config(path)
+        stored, tensors = read_config(path), read_tensors(path)
+        config = from_hf_config(stored)
+        config.check_size(sum(tensor.numel() for tensor in tensors.values()))
         longest = stored.get("max_position_embeddings")  # counted from the padding id on, hence the two
-        model = PretrainedEncoder(
-            from_hf_config(stored), partial(_tokenizer_of_directory, path), longest and max(longest - 2, 1)
-        )
-        load_tensors(model, read_tensors(path), path)
+        model = PretrainedEncoder(config, partial(_tokenizer_of_directory, path), longest and max(longest - 2, 1))
+        load_tensors(model, tensors, path)
         return model.eval()
     return encoder_of(checkpoint_of(path), path)
 
@@ -72,6 +72,7 @@ def encoder_of(checkpoint: dict[str, Any], source: Path) -> PretrainedEncoder:
     find_tokenizer = partial(_tokenizer_of_run, data.get("tokenizer"), str(source))
     try:
         config = EncoderConfig(**checkpoint["hyper_parameters"]["encoder"])
+        config.check_size(sum(value.numel() for value in checkpoint["state_dict"].values()))
         encoder = PretrainedEncoder(config, find_tokenizer, data.get("max_length"))
         prefix = "encoder."
         state = {
@@ -80,7 +81,7 @@ def encoder_of(checkpoint: dict[str, Any], source: Path) -> PretrainedEncoder:
             if name.startswith(prefix)
         }
         encoder.load_state_dict(state)
-    except (KeyError, TypeError, RuntimeError) as error:
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{source}: the checkpoint is not one of an MLMModule ({reason})") from error
     return encoder.eval()
