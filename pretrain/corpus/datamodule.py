@@ -82,6 +82,7 @@ class MLMDataModule(pl.LightningDataModule):
         self.masking = Masking(*shares, *vocabulary, seed=seed)
         # Validation asks the same question in every run: a fixed share of positions under a fixed seed, all <mask>.
         self.validation_masking = Masking(0.15, 1.0, 0.0, *vocabulary, seed=_VALIDATION_SEED)
+        self.skips: list[tuple[int, int]] = []  # from and to places in the order, as decided so far
         self._start = (0, Position())
         self._sampler: PackSampler | None = None
 
@@ -135,6 +136,7 @@ class MLMDataModule(pl.LightningDataModule):
             world_size=trainer.world_size,
             accumulate_grad_batches=trainer.accumulate_grad_batches,
             attention_cost=self.attention_cost,
+            skips=dict(self.skips),
         )
         pack_tokens = self.global_batch_tokens / (trainer.world_size * trainer.accumulate_grad_batches)
         return self._loader(planner, self._sampler, pack_tokens)
@@ -198,6 +200,7 @@ class MLMDataModule(pl.LightningDataModule):
             "step": step,
             "cursor": position.cursor,
             "tokens": position.tokens,
+            "skips": len(self.skips),
             **self._identity(),
             "tokenizer": self.tokenizer.serialize(),
         }
