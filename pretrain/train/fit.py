@@ -360,6 +360,8 @@ def _train(cli: FitCLI) -> int:
             "--model.compile false"
         ) from error
     except RuntimeError as error:
+        if isinstance(error.__context__, OSError):  # which Lightning met another one while tidying up after
+            raise error.__context__ from error
         if problem := _lost_worker(run, str(error)):
             raise problem from error
         raise
@@ -371,16 +373,10 @@ def _train(cli: FitCLI) -> int:
 
 def _lost_worker(run: Run, reason: str) -> Exception | None:
     """What to say where training ended because a loader worker did; None where that is not the reason."""
-    if "shared memory" in reason or "Bus error" in reason:
+    if "Bus error" in reason:
         return UserError(
-            f"{run.directory}: a loader worker met a bus error: /dev/shm is too small for what workers send, or a "
-            "corpus file was cut short; give the container more (docker run --shm-size 1g), use --data.num_workers 0, "
-            "or compare the corpus by `pretrain inspect CORPUS --verify`"
-        )
-    if "Too many open files" in reason:
-        return UserError(
-            f"{run.directory}: {os.strerror(errno.EMFILE)}; allow more, as `ulimit -n` does, or use fewer "
-            "--data.num_workers"
+            f"{run.directory}: a loader worker met a bus error, as where a corpus file is cut short while it is read; "
+            "compare the corpus by `pretrain inspect CORPUS --verify`"
         )
     if "DataLoader worker" in reason:
         return CrashError(

@@ -141,6 +141,10 @@ class Run:
                 f"{self.directory}: {error.strerror} trains in this directory; stop it first, or choose another with "
                 "--run"
             ) from error
+        except OSError as error:  # of a descriptor, it names no file
+            if error.filename is not None or error.errno is None:
+                raise
+            raise OSError(error.errno, error.strerror, str(self.directory)) from error
 
     def check_in_place(self) -> None:
         """Make sure that the directory is still there, on the process that holds its lock.

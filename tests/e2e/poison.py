@@ -58,6 +58,24 @@ class Spike(pl.Callback):
         vars(module.encoder)["loss"] = multiplied
 
 
+class SpikeAt(pl.Callback):
+    """Multiplies the loss of one step, whatever data it sees."""
+
+    def __init__(self, step: int, factor: float = 3.0) -> None:
+        self.step, self.factor = step, factor
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+        vars(module.encoder).pop("loss", None)
+        if trainer.global_step == self.step:
+            loss_of = module.encoder.loss
+
+            def multiplied(*batch: Any) -> Any:
+                loss, correct = loss_of(*batch)
+                return loss * self.factor, correct
+
+            vars(module.encoder)["loss"] = multiplied
+
+
 class Pause(pl.Callback):
     """Creates a file before a micro-batch, and waits for ever."""
 

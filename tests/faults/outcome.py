@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -19,9 +20,15 @@ class Outcome(NamedTuple):
     code: int
     said: str
 
-    def line(self, code: int) -> str:
-        """The one line that begins with ``pretrain: error:``; fails on another exit code, or if more was said."""
+    def line(self, code: int, noise: str = "") -> str:
+        """The one line that begins with ``pretrain: error:``; fails on another exit code, or if more was said.
+
+        ``noise`` is what Python says of an object of torch's that it could not tidy up.
+        """
         assert self.code == code, self.said
+        if noise and noise in self.said:
+            line = next(line for line in self.said.splitlines() if line.startswith("pretrain: error: "))
+            return line.removeprefix("pretrain: error: ")
         assert "Traceback" not in self.said
         *before, last = self.said.strip().splitlines()
         assert last.startswith("pretrain: error: "), self.said
@@ -50,6 +57,7 @@ def _run(arguments: list[str], errors: str, environment: dict[str, str], prepare
         os.dup2(file.fileno(), 2)
         sys.stderr = file
         code = 1
+        warnings.filterwarnings("ignore", "The `srun` command is available")  # where SLURM is installed
         try:
             if prepare:
                 prepare()

@@ -124,23 +124,22 @@ def test_too_many_open_files(
     config, run = stopped
     limit = functools.partial(few_files, files)
     ended = outcome(tmp_path / "err", "fit", "-c", config, "--run", run, "--data.num_workers", 4, prepare=limit)
-    line = ended.line(2)
+    line = ended.line(2, noise="_MultiProcessingDataLoaderIter.__del__")
     assert "Too many open files" in line
     assert "ulimit -n" in line
     assert_nothing_is_lost(fit, config, run, straight)
 
 
 @root
-def test_shared_memory_too_small_for_workers(
-    stopped: tuple[Path, Path], straight: Path, fit: Callable[..., int], tmp_path: Path
+def test_shared_memory_too_small_for_what_workers_send(
+    stopped: tuple[Path, Path], straight: Path, tmp_path: Path
 ) -> None:
+    """Workers need none but for their semaphores: what they load goes through a pipe."""
     config, run = stopped
     workers = ("--data.num_workers", 2)
     ended = outcome(tmp_path / "err", "fit", "-c", config, "--run", run, *workers, prepare=tiny_shared_memory)
-    line = ended.line(2)
-    assert "/dev/shm is too small" in line
-    assert "--data.num_workers 0" in line
-    assert_nothing_is_lost(fit, config, run, straight)
+    assert ended.code == 0, ended.said
+    assert equal(final_state(straight), final_state(run))
 
 
 def test_a_worker_killed_by_the_kernel_for_memory(
