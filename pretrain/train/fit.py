@@ -1,7 +1,6 @@
 """`pretrain fit`: from config files and overrides to a trained run; the same command again continues it."""
 
 import difflib
-import errno
 import logging
 import os
 import re
@@ -43,6 +42,7 @@ from pretrain.train.sharding import FullyShardedStrategy
 from pretrain.train.sick import SickSteps
 from pretrain.train.spikes import LossSpikes, RewindError
 from pretrain.train.throughput import Throughput
+from pretrain.train.watchdog import Watchdog
 
 CLI = TypeVar("CLI", bound="SettingsCLI")
 
@@ -79,6 +79,12 @@ class SettingsCLI(LightningCLI):
             type=int,
             default=10,
             help="Steps skipped in a row because of a NaN or infinite loss or gradient, after which the run stops.",
+        )
+        parser.add_argument(
+            "--hang_timeout_minutes",
+            type=float | None,
+            default=20.0,
+            help="End the job, and say which process hangs, when nothing was done for so long; null to wait for ever.",
         )
         parser.add_class_arguments(LossSpikes, "spikes", skip={"run", "skips"}, instantiate=False)
         parser.add_class_arguments(StepCheckpoint, "checkpoint", skip={"directory", "before_save"}, instantiate=False)
@@ -174,6 +180,7 @@ class FitCLI(SettingsCLI):
                 *extra,
             ]
         callbacks: list[pl.Callback] = [Throughput(), _ValidateLast()]
+        callbacks += [Watchdog(self.config_init.hang_timeout_minutes)]
         callbacks += [LearningRateMonitor()] if loggers else []
         callbacks += [ProgressBar()] if settings.enable_progress_bar is not False else []
         sick = SickSteps(self.run.directory, self.run.step, self.config_init.max_sick_steps_in_a_row)

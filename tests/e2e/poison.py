@@ -89,6 +89,21 @@ class Pause(pl.Callback):
                 time.sleep(0.1)
 
 
+class Hang(pl.Callback):
+    """Lets one process sleep for ever, or stop dead, before a micro-batch, or die: on the job's first attempt only."""
+
+    def __init__(self, how: str, number: int, rank: int = 1) -> None:
+        self.how, self.number, self.rank = how, number, rank
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+        first_attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+        if (batch_idx, trainer.global_rank) == (self.number, self.rank) and first_attempt:
+            if self.how != "sleeps":
+                os.kill(os.getpid(), signal.SIGSTOP if self.how == "stops" else signal.SIGKILL)
+            while True:
+                time.sleep(1)
+
+
 class Fill(pl.Callback):
     """Fills the disk before one micro-batch, and makes room before another."""
 
