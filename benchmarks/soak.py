@@ -3,8 +3,8 @@
     python benchmarks/soak.py --minutes 30        (`make soak`)
 
 While the run trains, its anonymous memory and its open files must be flat. At random times it gets a SIGKILL, SIGTERM,
-SIGINT or SIGUSR1, whatever it is doing then; after each, no process of it may be left, and every file of the run must be
-readable. At the end every step must stand once in every curve, and the audit must hold. Exit code 1 if anything is
+SIGINT or SIGUSR1, whatever it is doing then; after each, no process of it may be left, and every file of the run must
+be readable. At the end every step must stand once in every curve, and the audit must hold. Exit code 1 if anything is
 found.
 """
 
