@@ -23,12 +23,14 @@ from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, Stra
 from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
 from pytorch_lightning.utilities import rank_zero_only
 from torch._dynamo.exc import TorchDynamoException
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from typing_extensions import override
 
 from pretrain.corpus.datamodule import MLMDataModule
 from pretrain.corpus.store import verify
 from pretrain.corpus.tokenizer import load_tokenizer
 from pretrain.errors import CrashError, UserError
+from pretrain.shipped import find_recipes
 from pretrain.train.branch import Branch
 from pretrain.train.checkpoint import AtomicCheckpointIO
 from pretrain.train.hardware import check_hardware, out_of_memory
@@ -43,6 +45,8 @@ from pretrain.train.sick import SickSteps
 from pretrain.train.spikes import LossSpikes, RewindError
 from pretrain.train.throughput import Throughput
 from pretrain.train.watchdog import Watchdog
+
+_MISFIT = "Does not validate against any of the Union subtypes"  # begins jsonargparse's list of what else was tried
 
 CLI = TypeVar("CLI", bound="SettingsCLI")
 
@@ -112,6 +116,16 @@ class SettingsCLI(LightningCLI):
             raise UserError(
                 f"trainer.max_steps is {self.config.trainer.max_steps}; say how many optimizer steps the run takes"
             )
+
+    @override
+    def instantiate_classes(self) -> None:
+        """Build what the settings name; a class that refuses one of its own is told in one line."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            if _MISFIT not in str(error):
+                raise
+            raise UserError(_explain(str(error), self.parser)) from error
 
 
 class FitCLI(SettingsCLI):
@@ -211,7 +225,7 @@ class FitCLI(SettingsCLI):
                 f"the trainer's settings do not work here: {message}; change them, for example --trainer.devices, "
                 "--trainer.strategy or --trainer.precision"
             ) from error
-        _check_strategy(trainer.strategy)
+        _check_strategy(trainer.strategy, self.model)
         return trainer
 
 
@@ -222,12 +236,17 @@ def _check_processes(strategy: Strategy) -> None:
         strategy.cluster_environment.validate_settings(num_devices=devices, num_nodes=strategy.num_nodes)
 
 
-def _check_strategy(strategy: Strategy) -> None:
-    """Refuse strategies under which gradients are clipped, or checkpoints written, in another way."""
+def _check_strategy(strategy: Strategy, module: MLMModule) -> None:
+    """Refuse strategies under which gradients are clipped, checkpoints written or matrices held in another way."""
     if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | FullyShardedStrategy):
         raise UserError(
             f"trainer.strategy is {type(strategy).__name__}, under which gradients are not clipped or checkpoints not "
             "written as a run needs it; add -c configs/ddp.yaml or -c configs/fsdp.yaml"
+        )
+    if module.optimizer_name == "muon" and isinstance(strategy, FullyShardedStrategy):
+        raise UserError(
+            "model.optimizer is muon, which needs whole matrices, and FSDP2 divides them among the processes; train "
+            "with -c configs/ddp.yaml, or with --model.optimizer adamw"
         )
 
 
@@ -257,7 +276,9 @@ def parse(cli: type[CLI], command: str, description: str, arguments: Sequence[st
         UserError: On any mistake in the arguments or the config.
     """
     if not arguments:
-        raise UserError(f"no config; give -c CONFIG, for example `pretrain {command} -c configs/quickstart.yaml`")
+        raise UserError(
+            f"no config; give -c CONFIG, for example `pretrain {command} -c quickstart`; `pretrain recipes` lists them"
+        )
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for pattern in _QUIET:
@@ -276,7 +297,7 @@ def parse(cli: type[CLI], command: str, description: str, arguments: Sequence[st
             "enable_model_summary": False,
         },
         parser_kwargs={"exit_on_error": False, "prog": f"pretrain {command}", "description": description},
-        args=list(arguments),
+        args=find_recipes(arguments),
     )
 
 
@@ -319,6 +340,7 @@ def _fit(cli: FitCLI) -> int:
         data.check_identity(run.data_state)
     data.check_packs(trainer.world_size, trainer.accumulate_grad_batches)
     check_hardware(trainer, module, data)
+    _check_schedule(trainer, module, data)
     if run.checkpoint and trainer.is_global_zero:
         _verify_what_changed(data.train_corpus.path, run.checkpoint)
     if cli.branch and trainer.is_global_zero:
@@ -340,6 +362,20 @@ def _verify_what_changed(corpus: Path, checkpoint: Path) -> None:
     trained = checkpoint.stat().st_mtime
     if any(file.stat().st_mtime > trained for file in corpus.glob("*.arrow")):
         verify(corpus)
+
+
+def _check_schedule(trainer: pl.Trainer, module: MLMModule, data: MLMDataModule) -> None:
+    """Refuse a schedule that cannot be made, or has nothing to follow."""
+    try:
+        module.max_steps = trainer.max_steps
+        scheduler = module.build_optimizer()[1]
+    except (TypeError, ValueError) as error:
+        raise UserError(f"model.schedule: {error}; see the scheduler's documentation") from error
+    if isinstance(scheduler, ReduceLROnPlateau) and not data.validation:
+        raise UserError(
+            "model.schedule is ReduceLROnPlateau, which follows val/loss, and there is no validation; give "
+            "data.validation, or another schedule"
+        )
 
 
 def _train(cli: FitCLI) -> int:
@@ -415,6 +451,8 @@ def _config_files(arguments: Sequence[str]) -> list[Path]:
 
 def _explain(message: str, parser: LightningArgumentParser) -> str:
     """A parser's message in one line, with the key that was probably meant and where the keys are listed."""
+    if _MISFIT in message:
+        message = _of_the_union(message)
     # What a link computes is a UserError's own line; jsonargparse puts its machinery before it.
     message = re.sub(r"^Call to compute_fn of link .* failed: ", "", " ".join(message.split()))
     unknown = re.search(r"(?:'([\w.]+)' does not accept (?:option|nested key)|[Kk]ey) '([\w.]+)'", message)
@@ -425,6 +463,19 @@ def _explain(message: str, parser: LightningArgumentParser) -> str:
             for key in difflib.get_close_matches(given, list(parser.get_defaults().keys()), n=1)
         )
     return f"{message}; `{parser.prog} --help` lists the settings"
+
+
+def _of_the_union(message: str) -> str:
+    """Of what jsonargparse says about a setting of several types, what is wrong with the type that was meant."""
+    key = re.search(r'key "([\w.]+)"', message)
+    tried = re.findall(r"^ *- +(.*(?:\n {8,}.*)*)", message, re.MULTILINE)
+    meant = [text for text in tried if "subclass of" not in text and "NoneType" not in text]
+    reason = " ".join((meant or tried)[0].split())
+    reason = re.sub(r"^Type .* expects a function or a callable class: ", "", reason)
+    if reason.startswith(("Expected a path", "Expected a dot import path")):
+        given = message.rpartition("Given value: ")[2].strip()
+        reason = f"no class '{given}' can be imported; give its import path, or check its name"
+    return f"{key[1]}: {reason}" if key else reason
 
 
 @rank_zero_only

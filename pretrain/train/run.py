@@ -41,16 +41,20 @@ LEDGER, SICK, ORIGIN, LOCK = "ledger.csv", "sick.jsonl", "origin.json", ".lock"
 _IDENTITY = (
     "seed_everything",
     "model.encoder.",
+    "model.optimizer",
+    "model.decay",  # which parameters form a group: the optimizer's state is by groups
     "model.initialize_from",  # the directory is not read again, but what the run grew from cannot change
     "data.tokenizer",
     "data.max_length",
+    "data.long_sequences",
     "data.global_batch_tokens",
 )
 _HISTORY = (
     "model.",
     "data.mlm_probability",
-    "data.mask_replace_prob",
+    "data.mask_",
     "data.random_replace_prob",
+    "data.mean_span_length",
     "trainer.max_steps",
     "trainer.gradient_clip_val",
     "trainer.gradient_clip_algorithm",
