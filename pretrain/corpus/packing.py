@@ -5,6 +5,7 @@ the data depends on how many there are. So the whole state of the data is one in
 """
 
 import heapq
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import DistributedSampler
+from typing_extensions import override
 
 from pretrain.corpus.counter import Stream, below, bits, derive_key
 from pretrain.corpus.masking import Masking
@@ -47,8 +49,9 @@ class Pack:
         starts: First token of each sequence's crop, shape [N].
         lengths: Tokens in each crop, shape [N].
         maskable: Tokens of each crop that masking may choose (all but ``<cls>`` and ``<eos>``), shape [N].
-        targets: Number of those that it will choose, shape [N].
-        step_targets: Targets in the whole step, over all packs and ranks: what the loss is divided by.
+        targets: Number of those that it is planned to choose (see `Masking.target_counts`), in a batch
+            of those that were, shape [N].
+        step_targets: Planned targets of the whole step, over all packs and ranks: what the loss is divided by.
         after: Where the data stands once the step is finished.
     """
 
@@ -69,19 +72,27 @@ class Pack:
         return replace(self, **columns)
 
 
-class Planner:
+class StepPlanner(ABC):
     """Plans steps and packs from lengths alone; no token is read.
 
     Args:
         corpus: What to train on; only its counts and ``lengths`` are used.
         order: The order of its sequences.
-        masking: What will mask them; it knows how many targets a sequence gets.
-        max_length: Tokens in a crop, at most; longer sequences give a random window, a new one in each epoch.
+        max_length: Tokens in a crop, at most.
     """
 
-    def __init__(self, corpus: Corpus, order: Order, masking: Masking, max_length: int) -> None:
-        self.corpus, self.order, self.masking, self.max_length = corpus, order, masking, max_length
+    def __init__(self, corpus: Corpus, order: Order, max_length: int) -> None:
+        self.corpus, self.order, self.max_length = corpus, order, max_length
         self.mean_length = max(1.0, min(corpus.num_tokens / corpus.num_sequences, max_length))
+
+    def crop_starts(self, epochs: Int64, indices: Int64, room: Int64) -> Int64:
+        """First token of each crop, from 0 to ``room``: a random window, a new one in each epoch."""
+        draws = bits(derive_key(self.order.seed, Stream.CROP, epochs, indices), 0)
+        return below(draws, room + 1)
+
+    @abstractmethod
+    def target_counts(self, epochs: Int64, indices: Int64, starts: Int64, lengths: Int64, maskable: Int64) -> Int64:
+        """How many targets each crop has; arguments as `Pack` describes them."""
 
     def step(self, start: Position, global_batch_tokens: int) -> Pack:
         """The step at ``start``, as one pack: the next sequences whose crops fit into ``global_batch_tokens``."""
@@ -100,13 +111,31 @@ class Planner:
         """All of these sequences as one pack: their crops, and how many targets each will have."""
         full = self.corpus.lengths(indices)
         lengths = np.minimum(full, self.max_length)
-        draws = bits(derive_key(self.order.seed, Stream.CROP, epochs, indices), 0)
-        starts = below(draws, full - lengths + 1)
+        starts = self.crop_starts(epochs, indices, full - lengths)
         maskable = lengths - (starts == 0) - (starts + lengths == full)
-        targets = self.masking.target_counts(epochs, indices, maskable)
+        targets = self.target_counts(epochs, indices, starts, lengths, maskable)
         cursor = start.cursor + len(indices)
         after = Position(cursor, start.tokens + int(lengths.sum()), cursor / self.corpus.num_sequences)
         return Pack(indices, epochs, starts, lengths, maskable, targets, int(targets.sum()), after)
+
+
+class Planner(StepPlanner):
+    """Plans for masked targets.
+
+    Args:
+        corpus: What to train on.
+        order: The order of its sequences.
+        masking: What will mask them; it knows how many targets a sequence gets.
+        max_length: Tokens in a crop, at most.
+    """
+
+    def __init__(self, corpus: Corpus, order: Order, masking: Masking, max_length: int) -> None:
+        super().__init__(corpus, order, max_length)
+        self.masking = masking
+
+    @override
+    def target_counts(self, epochs: Int64, indices: Int64, starts: Int64, lengths: Int64, maskable: Int64) -> Int64:
+        return self.masking.target_counts(epochs, indices, maskable)
 
 
 def share_out(pack: Pack, parts: int, attention_cost: float = 0.0) -> list[Pack]:
@@ -154,7 +183,7 @@ class PackSampler(DistributedSampler[Pack]):
 
     def __init__(
         self,
-        planner: Planner,
+        planner: StepPlanner,
         *,
         global_batch_tokens: int,
         max_steps: int,
@@ -196,7 +225,7 @@ class PackSampler(DistributedSampler[Pack]):
         """Nothing: the epoch of a sequence follows from the cursor."""
 
 
-def validation_packs(planner: Planner, pack_tokens: int, world_size: int) -> list[list[Pack]]:
+def validation_packs(planner: StepPlanner, pack_tokens: int, world_size: int) -> list[list[Pack]]:
     """The whole corpus once, in epoch 0, as packs of about ``pack_tokens``: a list for each rank, equally many each."""
     everything = np.arange(planner.corpus.num_sequences)
     plan = planner.describe(np.zeros_like(everything), everything)

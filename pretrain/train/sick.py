@@ -1,4 +1,4 @@
-"""Sick steps: those whose loss or gradient was NaN or infinite. `MLMModule` skips them; here they are recorded."""
+"""Sick steps: those whose loss or gradient was NaN or infinite. `StepModule` skips them; here they are recorded."""
 
 import json
 import sys
@@ -14,8 +14,8 @@ from pretrain.corpus.batch import Batch
 from pretrain.corpus.datamodule import MLMDataModule
 from pretrain.errors import UserError, disk_is_full
 from pretrain.train.logging import LineFile
-from pretrain.train.module import MLMModule
 from pretrain.train.run import SICK
+from pretrain.train.step import StepModule
 
 
 class SickSteps(pl.Callback):
@@ -49,7 +49,7 @@ class SickSteps(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        assert isinstance(pl_module, MLMModule)
+        assert isinstance(pl_module, StepModule)
         self._window += batch.pack.indices.tolist()
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return

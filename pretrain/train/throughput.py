@@ -10,7 +10,7 @@ import torch
 from typing_extensions import override
 
 from pretrain.corpus.batch import Batch
-from pretrain.train.module import MLMModule
+from pretrain.train.step import StepModule
 
 
 class GPU(NamedTuple):
@@ -104,12 +104,12 @@ class Throughput(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        assert isinstance(pl_module, MLMModule)
+        assert isinstance(pl_module, StepModule)
         now = time.perf_counter()
         self._seconds += now - self._last
         self._last = now
         self._tokens += int(batch.pack.lengths.sum())
-        self._flops += pl_module.encoder.config.training_flops(batch.pack.lengths, batch.pack.targets)
+        self._flops += pl_module.flops(batch.pack)
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         # Packs cost nearly the same on every process, so this one's share stands for all.

@@ -1,0 +1,222 @@
+"""`PackedDataModule`: a corpus in packs, from a data position that is one integer; whatever its targets are."""
+
+import warnings
+from abc import abstractmethod
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from pretrain.corpus.batch import Batch
+from pretrain.corpus.masking import MAX_TOKENS_PER_SEQUENCE
+from pretrain.corpus.order import ORDER_VERSION
+from pretrain.corpus.packing import FixedSampler, PackSampler, Position, StepPlanner, validation_packs
+from pretrain.corpus.store import Corpus
+from pretrain.corpus.tokenizer import load_tokenizer
+from pretrain.errors import UserError
+
+
+class PackedDataModule(pl.LightningDataModule):
+    """Packs of a corpus, step by step, and the data position after each; in any ``pl.Trainer`` with ``max_steps``.
+
+    A subclass opens the corpora (`open`), plans them and makes the batches.
+
+    Args:
+        train: What the training corpus is made of.
+        validation: What the validation corpus is made of; nothing for none.
+        tokenizer: ``esm``, or a ``tokenizer.json``, or a directory that holds one.
+        max_length: Tokens of a sequence that one step sees, ``<cls>`` and ``<eos>`` included.
+        global_batch_tokens: Tokens in an optimizer step, over all processes and micro-batches.
+        validation_pack_tokens: Tokens in a forward pass of validation.
+        attention_cost: Cost of attending to one token relative to a token's linear layers, for packs of equal cost;
+            about ``1 / (6 * hidden_size)``.
+        num_workers: Processes that load ahead of training.
+        seed: Seed of order and crops.
+
+    Attributes:
+        train_corpus: After `setup`, what is trained on.
+        validation_corpus: After `setup`, what is validated on, if anything is.
+
+    Raises:
+        UserError: On settings that cannot work, with the values that would.
+    """
+
+    static_shapes = False
+
+    def __init__(
+        self,
+        train: str | list[str],
+        validation: str | list[str] | None,
+        tokenizer: str,
+        max_length: int,
+        global_batch_tokens: int,
+        validation_pack_tokens: int,
+        attention_cost: float,
+        num_workers: int,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        if not 3 <= max_length <= MAX_TOKENS_PER_SEQUENCE:
+            raise UserError(f"data.max_length is {max_length}; give 3 to {MAX_TOKENS_PER_SEQUENCE} tokens")
+        self.train = [train] if isinstance(train, str) else train
+        self.validation = [validation] if isinstance(validation, str) else validation or []
+        self.max_length = max_length
+        self.global_batch_tokens = global_batch_tokens
+        self.validation_pack_tokens = validation_pack_tokens
+        self.attention_cost = attention_cost
+        self.num_workers = num_workers
+        self.seed = seed
+        self.tokenizer = load_tokenizer(tokenizer)
+        self.train_corpus: Corpus
+        self.validation_corpus: Corpus | None
+        self._start = (0, Position())
+        self._sampler: PackSampler | None = None
+
+    @abstractmethod
+    def open(self) -> None:
+        """Open the corpora; they are prepared first where that has not been done. May be called repeatedly."""
+
+    @abstractmethod
+    def train_planner(self) -> StepPlanner:
+        """What plans the training corpus."""
+
+    @abstractmethod
+    def validation_planner(self) -> StepPlanner:
+        """What plans the validation corpus, in epoch 0; only called where there is one."""
+
+    @abstractmethod
+    def dataset(self, planner: StepPlanner, pack_tokens: float) -> Dataset[Batch]:
+        """From the planner's packs, of about so many tokens each, to batches."""
+
+    def prepare_data(self) -> None:
+        """Tokenise raw sources into the cache, in one process; the others find it there."""
+        self.open()
+
+    def setup(self, stage: str) -> None:
+        """Open the corpora: memory-mapped, so this costs nothing however large they are."""
+        self.open()
+
+    def check_packs(self, processes: int, micro_batches: int) -> None:
+        """Make sure that every pack of every step will hold a sequence.
+
+        Raises:
+            UserError: If a step is too small to be shared out among so many packs; names values that work.
+        """
+        packs, budget = processes * micro_batches, self.global_batch_tokens
+        if budget < packs * self.max_length:
+            remedy = f"give at least {packs * self.max_length}"
+            if fitting := budget // self.max_length:
+                remedy += f", or at most {fitting} packs: fewer processes or a smaller trainer.accumulate_grad_batches"
+            raise UserError(
+                f"data.global_batch_tokens is {budget}, too small for {packs} packs a step ({processes} processes x "
+                f"{micro_batches} micro-batches) of up to {self.max_length} tokens; {remedy}"
+            )
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """This process's micro-batches for the rest of the run."""
+        trainer = self._trainer()
+        self.check_packs(trainer.world_size, trainer.accumulate_grad_batches)
+        planner = self.train_planner()
+        if trainer.max_steps < 0:
+            sequences = len(planner.step(Position(), self.global_batch_tokens).indices)
+            raise UserError(
+                f"{type(self).__name__} needs Trainer(max_steps=...): a run is counted in optimizer steps; "
+                f"an epoch of this corpus is about {-(-len(self.train_corpus) // sequences)} steps"
+            )
+        self._sampler = PackSampler(
+            planner,
+            global_batch_tokens=self.global_batch_tokens,
+            max_steps=trainer.max_steps,
+            start=self._start,
+            steps_taken=lambda: trainer.global_step,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+            accumulate_grad_batches=trainer.accumulate_grad_batches,
+            attention_cost=self.attention_cost,
+        )
+        pack_tokens = self.global_batch_tokens / (trainer.world_size * trainer.accumulate_grad_batches)
+        return self._loader(planner, self._sampler, pack_tokens)
+
+    def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
+        """This process's share of the validation corpus, the same at every call; nothing without a corpus."""
+        if self.validation_corpus is None:
+            return []
+        trainer = self._trainer()
+        planner = self.validation_planner()
+        packs = validation_packs(planner, self.validation_pack_tokens, trainer.world_size)[trainer.global_rank]
+        return self._loader(planner, FixedSampler(packs), self.validation_pack_tokens)
+
+    def _loader(
+        self, planner: StepPlanner, sampler: PackSampler | FixedSampler, pack_tokens: float
+    ) -> DataLoader[Batch]:
+        return DataLoader(
+            self.dataset(planner, pack_tokens),
+            sampler=sampler,
+            batch_size=None,  # a pack is a batch already
+            collate_fn=_unchanged,
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def _trainer(self) -> pl.Trainer:
+        if self.trainer is None:
+            name = type(self).__name__
+            raise RuntimeError(f"{name} is attached to no Trainer; pass it as Trainer.fit(module, datamodule)")
+        return self.trainer
+
+    def identity(self) -> dict[str, Any]:
+        """What decides which tokens a step sees, and so cannot change when a run is continued."""
+        return {
+            "order_version": ORDER_VERSION,
+            "seed": self.seed,
+            "corpus": self.train_corpus.fingerprint,
+            "max_length": self.max_length,
+            "global_batch_tokens": self.global_batch_tokens,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """The data position after the last finished optimizer step, and what identifies the order."""
+        step = self._trainer().global_step
+        position = self._sampler.position_after(step) if self._sampler else self._start[1]
+        return {
+            "step": step,
+            "cursor": position.cursor,
+            "tokens": position.tokens,
+            **self.identity(),
+            "tokenizer": self.tokenizer.serialize(),
+        }
+
+    def check_identity(self, state: dict[str, Any]) -> None:
+        """Make sure that a checkpoint's data position means the same sequences here; after `setup`.
+
+        Raises:
+            UserError: If the checkpoint was made with another order; names the first field that differs.
+        """
+        if state.get("tokenizer", ours := self.tokenizer.serialize()) != ours:
+            raise UserError(
+                f"the checkpoint was made with another tokenizer than {self.tokenizer.name}: its ids would mean other "
+                "tokens; restore that tokenizer, or start another run"
+            )
+        for field, ours in self.identity().items():
+            if state.get(field) != ours:
+                raise UserError(
+                    f"the checkpoint was made with {field} {state.get(field)!r}, this run has {ours!r}: the data would "
+                    "not continue where it stopped; restore that setting, or start another run"
+                )
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint's data position.
+
+        Raises:
+            UserError: If the checkpoint was made with another order; names the first field that differs.
+        """
+        self.check_identity(state)
+        # Lightning misses a loader state; there is none to keep, since the sampler seeks to the step.
+        warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")
+        cursor, tokens = state["cursor"], state["tokens"]
+        self._start = (state["step"], Position(cursor, tokens, cursor / len(self.train_corpus)))
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch

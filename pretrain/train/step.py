@@ -1,0 +1,232 @@
+"""`StepModule`: what every training here does at an optimizer step, whatever its head and targets are."""
+
+from abc import abstractmethod
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.trainer.states import TrainerFn
+from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from pretrain.corpus.batch import Batch
+from pretrain.corpus.packing import Pack
+from pretrain.model.encoder import Encoder
+from pretrain.train.schedule import restore
+from pretrain.train.sharding import shard
+
+
+class StepModule(pl.LightningModule):
+    """An encoder in training: losses divided by the step's targets, exact logs, sick steps skipped, exact resume.
+
+    A subclass says what the loss is (`batch_loss`), what optimises it (`build_optimizer`) and what is logged of it
+    (`train_figures`).
+
+    Args:
+        encoder: What is trained.
+        activation_checkpointing: See `Encoder`.
+        compile: Compile the encoder's blocks by ``torch.compile``.
+        scheduler_name: Name that the learning rate is logged under; Lightning's own (``lr-AdamW``) if not given.
+
+    Attributes:
+        initialized_from: Where the weights are from that training starts with, if they are not random.
+        max_steps: Optimizer steps of the run, for a schedule that ends with it; the Trainer's, once there is one.
+        sick: 1 where the last step was skipped because its loss or gradient was not finite.
+    """
+
+    def __init__(
+        self, encoder: Encoder, activation_checkpointing: bool, compile: bool, scheduler_name: str | None
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.encoder.activation_checkpointing = activation_checkpointing
+        self.initialized_from: str | None = None
+        self.compile_blocks = compile
+        self.scheduler_name = scheduler_name
+        self.max_steps: int | None = None
+        self._train_loss = RunningLoss()
+        self._grad_norm: Tensor | float = 0.0
+        self.sick = torch.zeros(())
+
+    @abstractmethod
+    def batch_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The loss summed over a batch's targets, and how many of them are predicted best."""
+
+    @abstractmethod
+    def build_optimizer(self) -> tuple[Optimizer, LRScheduler]:
+        """A new optimizer over the module's parameters, and its schedule by the step."""
+
+    def train_figures(self, loss: Tensor) -> dict[str, Tensor]:
+        """What is logged of a step's mean loss."""
+        return {"train/loss": loss}
+
+    def flops(self, pack: Pack) -> float:
+        """Floating-point operations of forward and backward over a pack, as executed."""
+        return self.encoder.config.training_flops(pack.lengths, pack.targets)
+
+    def configure_model(self) -> None:
+        """Compile the blocks, if asked to; divide the encoder among the processes, where the strategy does so (FSDP2).
+
+        Lightning may ask repeatedly. The blocks are alike, so one compilation a shape serves all but the last.
+        """
+        if self.compile_blocks:
+            # A few shapes each for training and validation, with and without rows; beyond that, torch would quietly
+            # run uncompiled.
+            torch._dynamo.config.recompile_limit = 32
+            torch._dynamo.config.fail_on_recompile_limit_hit = True
+            for block in self.encoder.blocks:
+                block.compile(dynamic=False)
+        if self.device_mesh is not None:
+            shard(self.encoder, self.device_mesh, self.trainer.precision)
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """The optimizer, and the schedule stepped at every optimizer step."""
+        optimizer, scheduler = self._new_optimizer()
+        # Without "interval": "step" Lightning steps a schedule once an epoch, and the learning rate looks frozen. As a
+        # "reduce_on_plateau" it would step one at every micro-batch, with a validation long past.
+        entry = {"scheduler": scheduler, "interval": "step", "name": self.scheduler_name, "reduce_on_plateau": False}
+        return {"optimizer": optimizer, "lr_scheduler": entry}  # type: ignore[typeddict-item]
+
+    def _new_optimizer(self) -> tuple[Optimizer, LRScheduler]:
+        if self._trainer:
+            self.max_steps = self._trainer.max_steps
+        optimizer, scheduler = self.build_optimizer()
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])  # which ReduceLROnPlateau alone does not note
+        return optimizer, scheduler
+
+    def lr_scheduler_step(self, scheduler: LRScheduler, metric: Any) -> None:
+        """Step the schedule; one that follows the validation loss waits for it."""
+        if not isinstance(scheduler, ReduceLROnPlateau):
+            scheduler.step()
+
+    def on_validation_end(self) -> None:
+        """Step a schedule that follows the validation loss."""
+        scheduler = self.lr_schedulers()
+        fitting = self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking
+        if isinstance(scheduler, ReduceLROnPlateau) and fitting:
+            scheduler.step(float(self.trainer.callback_metrics["val/loss"]))
+
+    def on_train_start(self) -> None:
+        """Forget a window that an earlier run left unfinished: it is computed again from its start."""
+        self._train_loss.reset()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The micro-batch's share of the step's loss.
+
+        Its sum over targets is divided by the targets of the *whole* step, so that the gradient does not depend on how
+        the step was split; Lightning divides by the micro-batches and DDP by the processes, which is undone here.
+        """
+        loss, correct = self.batch_loss(batch)
+        self._train_loss.add(loss, correct, batch)
+        shares = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        # Zero, or NaN where the loss is NaN or infinite: then so is every gradient, on all processes, whatever the
+        # backward pass makes of it, and the step is skipped.
+        nothing = loss.detach() * 0
+        return loss * (shares / max(1, batch.pack.step_targets) + nothing)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as the Trainer is set to, and keep the norm of the whole gradient before clipping for the log."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        self._grad_norm = norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if gradient_clip_val and gradient_clip_algorithm == "value":
+            clip_grad_value_(parameters, gradient_clip_val)
+        elif gradient_clip_val:
+            clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+        self._skip_if_sick(optimizer)
+
+    def _skip_if_sick(self, optimizer: Optimizer) -> None:
+        """Keep NaN and infinity from weights and moments, without a look at the device.
+
+        Fused optimizers leave everything as it is where ``found_inf`` is 1 (it is the gradient scaler's way in).
+        """
+        sick = 1.0 - torch.as_tensor(self._grad_norm).isfinite().float()
+        if self.trainer.world_size > 1:  # the gradients are the same everywhere, but for a process's own faults
+            sick = self.trainer.strategy.reduce(sick, reduce_op="max")
+        self.sick = sick
+        optimizer.found_inf = sick  # type: ignore[attr-defined]
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Log the step's figures, once, when its last micro-batch is done."""
+        if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
+            return
+        loss, _ = self._train_loss.collect(self.trainer)
+        after = batch.pack.after
+        figures = {
+            **self.train_figures(loss),
+            "train/grad_norm": self._grad_norm,
+            "data/epoch": after.epochs,
+            "data/tokens_seen": float(after.tokens),
+        }
+        self.log_dict(figures)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Let training continue at the checkpoint's step, whatever the accumulation was, under this module's settings.
+
+        Lightning restores counters of micro-batches, which mean something else when ``accumulate_grad_batches``
+        differs, and counts a window that was cut short. They follow from the step. It also restores the optimizer's
+        hyper-parameters over those that were configured; the configured ones win (whether a run may change them is not
+        this module's business).
+        """
+        if "loops" in checkpoint:
+            checkpoint["loops"]["fit_loop"] = _fit_loop_at(
+                checkpoint["global_step"], self.trainer.accumulate_grad_batches, checkpoint["loops"]["fit_loop"]
+            )
+        if checkpoint.get("optimizer_states"):
+            restore(checkpoint, *self._new_optimizer())
+
+
+class RunningLoss:
+    """Sums of loss, correct predictions and targets, on the device, read once a step."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin anew."""
+        self._sums: Tensor | None = None
+        self._targets = 0
+
+    def add(self, loss: Tensor, correct: Tensor, batch: Batch) -> None:
+        """Count a batch's summed loss and its correct predictions."""
+        sums = torch.stack((loss.detach().double(), correct.double()))
+        self._sums = sums if self._sums is None else self._sums + sums
+        self._targets += int(batch.pack.targets.sum())  # known without a look at the device
+
+    def collect(self, trainer: pl.Trainer) -> tuple[Tensor, Tensor]:
+        """Mean loss and accuracy over all targets of all processes; begins anew."""
+        assert self._sums is not None
+        sums = torch.cat((self._sums, self._sums.new_tensor([self._targets])))
+        loss, correct, targets = trainer.strategy.reduce(sums, reduce_op="sum")
+        self.reset()
+        targets = targets.clamp(min=1)
+        return (loss / targets).float(), (correct / targets).float()
+
+
+def _fit_loop_at(step: int, accumulate_grad_batches: int, saved: dict[str, Any]) -> dict[str, Any]:
+    """State of Lightning's fit loop after ``step`` steps: inside its one epoch, between two micro-batches.
+
+    ``started`` is one behind, which is how Lightning tells that a validation that is due at this point was held before
+    the checkpoint was written (it then counts the step, hence one less); the loops that are left out begin afresh.
+    """
+    batches = step * accumulate_grad_batches
+    counts = {"ready": batches, "completed": batches, "started": batches - 1, "processed": batches}
+    epoch = {"ready": 1, "completed": 0, "started": 1, "processed": 0}
+    progress = "epoch_loop.automatic_optimization.optim_progress"
+    return {
+        "state_dict": {},
+        "epoch_progress": {"total": dict(epoch), "current": dict(epoch)},
+        "epoch_loop.state_dict": {"_batches_that_stepped": step - 1},
+        "epoch_loop.batch_progress": {"total": dict(counts), "current": dict(counts), "is_last_batch": False},
+        progress: saved[progress],
+    }
