@@ -1,10 +1,11 @@
 """`MLMDataModule`: from configured sources to the batches of a training run."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
+from pretrain.corpus.ahead import bring_ahead, group_size, order_of
 from pretrain.corpus.baselines import Baselines, perplexities
 from pretrain.corpus.batch import Batch, PackDataset
 from pretrain.corpus.masking import MaskDraws, Masking, MaskUnit
@@ -13,6 +14,7 @@ from pretrain.corpus.packed import PackedDataModule
 from pretrain.corpus.packing import Planner, StepPlanner, validation_packs
 from pretrain.corpus.padding import PaddedDataset, static_shapes
 from pretrain.corpus.prepare import open_or_prepare
+from pretrain.corpus.remote import RemoteCorpus
 from pretrain.corpus.tokenizer import ProteinTokenizer
 from pretrain.errors import UserError
 
@@ -46,6 +48,9 @@ class MLMDataModule(PackedDataModule):
             about ``1 / (6 * hidden_size)``.
         static_shapes: Pad packs to one of a few sizes, for compiled code; they are then made equal in tokens, not cost.
         num_workers: Processes that load ahead of training.
+        group_shards: Shards of the corpus that are shuffled together: a number, or ``all``. By default all, and 32 of a
+            corpus from afar, of which only a group, the next one and the one before are needed at a time.
+        cache_gb: How much of a corpus from afar to keep on the local disk; by default what is in use.
         seed: Seed of order, crops and masks.
 
     Raises:
@@ -70,6 +75,8 @@ class MLMDataModule(PackedDataModule):
         attention_cost: float = 0.0005,
         static_shapes: bool = False,
         num_workers: int = 0,
+        group_shards: int | Literal["all"] | None = None,
+        cache_gb: float | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(
@@ -86,7 +93,11 @@ class MLMDataModule(PackedDataModule):
         if long_sequences not in ("crop", "split"):
             raise UserError(f"data.long_sequences is '{long_sequences}'; give crop or split")
         self.windows = max_length if long_sequences == "split" else None
+        if isinstance(group_shards, int) and group_shards < 1:
+            raise UserError(f"data.group_shards is {group_shards}; give at least 1, or all")
         self.static_shapes = static_shapes
+        self.group_shards = group_shards
+        self.cache_bytes = None if cache_gb is None else int(cache_gb * 1e9)
         shares = (mlm_probability, mask_replace_prob, random_replace_prob)
         vocabulary = (self.tokenizer.mask_token_id, self.tokenizer.replacement_ids)
         self.masking = Masking(*shares, *vocabulary, seed, mask_unit, mask_draws, mean_span_length)
@@ -101,7 +112,7 @@ class MLMDataModule(PackedDataModule):
     @override
     def open(self) -> None:
         if not hasattr(self, "train_corpus"):
-            train = open_or_prepare(self.train, self.tokenizer, self.windows)
+            train = open_or_prepare(self.train, self.tokenizer, self.windows, self.cache_bytes)
             validation = open_or_prepare(self.validation, self.tokenizer, self.windows) if self.validation else None
             if self.masking.unit == "word" and not train.has_words:
                 raise UserError(
@@ -111,7 +122,25 @@ class MLMDataModule(PackedDataModule):
 
     @override
     def train_planner(self) -> Planner:
-        return Planner(self.train_corpus, Order(len(self.train_corpus), self.seed), self.masking, self.max_length)
+        corpus = self.train_corpus
+        return Planner(corpus, order_of(corpus, self.group_shards, self.seed), self.masking, self.max_length)
+
+    @override
+    def train_dataloader(self) -> DataLoader[Batch]:
+        loader = super().train_dataloader()
+        assert self._sampler is not None
+        bring_ahead(self._sampler.planner)
+        return loader
+
+    @override
+    def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
+        if isinstance(self.validation_corpus, RemoteCorpus):
+            self.validation_corpus.bring_all()
+        return super().val_dataloader()
+
+    @override
+    def identity(self) -> dict[str, Any]:
+        return {**super().identity(), "group_shards": group_size(self.train_corpus, self.group_shards)}
 
     @override
     def validation_planner(self) -> Planner:

@@ -237,6 +237,7 @@ def test_a_checkpoint_holds_the_position_and_what_identifies_the_order(proteins:
         "corpus": data.train_corpus.fingerprint,
         "max_length": 64,
         "global_batch_tokens": 512,
+        "group_shards": None,
         "tokenizer": data.tokenizer.serialize(),  # so that an export needs nothing but the checkpoint
     }
 
