@@ -1,6 +1,9 @@
 """`MLMDataModule`: from configured sources to the batches of a training run."""
 
-from torch.utils.data import Dataset
+import re
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
 from pretrain.corpus.baselines import Baselines, perplexities
@@ -11,6 +14,7 @@ from pretrain.corpus.packed import PackedDataModule
 from pretrain.corpus.packing import Planner, StepPlanner, validation_packs
 from pretrain.corpus.padding import PaddedDataset, static_shapes
 from pretrain.corpus.prepare import open_or_prepare
+from pretrain.errors import UserError
 
 _VALIDATION_SEED = 0
 
@@ -24,7 +28,8 @@ class MLMDataModule(PackedDataModule):
     Args:
         train: Source files, patterns or directories (as `pretrain prepare` takes), or one corpus that it made. Sources
             are prepared once, into a cache.
-        validation: The same, for validation; without it there is none.
+        validation: The same, for validation; without it there is none. Or several sets by name, ``{near: a.fasta, far:
+            b.fasta}``, the first of which is the one that ``val/loss`` is about.
         tokenizer: ``esm``, or a ``tokenizer.json``, or a directory that holds one.
         max_length: Tokens of a sequence that one step sees, ``<cls>`` and ``<eos>`` included; longer ones are cropped.
         global_batch_tokens: Tokens in an optimizer step, over all processes and micro-batches.
@@ -45,7 +50,7 @@ class MLMDataModule(PackedDataModule):
     def __init__(
         self,
         train: str | list[str],
-        validation: str | list[str] | None = None,
+        validation: str | list[str] | dict[str, str | list[str]] | None = None,
         tokenizer: str = "esm",
         max_length: int = 1024,
         global_batch_tokens: int = 131_072,
@@ -58,9 +63,12 @@ class MLMDataModule(PackedDataModule):
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
+        sets = validation if isinstance(validation, dict) else {"": validation} if validation else {}
+        self.validation_sets = {name: [given] if isinstance(given, str) else given for name, given in sets.items()}
+        _check_names(self.validation_sets)
         super().__init__(
             train,
-            validation,
+            [source for sources in self.validation_sets.values() for source in sources],
             tokenizer,
             max_length,
             global_batch_tokens,
@@ -80,17 +88,25 @@ class MLMDataModule(PackedDataModule):
     def open(self) -> None:
         if not hasattr(self, "train_corpus"):
             self.train_corpus = open_or_prepare(self.train, self.tokenizer)
-            self.validation_corpus = open_or_prepare(self.validation, self.tokenizer) if self.validation else None
+            self.validation_corpora = {
+                name: open_or_prepare(sources, self.tokenizer) for name, sources in self.validation_sets.items()
+            }
+            self.validation_corpus = next(iter(self.validation_corpora.values()), None)
 
     @override
     def train_planner(self) -> Planner:
         return Planner(self.train_corpus, Order(len(self.train_corpus), self.seed), self.masking, self.max_length)
 
     @override
-    def validation_planner(self) -> Planner:
-        assert self.validation_corpus is not None
-        order = Order(len(self.validation_corpus), _VALIDATION_SEED)
-        return Planner(self.validation_corpus, order, self.validation_masking, self.max_length)
+    def validation_planner(self, name: str | None = None) -> Planner:
+        """What plans a validation set, by default the first."""
+        corpus = self.validation_corpus if name is None else self.validation_corpora[name]
+        assert corpus is not None
+        return Planner(corpus, Order(len(corpus), _VALIDATION_SEED), self.validation_masking, self.max_length)
+
+    @override
+    def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
+        return [self.validation_loader(self.validation_planner(name)) for name in self.validation_sets]
 
     @override
     def dataset(self, planner: StepPlanner, pack_tokens: float) -> Dataset[Batch]:
@@ -101,9 +117,21 @@ class MLMDataModule(PackedDataModule):
         share = planner.masking.mlm_probability
         return PaddedDataset(packs, static_shapes(pack_tokens, planner.mean_length, self.max_length, share))
 
-    def baselines(self) -> Baselines | None:
-        """Unigram and bigram perplexity on the positions that validation asks about; None without validation."""
-        if self.validation_corpus is None:
-            return None
-        (packs,) = validation_packs(self.validation_planner(), self.validation_pack_tokens, 1)
-        return perplexities(self.train_corpus, PackDataset(self.validation_corpus, self.validation_masking), packs)
+    def baselines(self) -> dict[str, Baselines]:
+        """Unigram and bigram perplexity on the positions that validation asks about, for each set."""
+        found = {}
+        for name, corpus in self.validation_corpora.items():
+            (packs,) = validation_packs(self.validation_planner(name), self.validation_pack_tokens, 1)
+            found[name] = perplexities(self.train_corpus, PackDataset(corpus, self.validation_masking), packs)
+        return found
+
+
+def _check_names(sets: dict[str, list[str]]) -> None:
+    for name, sources in sets.items():
+        if (name and not re.fullmatch(r"[\w.-]+", name)) or name in ("loss", "perplexity", "accuracy"):
+            raise UserError(
+                f"data.validation has a set named {name!r}; give letters, digits, - . and _, and none of loss, "
+                "perplexity, accuracy"
+            )
+        if not sources:
+            raise UserError(f"data.validation: the set {name!r} names no source; give files or a corpus")

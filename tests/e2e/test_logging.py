@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from pretrain import EncoderConfig, MLMDataModule, MLMModule
 from pretrain.train.logging import read_metrics
+from pretrain.train.validation import RESIDUE_CLASSES
 
 NAMES = {
     "train/loss",
@@ -21,6 +22,7 @@ NAMES = {
     "val/loss",
     "val/perplexity",
     "val/accuracy",
+    *(f"val/accuracy/{name}" for name in RESIDUE_CLASSES),
     "throughput/tokens_per_second",
     "throughput/mfu",
     "throughput/data_wait",
