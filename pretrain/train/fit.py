@@ -39,6 +39,7 @@ from pretrain.train.run import CHECKPOINTS, Run
 from pretrain.train.saving import RunInterruptedError, StepCheckpoint
 from pretrain.train.sharding import FullyShardedStrategy
 from pretrain.train.sick import SickSteps
+from pretrain.train.tensorboard import TensorBoardPages
 from pretrain.train.throughput import Throughput
 
 _MISFIT = "Does not validate against any of the Union subtypes"  # begins jsonargparse's list of what else was tried
@@ -161,7 +162,9 @@ class FitCLI(SettingsCLI):
                 *extra,
             ]
         callbacks: list[pl.Callback] = [Throughput(), _ValidateLast()]
-        callbacks += [LearningRateMonitor()] if loggers else []
+        if loggers:
+            pages = TensorBoardPages(yaml.safe_dump(self.settings, sort_keys=False))
+            callbacks += [LearningRateMonitor(), pages]
         callbacks += [ProgressBar()] if settings.enable_progress_bar is not False else []
         sick = SickSteps(self.run.directory, self.run.step, self.config_init.max_sick_steps_in_a_row)
         ledger = Ledger(self.run.directory, self.run.step)
