@@ -32,6 +32,7 @@ V  0 -3 -3 -3 -1 -2 -2 -3 -3  3  1 -2  1 -1 -2 -2  0 -3 -1  4
 """
 
 _CELL, _MARGIN, _HEAD = 20, 26, 44
+_PRIOR = 5.0  # observations and expectations added, so that what is hardly ever seen says nothing
 _STRONGEST = 5.0  # half-bits at which a cell is coloured fully
 
 
@@ -49,9 +50,8 @@ def log_odds(confusion: NDArray[np.float64]) -> NDArray[np.float64]:
     Args:
         confusion: Counts by true residue (rows) and prediction (columns).
     """
-    chance = (confusion.sum(0) + 1) / (confusion.sum() + len(confusion))
-    given = (confusion + 5 * chance) / (confusion.sum(1, keepdims=True) + 5)  # a prior worth five observations
-    odds: NDArray[np.float64] = 2 * np.log2(given / chance)
+    expected = confusion.sum(1, keepdims=True) * confusion.sum(0) / max(confusion.sum(), 1)
+    odds: NDArray[np.float64] = 2 * np.log2((confusion + _PRIOR) / (expected + _PRIOR))
     return odds
 
 

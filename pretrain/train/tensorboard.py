@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -89,7 +90,7 @@ def fill_ins(module: MLMModule, tokenizer: TextTokenizer) -> str:
     true = dict(zip(batch.target_positions.tolist(), batch.targets.tolist(), strict=True))
     bounds = batch.cu_seqlens.tolist()
     lines = []
-    for start, end in list(zip(bounds, bounds[1:], strict=False))[:_SAMPLES]:
+    for start, end in list(pairwise(bounds))[:_SAMPLES]:
         parts, run = [], list[int]()
         for place in range(start + 1, min(end - 1, start + _SAMPLE_TOKENS)):
             if place not in true:
