@@ -194,11 +194,16 @@ class PackedDataModule(pl.LightningDataModule):
         Raises:
             UserError: If the checkpoint was made with another order; names the first field that differs.
         """
+        if state.get("tokenizer", ours := self.tokenizer.serialize()) != ours:
+            raise UserError(
+                f"the checkpoint was made with another tokenizer than {self.tokenizer.name}: its ids would mean other "
+                "tokens; restore that tokenizer, or start another run"
+            )
         for field, ours in self.identity().items():
-            if state[field] != ours:
+            if state.get(field) != ours:
                 raise UserError(
-                    f"the checkpoint was made with {field} {state[field]!r}, this run has {ours!r}: the data would not "
-                    "continue where it stopped; restore that setting, or start another run"
+                    f"the checkpoint was made with {field} {state.get(field)!r}, this run has {ours!r}: the data would "
+                    "not continue where it stopped; restore that setting, or start another run"
                 )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -49,8 +49,9 @@ class Pack:
         starts: First token of each sequence's crop, shape [N].
         lengths: Tokens in each crop, shape [N].
         maskable: Tokens of each crop that masking may choose (all but ``<cls>`` and ``<eos>``), shape [N].
-        targets: Number of those that it will choose, shape [N].
-        step_targets: Targets in the whole step, over all packs and ranks: what the loss is divided by.
+        targets: Number of those that it is planned to choose (see `Masking.target_counts`), in a batch
+            of those that were, shape [N].
+        step_targets: Planned targets of the whole step, over all packs and ranks: what the loss is divided by.
         after: Where the data stands once the step is finished.
     """
 

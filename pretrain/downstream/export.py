@@ -10,8 +10,9 @@ from typing import Any
 import torch
 import yaml
 
-from pretrain.corpus.tokenizer import ESM_ALPHABET, TextTokenizer, Tokenizer, tokenizer_from_string
+from pretrain.corpus.tokenizer import ESM_ALPHABET, Tokenizer, tokenizer_from_string
 from pretrain.downstream.load import checkpoint_of, encoder_of
+from pretrain.downstream.tokenizer_files import write_tokenizer
 from pretrain.errors import UserError
 from pretrain.model.encoder import Encoder
 from pretrain.model.hf import to_hf, to_hf_config
@@ -101,37 +102,6 @@ def write_model(encoder: Encoder, tokenizer: Tokenizer, max_length: int, out: Pa
         torch.nn.init.zeros_(parameter)  # no contact head was trained: better none than a random one
     # Under the names that the model itself and every published ESM-2 have, not those of TensorFlow's times.
     model.save_pretrained(out, save_original_format=False)
-
-
-def write_tokenizer(tokenizer: Tokenizer, max_length: int, out: Path) -> None:
-    """Write what transformers' ``AutoTokenizer`` loads into the directory ``out``."""
-    from transformers import EsmTokenizer, PreTrainedTokenizerFast
-
-    if isinstance(tokenizer, TextTokenizer):
-        from tokenizers.processors import TemplateProcessing
-
-        cls, eos = (tokenizer.tokens[i] for i in (tokenizer.cls_token_id, tokenizer.eos_token_id))
-        backend = type(tokenizer.backend).from_str(tokenizer.serialize())
-        backend.post_processor = TemplateProcessing(
-            single=f"{cls} $A {eos}",
-            pair=f"{cls} $A {eos} $B {eos}",
-            special_tokens=[(cls, tokenizer.cls_token_id), (eos, tokenizer.eos_token_id)],
-        )
-        backend.encode_special_tokens = False
-        PreTrainedTokenizerFast(
-            tokenizer_object=backend,
-            model_max_length=max_length,
-            cls_token=cls,
-            eos_token=eos,
-            sep_token=eos,
-            pad_token=tokenizer.tokens[tokenizer.pad_token_id],
-            unk_token=tokenizer.tokens[tokenizer.unk_token_id],
-            mask_token=tokenizer.tokens[tokenizer.mask_token_id],
-        ).save_pretrained(out)
-        return
-    vocabulary = out / "vocab.txt"
-    vocabulary.write_text("\n".join(tokenizer.tokens), encoding="utf-8")
-    EsmTokenizer(str(vocabulary), model_max_length=max_length).save_pretrained(out)
 
 
 def verify(encoder: Encoder, tokenizer: Tokenizer, max_length: int, out: Path) -> float:

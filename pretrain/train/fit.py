@@ -1,6 +1,7 @@
 """`pretrain fit`: from config files and overrides to a trained run; the same command again continues it."""
 
 import difflib
+import errno
 import logging
 import os
 import re
@@ -20,14 +21,16 @@ from jsonargparse import ArgumentError, Namespace
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
 from pytorch_lightning.utilities import rank_zero_only
 from torch._dynamo.exc import TorchDynamoException
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from typing_extensions import override
 
 from pretrain.corpus.datamodule import MLMDataModule
+from pretrain.corpus.store import verify
 from pretrain.corpus.tokenizer import load_tokenizer
-from pretrain.errors import UserError
+from pretrain.errors import CrashError, UserError
 from pretrain.shipped import find_recipes
 from pretrain.train.checkpoint import AtomicCheckpointIO
 from pretrain.train.hardware import check_hardware, out_of_memory
@@ -35,7 +38,7 @@ from pretrain.train.ledger import Ledger
 from pretrain.train.logging import EventLogger, LearningRateMonitor, MetricsFile, ProgressBar
 from pretrain.train.module import MLMModule
 from pretrain.train.report import execution, final_figures, header, summary
-from pretrain.train.run import CHECKPOINTS, Run
+from pretrain.train.run import CHECKPOINTS, Run, yaml_error
 from pretrain.train.saving import RunInterruptedError, StepCheckpoint
 from pretrain.train.sharding import FullyShardedStrategy
 from pretrain.train.sick import SickSteps
@@ -94,6 +97,9 @@ class SettingsCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse what was given; Lightning's own version warns when that is also what stands in ``sys.argv``."""
+        for given in _config_files(args):
+            if given.is_file() and (problem := yaml_error(given)):
+                raise UserError(problem)
         try:
             self.config = parser.parse_args(args)
         except ArgumentError as error:
@@ -124,6 +130,8 @@ class FitCLI(SettingsCLI):
         )
         parser.add_argument(
             "--allow_change",
+            nargs="?",
+            const=True,
             type=bool,
             default=False,
             help="Continue a run with other learning-rate, masking, ... settings.",
@@ -169,7 +177,12 @@ class FitCLI(SettingsCLI):
         sick = SickSteps(self.run.directory, self.run.step, self.config_init.max_sick_steps_in_a_row)
         ledger = Ledger(self.run.directory, self.run.step)
         checkpoints = self.run.directory / CHECKPOINTS
-        callbacks += [sick, ledger, StepCheckpoint(checkpoints, ledger.write, **self.config_init.checkpoint)]
+
+        def before_save(trainer: pl.Trainer) -> None:
+            self.run.check_in_place()
+            ledger.write(trainer)
+
+        callbacks += [sick, ledger, StepCheckpoint(checkpoints, before_save, **self.config_init.checkpoint)]
         given = settings.callbacks or []
         plugins = settings.plugins or []
         try:
@@ -288,6 +301,7 @@ def fit(arguments: Sequence[str]) -> int:
         _say(f"{run.directory}: finished already (step {run.step} of {trainer.max_steps})")
         _say(summary(run.directory, finished))
         return 0
+    run.check_weights(module.state_dict(), module.hparams["encoder"])
     data.prepare_data()
     data.setup("fit")
     if run.data_state:
@@ -295,8 +309,22 @@ def fit(arguments: Sequence[str]) -> int:
     data.check_packs(trainer.world_size, trainer.accumulate_grad_batches)
     check_hardware(trainer, module, data)
     _check_schedule(trainer, module, data)
+    if run.checkpoint and trainer.is_global_zero:
+        _verify_what_changed(data.train_corpus.path, run.checkpoint)
     with run.locked() if trainer.is_global_zero else nullcontext():
-        return _train(cli)
+        try:
+            return _train(cli)
+        except Exception:
+            if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
+                trainer.strategy.launcher.kill(signal.SIGKILL)  # who would wait for this process
+            raise
+
+
+def _verify_what_changed(corpus: Path, checkpoint: Path) -> None:
+    """Compare a corpus with its checksums where a file of it is younger than the checkpoint that was trained on it."""
+    trained = checkpoint.stat().st_mtime
+    if any(file.stat().st_mtime > trained for file in corpus.glob("*.arrow")):
+        verify(corpus)
 
 
 def _check_schedule(trainer: pl.Trainer, module: MLMModule, data: MLMDataModule) -> None:
@@ -337,10 +365,35 @@ def _train(cli: FitCLI) -> int:
             f"{run.directory}: model.compile failed ({reason}); install what it asks for, or train with "
             "--model.compile false"
         ) from error
+    except RuntimeError as error:
+        if problem := _lost_worker(run, str(error)):
+            raise problem from error
+        raise
     result = final_figures(trainer, module, data)
     rank_zero_only(run.record_result)(result)
     _say(f"\n{run.directory}: finished\n{summary(run.directory, result)}")
     return 0
+
+
+def _lost_worker(run: Run, reason: str) -> Exception | None:
+    """What to say where training ended because a loader worker did; None where that is not the reason."""
+    if "shared memory" in reason or "Bus error" in reason:
+        return UserError(
+            f"{run.directory}: a loader worker met a bus error: /dev/shm is too small for what workers send, or a "
+            "corpus file was cut short; give the container more (docker run --shm-size 1g), use --data.num_workers 0, "
+            "or compare the corpus by `pretrain inspect CORPUS --verify`"
+        )
+    if "Too many open files" in reason:
+        return UserError(
+            f"{run.directory}: {os.strerror(errno.EMFILE)}; allow more, as `ulimit -n` does, or use fewer "
+            "--data.num_workers"
+        )
+    if "DataLoader worker" in reason:
+        return CrashError(
+            f"{run.directory}: a loader worker was killed, as happens where memory runs out ({reason.strip()[:100]}); "
+            "the same command continues from the newest checkpoint; if it happens again, use fewer --data.num_workers"
+        )
+    return None
 
 
 def _requeue(job: str) -> None:
@@ -352,6 +405,15 @@ def _requeue(job: str) -> None:
         print(f"pretrain: warning: job {job} is not requeued ({reason}); submit it again", file=sys.stderr, flush=True)
     else:
         _say(f"job {job} is requeued")
+
+
+def _config_files(arguments: Sequence[str]) -> list[Path]:
+    """What the arguments give as ``-c`` or ``--config``."""
+    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
+    separate = [following for argument, following in pairs if argument in ("-c", "--config")]
+    return [Path(name) for name in separate] + [
+        Path(argument.partition("=")[2]) for argument in arguments if argument.startswith("--config=")
+    ]
 
 
 def _explain(message: str, parser: LightningArgumentParser) -> str:

@@ -88,7 +88,7 @@ class PlanCLI(SettingsCLI):
             memory=TrainingMemory(
                 encoder=self.model.encoder,
                 precision=precision,
-                target_share=config.data.mlm_probability,
+                target_share=self.datamodule.masking.mean_share,
                 gpus=gpus,
                 sharded=_is_sharded(strategy),
                 gradients_in_buckets=bool(_option(strategy, "gradient_as_bucket_view")),

@@ -95,7 +95,8 @@ class StepCheckpoint(Checkpoint):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._best = dict(state_dict["best"])
+        best = state_dict["best"].items()
+        self._best = {step: loss for step, loss in best if (self.directory / _name(step)).exists()}
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
