@@ -130,9 +130,9 @@ class MLMModule(StepModule):
 
         Those of the first set are ``val/loss``, ...; where sets have names, ``val/<name>/loss``, ... of each.
         """
-        data = getattr(self.trainer, "datamodule", None)
-        known = isinstance(data, MLMDataModule)
-        names = list(data.validation_sets) if known else ["", *map(str, range(1, len(self._tallies)))]
+        given = getattr(self.trainer, "datamodule", None)
+        data = given if isinstance(given, MLMDataModule) else None
+        names = list(data.validation_sets) if data else ["", *map(str, range(1, len(self._tallies)))]
         self.findings = {name: tally.collect(self.trainer) for name, tally in zip(names, self._tallies, strict=True)}
         figures: dict[str, Any] = {}
         for number, (name, found) in enumerate(self.findings.items()):
@@ -140,7 +140,7 @@ class MLMModule(StepModule):
             values = {"loss": loss, "perplexity": loss.exp(), "accuracy": found.accuracy}
             for prefix in ["val"] * (number == 0) + [f"val/{name}"] * bool(name):
                 figures |= {f"{prefix}/{figure}": value for figure, value in values.items()}
-        if known and isinstance(data.tokenizer, ProteinTokenizer):
+        if data and isinstance(data.tokenizer, ProteinTokenizer):
             by_class = self.findings[names[0]].class_accuracies(data.tokenizer.tokens)
             figures |= {f"val/accuracy/{name}": value for name, value in by_class.items()}
         self.log_dict(figures)

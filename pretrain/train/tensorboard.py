@@ -3,14 +3,17 @@
 import shlex
 import sys
 from itertools import pairwise
+from operator import methodcaller
 from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
+from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from pretrain.corpus.datamodule import MLMDataModule
 from pretrain.corpus.tokenizer import ProteinTokenizer, TextTokenizer
+from pretrain.errors import UserError
 from pretrain.train import substitutions
 from pretrain.train.logging import EventLogger
 from pretrain.train.module import MLMModule
@@ -71,6 +74,11 @@ class Histograms(pl.Callback):
         self.every_n_steps = every_n_steps
 
     @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if any(isinstance(parameter, DTensor) for parameter in pl_module.parameters()):
+            raise UserError("Histograms needs whole weights, and FSDP2 divides them; leave it out of trainer.callbacks")
+
+    @override
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         events, step = _events(trainer), trainer.global_step
         if events is None or step % self.every_n_steps:
@@ -78,8 +86,8 @@ class Histograms(pl.Callback):
         for name, parameter in pl_module.named_parameters():
             for kind, tensor in (("weights", parameter.detach()), ("gradients", parameter.grad)):
                 if tensor is not None and bool(tensor.isfinite().all()):
-                    tag, values = f"{kind}/{name}", tensor.float().cpu()
-                    events.show(step, lambda writer, tag=tag, values=values: writer.add_histogram(tag, values, step))
+                    histogram = {"tag": f"{kind}/{name}", "values": tensor.float().cpu(), "global_step": step}
+                    events.show(step, methodcaller("add_histogram", **histogram))
 
 
 def fill_ins(module: MLMModule, tokenizer: TextTokenizer) -> str:
