@@ -142,10 +142,11 @@ class PackedDataModule(pl.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
         """This process's share of the validation corpus, the same at every call; nothing without a corpus."""
-        if self.validation_corpus is None:
-            return []
+        return [] if self.validation_corpus is None else self.validation_loader(self.validation_planner())
+
+    def validation_loader(self, planner: StepPlanner) -> DataLoader[Batch]:
+        """This process's share of all that a planner plans, in epoch 0."""
         trainer = self._trainer()
-        planner = self.validation_planner()
         packs = validation_packs(planner, self.validation_pack_tokens, trainer.world_size)[trainer.global_rank]
         return self._loader(planner, FixedSampler(packs), self.validation_pack_tokens)
 

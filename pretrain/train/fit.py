@@ -43,6 +43,7 @@ from pretrain.train.saving import RunInterruptedError, StepCheckpoint
 from pretrain.train.sharding import FullyShardedStrategy
 from pretrain.train.sick import SickSteps
 from pretrain.train.spikes import LossSpikes, RewindError
+from pretrain.train.tensorboard import TensorBoardPages
 from pretrain.train.throughput import Throughput
 from pretrain.train.watchdog import Watchdog
 
@@ -195,7 +196,9 @@ class FitCLI(SettingsCLI):
             ]
         callbacks: list[pl.Callback] = [Throughput(), _ValidateLast()]
         callbacks += [Watchdog(self.config_init.hang_timeout_minutes)]
-        callbacks += [LearningRateMonitor()] if loggers else []
+        if loggers:
+            pages = TensorBoardPages(yaml.safe_dump(self.settings, sort_keys=False))
+            callbacks += [LearningRateMonitor(), pages]
         callbacks += [ProgressBar()] if settings.enable_progress_bar is not False else []
         sick = SickSteps(self.run.directory, self.run.step, self.config_init.max_sick_steps_in_a_row)
         ledger = Ledger(self.run.directory, self.run.step)

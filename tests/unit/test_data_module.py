@@ -181,7 +181,7 @@ def test_validation_asks_the_same_question_in_every_run(proteins: Path) -> None:
 def test_without_a_validation_source_there_is_no_validation(proteins: Path) -> None:
     data = attach(make(proteins))
     assert data.val_dataloader() == []
-    assert data.baselines() is None
+    assert data.baselines() == {}
 
 
 # --- text -------------------------------------------------------------------------------------------------------------
