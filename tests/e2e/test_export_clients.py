@@ -1,4 +1,4 @@
-"""An export in the tools that people use: transformers, its Trainer and pipelines, PEFT, sentence-transformers, ONNX."""
+"""An export in the tools that people use: transformers and its Trainer, PEFT, sentence-transformers, ONNX."""
 
 import random
 from collections.abc import Callable
