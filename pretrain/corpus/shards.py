@@ -71,7 +71,7 @@ class Filters:
             )
         if self.windows is not None and self.windows < 3:
             raise UserError(
-                f"sequences cannot be split into windows of {self.windows} tokens; give at least 3 (with <cls> and <eos>)"
+                f"sequences cannot be split into windows of {self.windows} tokens; give at least 3"
             )
 
 

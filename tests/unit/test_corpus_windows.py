@@ -122,7 +122,7 @@ def test_windows_too_short_to_hold_a_token_are_a_mistake() -> None:
         Filters(windows=2)
     assert (
         str(caught.value)
-        == "sequences cannot be split into windows of 2 tokens; give at least 3 (with <cls> and <eos>)"
+        == "sequences cannot be split into windows of 2 tokens; give at least 3"
     )
 
 
