@@ -42,6 +42,15 @@ class Batch:
         """The same batch in page-locked memory, as ``DataLoader(pin_memory=True)`` asks for."""
         return replace(self, **{k: v.pin_memory() for k, v in self._tensors().items()})
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Loader workers send arrays through their pipe, not tensors, which torch would put into /dev/shm: that is small
+        # in containers, and where it is full a batch is lost and training waits for it for ever.
+        return {**vars(self), **{name: tensor.numpy() for name, tensor in self._tensors().items()}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        arrays = {name: value for name, value in state.items() if isinstance(value, np.ndarray)}
+        vars(self).update(state, **{name: torch.from_numpy(array) for name, array in arrays.items()})
+
     def _tensors(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 

@@ -70,6 +70,7 @@ class PackedDataModule(pl.LightningDataModule):
         self.tokenizer = load_tokenizer(tokenizer)
         self.train_corpus: Corpus
         self.validation_corpus: Corpus | None
+        self.skips: list[tuple[int, int]] = []  # from and to places in the order, as decided so far
         self._start = (0, Position())
         self._sampler: PackSampler | None = None
 
@@ -134,6 +135,7 @@ class PackedDataModule(pl.LightningDataModule):
             world_size=trainer.world_size,
             accumulate_grad_batches=trainer.accumulate_grad_batches,
             attention_cost=self.attention_cost,
+            skips=dict(self.skips),
         )
         pack_tokens = self.global_batch_tokens / (trainer.world_size * trainer.accumulate_grad_batches)
         return self._loader(planner, self._sampler, pack_tokens)
@@ -183,6 +185,7 @@ class PackedDataModule(pl.LightningDataModule):
             "step": step,
             "cursor": position.cursor,
             "tokens": position.tokens,
+            "skips": len(self.skips),
             **self.identity(),
             "tokenizer": self.tokenizer.serialize(),
         }

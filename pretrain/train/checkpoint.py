@@ -5,7 +5,7 @@ import hashlib
 import os
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from io import BufferedRandom
 from pathlib import Path
 from typing import Any
@@ -161,12 +161,16 @@ def _verify(path: Path) -> None:
             raise ValueError("its checksum is wrong")
 
 
-def newest_checkpoint(directory: Path) -> tuple[Path, dict[str, Any], list[str]] | None:
-    """The newest readable checkpoint of a directory: path, content, and why newer ones were passed over."""
+def newest_checkpoint(
+    directory: Path, usable: Callable[[dict[str, Any]], bool] = lambda checkpoint: True
+) -> tuple[Path, dict[str, Any], list[str]] | None:
+    """The newest readable and usable checkpoint of a directory: path, content, why damaged ones were passed over."""
     problems: list[str] = []
     for path in sorted(directory.glob("step-*.ckpt"), reverse=True):
         try:
-            return path, read_checkpoint(path), problems
+            checkpoint = read_checkpoint(path)
+            if usable(checkpoint):
+                return path, checkpoint, problems
         except UserError as error:
             problems.append(str(error))
     if problems:
@@ -182,6 +186,15 @@ def write_whole(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.rename(path)
+    sync_directory(path.parent)
+
+
+def link(path: Path, target: str) -> None:
+    """Let a symbolic link point to a file beside it, in one step."""
+    aside = path.with_name(f".{path.name}.partial")
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(target)
+    aside.rename(path)
     sync_directory(path.parent)
 
 

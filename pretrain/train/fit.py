@@ -1,7 +1,6 @@
 """`pretrain fit`: from config files and overrides to a trained run; the same command again continues it."""
 
 import difflib
-import errno
 import logging
 import os
 import re
@@ -32,6 +31,7 @@ from pretrain.corpus.store import verify
 from pretrain.corpus.tokenizer import load_tokenizer
 from pretrain.errors import CrashError, UserError
 from pretrain.shipped import find_recipes
+from pretrain.train.branch import Branch
 from pretrain.train.checkpoint import AtomicCheckpointIO
 from pretrain.train.hardware import check_hardware, out_of_memory
 from pretrain.train.ledger import Ledger
@@ -42,7 +42,9 @@ from pretrain.train.run import CHECKPOINTS, Run, yaml_error
 from pretrain.train.saving import RunInterruptedError, StepCheckpoint
 from pretrain.train.sharding import FullyShardedStrategy
 from pretrain.train.sick import SickSteps
+from pretrain.train.spikes import LossSpikes, RewindError
 from pretrain.train.throughput import Throughput
+from pretrain.train.watchdog import Watchdog
 
 _MISFIT = "Does not validate against any of the Union subtypes"  # begins jsonargparse's list of what else was tried
 
@@ -82,6 +84,13 @@ class SettingsCLI(LightningCLI):
             default=10,
             help="Steps skipped in a row because of a NaN or infinite loss or gradient, after which the run stops.",
         )
+        parser.add_argument(
+            "--hang_timeout_minutes",
+            type=float | None,
+            default=20.0,
+            help="End the job, and say which process hangs, when nothing was done for so long; null to wait for ever.",
+        )
+        parser.add_class_arguments(LossSpikes, "spikes", skip={"run", "skips"}, instantiate=False)
         parser.add_class_arguments(StepCheckpoint, "checkpoint", skip={"directory", "before_save"}, instantiate=False)
         parser.link_arguments("seed_everything", "data.seed")
         parser.link_arguments(
@@ -135,6 +144,13 @@ class FitCLI(SettingsCLI):
             default=False,
             help="Continue a run with other learning-rate, masking, ... settings.",
         )
+        parser.add_argument(
+            "--branch_from",
+            type=str | None,
+            default=None,
+            metavar="RUN_OR_CHECKPOINT",
+            help="Begin a new run where another one stands, with other history settings if wanted.",
+        )
         super().add_arguments_to_parser(parser)
 
     def before_instantiate_classes(self) -> None:
@@ -146,11 +162,20 @@ class FitCLI(SettingsCLI):
         first = Path(config.config[0].relative) if config.config else None
         if config.run is None and first is None:
             raise UserError("no config file and no run directory; give -c CONFIG or --run DIR")
+        self.branch: Branch | None = None
+        if config.branch_from and config.run is None:
+            raise UserError("a branch is a run of its own; say where with --run DIR")
+        if config.branch_from:
+            self.branch = Branch(Path(config.run), Path(config.branch_from))
         self.run = Run(Path(config.run) if config.run else Path("runs") / first.stem)  # type: ignore[union-attr]
+        if self.branch and self.branch.origin:
+            self.run.begin_at(self.branch.origin)
         self.settings = yaml.safe_load(self.parser.dump(config))
-        for name in ("config", "run", "allow_change"):
+        for name in ("config", "run", "allow_change", "branch_from"):
             self.settings.pop(name, None)
-        self.changes = self.run.check(self.settings, config.allow_change)
+        # Where a branch begins, other settings are what it is for.
+        begins = self.branch is not None and self.branch.step in (None, self.run.step)
+        self.changes = self.run.check(self.settings, config.allow_change or begins)
         if self.run.checkpoint:  # which holds the weights: those that the run began with may be gone by now
             config.model.initialize_from = None
 
@@ -169,6 +194,7 @@ class FitCLI(SettingsCLI):
                 *extra,
             ]
         callbacks: list[pl.Callback] = [Throughput(), _ValidateLast()]
+        callbacks += [Watchdog(self.config_init.hang_timeout_minutes)]
         callbacks += [LearningRateMonitor()] if loggers else []
         callbacks += [ProgressBar()] if settings.enable_progress_bar is not False else []
         sick = SickSteps(self.run.directory, self.run.step, self.config_init.max_sick_steps_in_a_row)
@@ -179,7 +205,8 @@ class FitCLI(SettingsCLI):
             self.run.check_in_place()
             ledger.write(trainer)
 
-        callbacks += [sick, ledger, StepCheckpoint(checkpoints, before_save, **self.config_init.checkpoint)]
+        spikes = LossSpikes(self.run.directory, self.run.skips, **self.config_init.spikes)
+        callbacks += [sick, spikes, ledger, StepCheckpoint(checkpoints, before_save, **self.config_init.checkpoint)]
         given = settings.callbacks or []
         plugins = settings.plugins or []
         try:
@@ -284,8 +311,16 @@ def fit(arguments: Sequence[str]) -> int:
     Raises:
         UserError: On any mistake in the arguments, the config, the data or the run directory.
     """
-    cli = build(arguments)
+    while True:
+        try:
+            return _fit(build(arguments))
+        except RewindError as rewind:
+            _say(f"\n{rewind}")
+
+
+def _fit(cli: FitCLI) -> int:
     run, trainer, module, data = cli.run, cli.trainer, cli.model, cli.datamodule
+    data.skips = [(skip.first, skip.end) for skip in run.skips]
     for problem in run.problems:
         _say(f"passed over: {problem}")
     if run.step > trainer.max_steps:
@@ -308,9 +343,14 @@ def fit(arguments: Sequence[str]) -> int:
     _check_schedule(trainer, module, data)
     if run.checkpoint and trainer.is_global_zero:
         _verify_what_changed(data.train_corpus.path, run.checkpoint)
+    if cli.branch and trainer.is_global_zero:
+        cli.branch.create()
+        run.reopened()
     with run.locked() if trainer.is_global_zero else nullcontext():
         try:
             return _train(cli)
+        except RewindError:
+            raise
         except Exception:
             if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
                 trainer.strategy.launcher.kill(signal.SIGKILL)  # who would wait for this process
@@ -363,6 +403,8 @@ def _train(cli: FitCLI) -> int:
             "--model.compile false"
         ) from error
     except RuntimeError as error:
+        if isinstance(error.__context__, OSError):  # which Lightning met another one while tidying up after
+            raise error.__context__ from error
         if problem := _lost_worker(run, str(error)):
             raise problem from error
         raise
@@ -374,16 +416,10 @@ def _train(cli: FitCLI) -> int:
 
 def _lost_worker(run: Run, reason: str) -> Exception | None:
     """What to say where training ended because a loader worker did; None where that is not the reason."""
-    if "shared memory" in reason or "Bus error" in reason:
+    if "Bus error" in reason:
         return UserError(
-            f"{run.directory}: a loader worker met a bus error: /dev/shm is too small for what workers send, or a "
-            "corpus file was cut short; give the container more (docker run --shm-size 1g), use --data.num_workers 0, "
-            "or compare the corpus by `pretrain inspect CORPUS --verify`"
-        )
-    if "Too many open files" in reason:
-        return UserError(
-            f"{run.directory}: {os.strerror(errno.EMFILE)}; allow more, as `ulimit -n` does, or use fewer "
-            "--data.num_workers"
+            f"{run.directory}: a loader worker met a bus error, as where a corpus file is cut short while it is read; "
+            "compare the corpus by `pretrain inspect CORPUS --verify`"
         )
     if "DataLoader worker" in reason:
         return CrashError(

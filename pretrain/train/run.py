@@ -8,6 +8,8 @@ runs/quickstart/
   ledger.csv                  what each step consumed, for `pretrain inspect --audit`
   starts.jsonl                one line a start: time, step, command, changes, versions, hardware, strategy, commit
   sick.jsonl                  steps that were skipped because of NaN or infinity, with their sequences, if there are any
+  origin.json                 the run and the step that it branched off, where it did
+  skips.jsonl                 stretches of the order that were left out after a loss spike, if there are any
   result.json                 the final figures, once the run is finished
   .lock                       held by the process that trains
 """
@@ -29,11 +31,12 @@ import yaml
 from torch import Tensor
 
 from pretrain.errors import UserError
-from pretrain.train.checkpoint import newest_checkpoint, write_whole
+from pretrain.train.checkpoint import link, newest_checkpoint, read_checkpoint, write_whole
 from pretrain.train.lock import Lock, locked
+from pretrain.train.spikes import read_skips
 
 CONFIG, CHECKPOINTS, STARTS, RESULT = "config.yaml", "checkpoints", "starts.jsonl", "result.json"
-LEDGER, SICK, LOCK = "ledger.csv", "sick.jsonl", ".lock"
+LEDGER, SICK, ORIGIN, LOCK = "ledger.csv", "sick.jsonl", "origin.json", ".lock"
 
 _IDENTITY = (
     "seed_everything",
@@ -66,12 +69,13 @@ class Run:
 
     Args:
         directory: Where it is, or will be.
+        checkpoint: Its checkpoint to begin with, rather than the newest.
 
     Raises:
         UserError: If the directory holds something else, or no checkpoint in it can be read.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, checkpoint: Path | None = None) -> None:
         self.directory = directory
         if directory.exists() and not directory.is_dir():
             raise UserError(f"{directory}: is a file; a run is a directory: choose another with --run")
@@ -82,12 +86,39 @@ class Run:
             raise UserError(f"{directory}: holds files but no {CONFIG}, so it is no run; choose another with --run")
         self._files = self._checkpoint_files()
         self._lock: Lock | None = None
-        newest = newest_checkpoint(directory / CHECKPOINTS)
+        chosen = (checkpoint, read_checkpoint(checkpoint), []) if checkpoint else None
+        self.skips = read_skips(directory)
+        newest = chosen or newest_checkpoint(directory / CHECKPOINTS, self._is_of_this_history)
         self.checkpoint: Path | None = newest[0] if newest else None
         self.step: int = newest[1]["global_step"] if newest else 0
         self.data_state: dict[str, Any] | None = newest[1].get("MLMDataModule") if newest else None
         self.problems = newest[2] if newest else []
         self._content = _outline(newest[1]) if newest else {}
+
+    def _is_of_this_history(self, checkpoint: dict[str, Any]) -> bool:
+        """Whether no skip that was decided later takes a checkpoint's steps back."""
+        known = checkpoint.get("MLMDataModule", {}).get("skips", 0)
+        return all(checkpoint["global_step"] <= skip.step for skip in self.skips[known:])
+
+    def _take_back(self) -> None:
+        """Remove the checkpoints of steps that a skip has taken back."""
+        directory = self.directory / CHECKPOINTS
+        newer = [path for path in directory.glob("step-*.ckpt") if not self.checkpoint or path > self.checkpoint]
+        for path in newer:
+            path.unlink()
+        if newer and self.checkpoint:
+            link(directory / "last.ckpt", self.checkpoint.name)
+        elif newer:
+            (directory / "last.ckpt").unlink(missing_ok=True)
+
+    def begin_at(self, origin: "Run") -> None:
+        """Begin with another run's settings and checkpoint; for a run that has none of its own."""
+        self.config, self.checkpoint, self.step = origin.config, origin.checkpoint, origin.step
+        self.data_state, self._content = origin.data_state, origin._content
+
+    def reopened(self) -> None:
+        """Look at the checkpoints again, once this process has put one there."""
+        self._files = self._checkpoint_files()
 
     def _checkpoint_files(self) -> list[str]:
         return sorted(path.name for path in (self.directory / CHECKPOINTS).glob("step-*.ckpt"))
@@ -106,12 +137,18 @@ class Run:
                     raise UserError(
                         f"{self.directory}: another process has trained here meanwhile; give the command again"
                     )
+                if self.skips:
+                    self._take_back()
                 yield
         except BlockingIOError as error:
             raise UserError(
                 f"{self.directory}: {error.strerror} trains in this directory; stop it first, or choose another with "
                 "--run"
             ) from error
+        except OSError as error:  # of a descriptor, it names no file
+            if error.filename is not None or error.errno is None:
+                raise
+            raise OSError(error.errno, error.strerror, str(self.directory)) from error
 
     def check_in_place(self) -> None:
         """Make sure that the directory is still there, on the process that holds its lock.
@@ -124,6 +161,15 @@ class Run:
                 f"{self.directory}: was removed or replaced while training; the run ends here, since what it wrote is "
                 "gone: restore the directory and give the same command, or start again"
             )
+
+    @property
+    def origin(self) -> str | None:
+        """Where it branched off, for people."""
+        try:
+            origin = json.loads((self.directory / ORIGIN).read_text(encoding="utf-8"))
+            return f"{origin['run']}, after step {origin['step']}"
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     @property
     def result(self) -> dict[str, Any] | None:
@@ -165,7 +211,7 @@ class Run:
                 history.append(what)
         if history and not allow_change:
             raise UserError(
-                f"{self.directory}: was started with other settings ({'; '.join(history)}); add --allow_change true to "
+                f"{self.directory}: was started with other settings ({'; '.join(history)}); add --allow_change to "
                 "continue with the new ones, or choose another directory with --run"
             )
         return history
