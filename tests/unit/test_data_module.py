@@ -171,6 +171,7 @@ def test_validation_asks_the_same_question_in_every_run(proteins: Path) -> None:
         "seed": 8,
         "mlm_probability": 0.4,
         "mask_replace_prob": 0.5,
+        "mask_draws": "independent",
         "global_batch_tokens": 4096,
         "validation_pack_tokens": 99,
     }
