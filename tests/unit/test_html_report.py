@@ -19,7 +19,8 @@ def runs(tmp_path: Path) -> list[Path]:
         path.mkdir()
         paths.append(path)
         model = {"learning_rate": 0.001 * (number + 1), "warmup_steps": 3}
-        (path / "config.yaml").write_text(yaml.safe_dump({"seed_everything": 0, "model": model}))
+        settings = {"seed_everything": 0, "model": model, "data": {"max_length": 64}, "trainer": {"max_steps": 1000}}
+        (path / "config.yaml").write_text(yaml.safe_dump(settings))
         rows = [(n, "train/loss", 3 - n / 1000) for n in range(1000)] + [(n, "lr-AdamW", 1e-3) for n in range(1000)]
         rows += [(n, "val/loss", 2.5 + number - n / 1000) for n in (499, 999)] + [(5, "train/loss", float("nan"))]
         lines = "".join(f"{step},{key},{value}\n" for step, key, value in sorted(rows))
