@@ -63,11 +63,11 @@ def few_files(number: int) -> None:
 
 
 def tiny_shared_memory() -> None:
-    """A /dev/shm of 64 KB, for this process and its children only."""
+    """A /dev/shm of 160 KB, for this process and its children only."""
     libc = ctypes.CDLL(None, use_errno=True)
     assert libc.unshare(0x00020000) == 0, os.strerror(ctypes.get_errno())  # CLONE_NEWNS
     subprocess.run(["mount", "--make-rprivate", "/"], check=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", "/dev/shm"], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", "/dev/shm"], check=True)
 
 
 def read_only(directory: Path) -> None:
