@@ -70,9 +70,7 @@ class Filters:
                 f"lengths from {self.min_length} to {longest} leave nothing; give 0 <= min <= max, max >= 1"
             )
         if self.windows is not None and self.windows < 3:
-            raise UserError(
-                f"sequences cannot be split into windows of {self.windows} tokens; give at least 3 (with <cls> and <eos>)"
-            )
+            raise UserError(f"sequences cannot be split into windows of {self.windows} tokens; give at least 3")
 
 
 class Part(NamedTuple):

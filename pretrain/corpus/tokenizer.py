@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from pretrain.errors import UserError
+from pretrain.shipped import shipped
 
 if TYPE_CHECKING:
     import tokenizers
@@ -194,6 +195,8 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     if str(name_or_path) == ProteinTokenizer.name:
         return ProteinTokenizer()
     path = Path(name_or_path)
+    if not path.exists():
+        path = shipped(str(name_or_path)) or path
     if path.is_dir() and not (path / "tokenizer.json").is_file() and any(path.glob("*vocab*")):
         return _from_transformers(path)
     path = path / "tokenizer.json" if path.is_dir() else path

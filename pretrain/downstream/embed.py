@@ -4,7 +4,6 @@ A *part* is some consecutive records and their vectors: a function of the record
 nothing else. So a call that was interrupted goes on behind its last part, and the file is the same, byte for byte.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -27,6 +26,7 @@ from pretrain.downstream.load import choose_device, load
 from pretrain.downstream.pretrained_encoder import PretrainedEncoder, check_choices
 from pretrain.downstream.records import Tokens, read_tokens
 from pretrain.errors import UserError
+from pretrain.train.lock import locked
 
 PART_TOKENS = {"cpu": 2**17, "cuda": 2**21}
 """Tokens of a part: what an interruption may cost, and enough for packs of about equal lengths."""
@@ -230,19 +230,18 @@ def _workplace(out: Path, settings: dict[str, Any]) -> Iterator[Path]:
     out.parent.mkdir(parents=True, exist_ok=True)
     place = out.with_name(f".{out.name}.partial")
     place.mkdir(exist_ok=True)
-    with (place / _LOCK).open("w") as lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"{out}: another process is writing it; wait for it, or choose another name") from error
-        content = json.dumps(settings)
-        stored = place / _SETTINGS
-        if not stored.is_file() or stored.read_text(encoding="utf-8") != content:
-            for file in place.glob("part-*"):
-                file.unlink()
-            stored.write_text(content, encoding="utf-8")
-        try:
-            yield place
-        finally:
-            if not any(place.glob("part-*.arrow")):  # nothing that would be worth keeping
-                shutil.rmtree(place, ignore_errors=True)
+    try:
+        with locked(place / _LOCK):
+            content = json.dumps(settings)
+            stored = place / _SETTINGS
+            if not stored.is_file() or stored.read_text(encoding="utf-8") != content:
+                for file in place.glob("part-*"):
+                    file.unlink()
+                stored.write_text(content, encoding="utf-8")
+            try:
+                yield place
+            finally:
+                if not any(place.glob("part-*.arrow")):  # nothing that would be worth keeping
+                    shutil.rmtree(place, ignore_errors=True)
+    except BlockingIOError as error:
+        raise UserError(f"{out}: {error.strerror} is writing it; wait for it, or choose another name") from error

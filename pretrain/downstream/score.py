@@ -4,9 +4,9 @@ Each method gives a variant one number, higher for what the model finds more nat
 
 - masked-marginals: the sum over the substitutions of log p(new) - log p(old), with that place of the wild type masked;
 - wildtype-marginals: the same with nothing masked: one pass for all variants of a wild type;
-- pseudo-perplexity: the mean of log p(residue) over the variant itself, each residue masked in turn, which is minus the
-  logarithm of the pseudo-perplexity (Salazar et al. 2020); one pass a residue and variant. Insertions and deletions have
-  one, too.
+- pseudo-perplexity: the mean of log p(residue) over the variant itself, each residue masked in turn: minus the
+  logarithm of the pseudo-perplexity (Salazar et al. 2020). One pass a residue and variant; insertions and deletions
+  have one, too.
 
 As in facebookresearch/esm's ``examples/variant-prediction``, probabilities are over the whole vocabulary, and several
 substitutions are taken one by one and added up.
@@ -66,7 +66,7 @@ def score(
         raise UserError(f"{out}: exists already; choose another name, or remove it first")
     marginals = any(method != "pseudo-perplexity" for method in methods)
     variants = read_variants(table, wild_type, columns or VariantColumns(), first_residue, marginals)
-    names = [method.replace("-", "_") for method in methods]
+    names = [COLUMNS[method] for method in methods]
     if taken := [name for name in names if name in variants.header]:
         raise UserError(f"{table}: has a column '{taken[0]}' already; rename it, so that nothing is overwritten")
     model = load(path).to(choose_device(device))
@@ -161,6 +161,12 @@ METHODS: dict[str, Callable[[PretrainedEncoder, Sequence[Variant]], NDArray[np.f
     "masked-marginals": _masked_marginals,
     "wildtype-marginals": _wildtype_marginals,
     "pseudo-perplexity": _pseudo_perplexity,
+}
+
+COLUMNS = {
+    "masked-marginals": "masked_marginals",
+    "wildtype-marginals": "wildtype_marginals",
+    "pseudo-perplexity": "mean_pseudo_log_likelihood",
 }
 
 

@@ -1,5 +1,6 @@
 """Tokenizers as transformers stores them beside a model: read and written."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -65,13 +66,17 @@ def check_special_tokens(directory: Path, config: EncoderConfig, tokenizer: Toke
 
 def write_tokenizer(tokenizer: Tokenizer, max_length: int, out: Path) -> None:
     """Write what transformers' ``AutoTokenizer`` loads into the directory ``out``."""
-    from transformers import EsmTokenizer, PreTrainedTokenizerFast
+    from transformers import AddedToken, EsmTokenizer, PreTrainedTokenizerFast
 
     if isinstance(tokenizer, TextTokenizer):
         from tokenizers.processors import TemplateProcessing
 
         cls, eos = (tokenizer.tokens[i] for i in (tokenizer.cls_token_id, tokenizer.eos_token_id))
-        backend = type(tokenizer.backend).from_str(tokenizer.serialize())
+        content = json.loads(tokenizer.serialize())
+        for token in content["added_tokens"]:
+            # The space before a mask is the masked word's: byte-level tokens begin with theirs (as in RoBERTa).
+            token["lstrip"] = token["lstrip"] or token["id"] == tokenizer.mask_token_id
+        backend = type(tokenizer.backend).from_str(json.dumps(content))
         backend.post_processor = TemplateProcessing(
             single=f"{cls} $A {eos}",
             pair=f"{cls} $A {eos} $B {eos}",
@@ -86,7 +91,7 @@ def write_tokenizer(tokenizer: Tokenizer, max_length: int, out: Path) -> None:
             sep_token=eos,
             pad_token=tokenizer.tokens[tokenizer.pad_token_id],
             unk_token=tokenizer.tokens[tokenizer.unk_token_id],
-            mask_token=tokenizer.tokens[tokenizer.mask_token_id],
+            mask_token=AddedToken(tokenizer.tokens[tokenizer.mask_token_id], lstrip=True, special=True),
         ).save_pretrained(out)
         return
     vocabulary = out / "vocab.txt"
