@@ -16,7 +16,7 @@ from pretrain.corpus.shards import JOURNAL, Filters, Part, make_shards, report_f
 from pretrain.corpus.sources import Source, SourceOptions, find_sources
 from pretrain.corpus.split import SIDES, Split, split_parts
 from pretrain.corpus.store import FORMAT_VERSION, LENGTHS, MANIFEST, REPORT, Corpus, is_corpus, write_manifest
-from pretrain.corpus.tokenizer import Tokenizer, train_tokenizer
+from pretrain.corpus.tokenizer import Tokenizer, TokenizerKind, train_tokenizer
 from pretrain.corpus.whole import make_whole
 from pretrain.errors import UserError
 
@@ -192,14 +192,24 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def open_or_prepare(sources: Sequence[str | Path], tokenizer: Tokenizer, cache_bytes: int | None = None) -> Corpus:
+def open_or_prepare(
+    sources: Sequence[str | Path],
+    tokenizer: Tokenizer,
+    windows: int | None = None,
+    cache_bytes: int | None = None,
+) -> Corpus:
     """Open a corpus, or prepare raw sources into the cache: once for each content and tokenizer.
 
-    The cache is ``$PRETRAIN_CACHE``, or ``pretrain`` in ``$XDG_CACHE_HOME`` (``~/.cache``). A corpus from afar is
-    opened there, with copies of at most ``cache_bytes`` of it, or of what is in use.
+    The cache is ``$PRETRAIN_CACHE``, or ``pretrain`` in ``$XDG_CACHE_HOME`` (``~/.cache``).
+
+    Args:
+        sources: Raw sources, or one corpus.
+        tokenizer: What makes the ids.
+        windows: Tokens that longer sequences are cut into, at most; None leaves them whole.
+        cache_bytes: How much to keep there of a corpus from afar; by default what is in use.
 
     Raises:
-        UserError: If a corpus was made with another tokenizer than ``tokenizer``.
+        UserError: If a corpus was made with another tokenizer than ``tokenizer``, or not cut as ``windows`` says.
     """
     corpus: Corpus | None = None
     if len(sources) == 1 and is_remote(sources[0]):
@@ -213,8 +223,15 @@ def open_or_prepare(sources: Sequence[str | Path], tokenizer: Tokenizer, cache_b
                 f"{corpus.tokenizer.fingerprint}), the config asks for '{tokenizer.name}' ({tokenizer.vocab_size} ids, "
                 f"{tokenizer.fingerprint}); set data.tokenizer to the corpus's, or prepare the sources again"
             )
+        was = corpus.manifest.get("prepared", {}).get("windows")
+        if windows and not (was and was <= windows):
+            given = f"with --windows {was}" if was else "without --windows"
+            raise UserError(
+                f"{corpus.path}: was prepared {given}, data.long_sequences split needs at most {windows} "
+                f"tokens in each; prepare it again with --windows {windows}, or set data.long_sequences to crop"
+            )
         return corpus
-    key = hashlib.sha256(json.dumps([FORMAT_VERSION, tokenizer.fingerprint]).encode())
+    key = hashlib.sha256(json.dumps([FORMAT_VERSION, tokenizer.fingerprint, windows]).encode())
     options = SourceOptions()
     found = find_sources(sources, options)
     for source in found:
@@ -228,7 +245,7 @@ def open_or_prepare(sources: Sequence[str | Path], tokenizer: Tokenizer, cache_b
             key.update(hashlib.file_digest(file, "sha256").digest())
     cached = cache_directory() / key.hexdigest()[:16]
     if not is_corpus(cached):
-        _prepare_once(found, cached, tokenizer, options, Filters(), None)
+        _prepare_once(found, cached, tokenizer, options, Filters(windows=windows), None)
     return Corpus(cached)
 
 
@@ -236,8 +253,10 @@ def _list(skipped: dict[str, int]) -> str:
     return ", ".join(f"{count:,} {reason}" for reason, count in sorted(skipped.items())) or "none was read"
 
 
-def train_tokenizer_file(sources: Sequence[str | Path], out: Path, vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE tokenizer on the records of source files and write it as a ``tokenizer.json``.
+def train_tokenizer_file(
+    sources: Sequence[str | Path], out: Path, vocab_size: int, kind: TokenizerKind = "bpe"
+) -> Tokenizer:
+    """Train a tokenizer on the records of source files and write it as a ``tokenizer.json``; see `train_tokenizer`.
 
     Raises:
         UserError: If a source is unreadable, ``out`` exists, or ``vocab_size`` is too small.
@@ -245,7 +264,7 @@ def train_tokenizer_file(sources: Sequence[str | Path], out: Path, vocab_size: i
     if out.exists():
         raise UserError(f"{out}: exists already; choose another name, or remove it first")
     documents = (record.text.decode("utf-8", "replace") for source in sources for record in read_records(source))
-    tokenizer = train_tokenizer(documents, vocab_size)
+    tokenizer = train_tokenizer(documents, vocab_size, kind)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial")
     partial.write_text(tokenizer.serialize(), encoding="utf-8")

@@ -29,6 +29,7 @@ from pretrain.corpus.readers import Flaw, parse
 from pretrain.corpus.sources import Source, SourceOptions
 from pretrain.corpus.store import FORMAT_VERSION, file_checksum, open_shard, write_rows, write_shard
 from pretrain.corpus.tokenizer import InvalidSymbolError, Tokenizer
+from pretrain.corpus.windows import into_windows
 from pretrain.errors import UserError
 
 BLOCK_BYTES = 2**25
@@ -36,25 +37,31 @@ BLOCK_BYTES = 2**25
 
 JOURNAL = "journal.jsonl"
 
+_NEEDS_TOKENIZER = (
+    "correct or remove it, or, if this is text, give its tokenizer: --data.tokenizer FILE (in prepare --tokenizer FILE)"
+)
+
 
 @dataclass(frozen=True)
 class Filters:
-    """Which records are kept; the others are counted.
+    """Which records are kept, the others being counted, and whether long ones are cut.
 
     Attributes:
         min_length: Shorter sequences are left out; in tokens, ``<cls>`` and ``<eos>`` included.
         max_length: Longer ones are.
         deduplicate: Keep the first of those that have the same tokens. Needs about 50 bytes of memory a sequence.
         skip_bad: Skip records that cannot be read or have no token, and list them; otherwise the first one is an error.
+        windows: Cut longer sequences into several of at most this many tokens, ``<cls>`` and ``<eos>`` included.
 
     Raises:
-        UserError: If no length is left.
+        UserError: If no length is left, or too little to cut into.
     """
 
     min_length: int | None = None
     max_length: int | None = None
     deduplicate: bool = False
     skip_bad: bool = False
+    windows: int | None = None
 
     def __post_init__(self) -> None:
         shortest, longest = self.min_length or 0, self.max_length
@@ -62,6 +69,8 @@ class Filters:
             raise UserError(
                 f"lengths from {self.min_length} to {longest} leave nothing; give 0 <= min <= max, max >= 1"
             )
+        if self.windows is not None and self.windows < 3:
+            raise UserError(f"sequences cannot be split into windows of {self.windows} tokens; give at least 3")
 
 
 class Part(NamedTuple):
@@ -268,6 +277,7 @@ def _make_part(job: _Job, block: _Block) -> Part:
         return block.previous
     ids: list[str] = []
     tokens: list[NDArray[np.unsignedinteger]] = []
+    word_starts: list[NDArray[np.bool_]] = []
     report: list[str] = []
     skipped: Counter[str] = Counter()
     shortest, longest = job.filters.min_length or 0, job.filters.max_length or sys.maxsize
@@ -275,12 +285,13 @@ def _make_part(job: _Job, block: _Block) -> Part:
         for item in parse(piece, job.options):
             if not isinstance(item, Flaw):
                 try:
-                    encoded = job.tokenizer.encode(item.text)
+                    encoded, words = job.tokenizer.encode_words(item.text)
                 except InvalidSymbolError as error:
+                    is_text = error.symbol == "' '" and piece.source.kind != "fasta"
                     item = Flaw(
                         item.line,
                         f"record '{item.id}' has {error.symbol} at position {error.position}; allowed: "
-                        f"{error.allowed}; correct or remove it",
+                        f"{error.allowed}; {_NEEDS_TOKENIZER if is_text else 'correct or remove it'}",
                     )
             if isinstance(item, Flaw):
                 if not job.filters.skip_bad:
@@ -292,8 +303,11 @@ def _make_part(job: _Job, block: _Block) -> Part:
             elif len(encoded) > longest:
                 skipped["long"] += 1
             else:
-                ids.append(item.id)
-                tokens.append(encoded)
+                for name, window, starts in into_windows(item.id, encoded, words, job.filters.windows or len(encoded)):
+                    ids.append(name)
+                    tokens.append(window)
+                    if starts is not None:
+                        word_starts.append(starts)
     if not block.is_whole:
         return Part(block.number, "", None, 0, 0, "", {})
     if report:
@@ -301,7 +315,7 @@ def _make_part(job: _Job, block: _Block) -> Part:
     if not ids:
         return Part(block.number, checksum, None, 0, 0, "", dict(skipped))
     file = job.directory / f"shard-{block.number:05d}.arrow"
-    sha256 = write_shard(file, ids, tokens, job.tokenizer.dtype)
+    sha256 = write_shard(file, ids, tokens, job.tokenizer.dtype, word_starts)
     num_tokens = sum(map(len, tokens))
     return Part(block.number, checksum, file.name, len(ids), num_tokens, sha256, dict(skipped))
 

@@ -3,7 +3,8 @@
 corpus/
   manifest.json          counts, tokenizer, shards with their checksums, fingerprint, how it was prepared
   lengths.npy            the length of each sequence in tokens, in order
-  shard-00000.arrow      one record batch: id, and tokens in the smallest integer type that holds the vocabulary
+  shard-00000.arrow      one record batch: id, tokens in the smallest integer type that holds the vocabulary, and, where
+                         the tokenizer knows words, a bit a token that says whether one begins there
   skipped.tsv            where `prepare --skip_bad` skipped records: source, line and reason
 """
 
@@ -33,6 +34,8 @@ class Shard(NamedTuple):
     ids: pa.StringArray
     offsets: NDArray[np.int64]
     tokens: NDArray[np.unsignedinteger]
+    word_starts: NDArray[np.uint8] | None
+    """Eight tokens a byte, the lowest bit first."""
 
 
 class Corpus:
@@ -106,6 +109,19 @@ class Corpus:
         shard, local = self._locate(index)
         return shard.tokens[shard.offsets[local] : shard.offsets[local + 1]]
 
+    @property
+    def has_words(self) -> bool:
+        """Whether `word_starts` are known."""
+        return all(shard.word_starts is not None for shard in self.shards)
+
+    def word_starts(self, index: int) -> NDArray[np.bool_]:
+        """For each token of one sequence whether a word begins there; only where `has_words`."""
+        shard, local = self._locate(index)
+        begin, end = shard.offsets[local : local + 2].tolist()
+        assert shard.word_starts is not None
+        packed = shard.word_starts[begin // 8 : -(-end // 8)]
+        return np.unpackbits(packed, bitorder="little")[begin % 8 :][: end - begin].view(np.bool_)
+
     def id(self, index: int) -> str:
         """The name that the sequence had in its source."""
         shard, local = self._locate(index)
@@ -170,7 +186,11 @@ def file_checksum(file: Path) -> str:
 
 
 def write_shard(
-    file: Path, ids: Sequence[str], tokens: Sequence[NDArray[np.unsignedinteger]], dtype: np.dtype[Any]
+    file: Path,
+    ids: Sequence[str],
+    tokens: Sequence[NDArray[np.unsignedinteger]],
+    dtype: np.dtype[Any],
+    word_starts: Sequence[NDArray[np.bool_]] = (),
 ) -> str:
     """Write one shard, whole or not at all; the same input gives the same bytes.
 
@@ -179,15 +199,17 @@ def write_shard(
         ids: The names of the sequences.
         tokens: Their ids (with ``<cls>`` and ``<eos>``).
         dtype: The type to store them in.
+        word_starts: Whether a word begins at each id, where words are known.
 
     Returns:
         The file's checksum.
     """
     offsets = np.cumsum([0, *(len(sequence) for sequence in tokens)], dtype=np.int64)
     values = np.concatenate(tokens).astype(dtype, copy=False)
-    return _write_batch(
-        file, pa.record_batch({"id": pa.array(ids, pa.large_string()), "tokens": _lists(offsets, values)})
-    )
+    columns = {"id": pa.array(ids, pa.large_string()), "tokens": _lists(offsets, values)}
+    if word_starts:
+        columns["word_starts"] = _lists(offsets, np.concatenate(word_starts))
+    return _write_batch(file, pa.record_batch(columns))
 
 
 def write_rows(file: Path, keep: NDArray[np.bool_], to: Path | None = None) -> str:
@@ -195,13 +217,16 @@ def write_rows(file: Path, keep: NDArray[np.bool_], to: Path | None = None) -> s
     shard = open_shard(file)
     lengths = np.diff(shard.offsets)
     offsets = np.concatenate([[0], np.cumsum(lengths[keep])])
-    ids = shard.ids.filter(pa.array(keep))
-    tokens = shard.tokens[np.repeat(keep, lengths)]
-    return _write_batch(to or file, pa.record_batch({"id": ids, "tokens": _lists(offsets, tokens)}))
+    kept = np.repeat(keep, lengths)
+    columns = {"id": shard.ids.filter(pa.array(keep)), "tokens": _lists(offsets, shard.tokens[kept])}
+    if shard.word_starts is not None:
+        word_starts = np.unpackbits(shard.word_starts, count=len(kept), bitorder="little").view(np.bool_)
+        columns["word_starts"] = _lists(offsets, word_starts[kept])
+    return _write_batch(to or file, pa.record_batch(columns))
 
 
-def _lists(offsets: NDArray[np.int64], values: NDArray[np.unsignedinteger]) -> pa.LargeListArray:
-    return pa.LargeListArray.from_arrays(offsets, values)
+def _lists(offsets: NDArray[np.int64], values: NDArray[Any]) -> pa.LargeListArray:
+    return pa.LargeListArray.from_arrays(offsets, pa.array(values))
 
 
 def _write_batch(file: Path, batch: pa.RecordBatch) -> str:
@@ -325,4 +350,7 @@ def open_shard(file: Path) -> Shard:
         ids=batch.column("id"),
         offsets=column.offsets.to_numpy(zero_copy_only=True),
         tokens=column.values.to_numpy(zero_copy_only=True),
+        word_starts=np.frombuffer(batch.column("word_starts").values.buffers()[1], np.uint8)
+        if "word_starts" in batch.schema.names
+        else None,
     )

@@ -286,13 +286,13 @@ def test_what_failed_in_the_background_is_tried_again_when_it_is_needed(local: C
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("{server}/nowhere", "{server}/nowhere/manifest.json: {server}/nowhere/manifest.json; check the address and the "
-         "rights to read it"),
+        ("{server}/nowhere", "{server}/nowhere/manifest.json: {server}/nowhere/manifest.json; check the address and "
+         "the rights to read it"),
         ("http://127.0.0.1:1/corpus", "http://127.0.0.1:1/corpus/manifest.json: cannot be read (Cannot connect to host "
          "127.0.0.1:1 ssl:default [Connect call failed ('127.0.0.1', 1)]) in 3 attempts; check the address and the "
          "network, and give the same command again"),
-        ("nothing://corpus", "nothing://corpus/manifest.json: cannot be read (Protocol not known: nothing) in 3 attempts; "
-         "check the address and the network, and give the same command again"),
+        ("nothing://corpus", "nothing://corpus/manifest.json: cannot be read (Protocol not known: nothing) in 3 "
+         "attempts; check the address and the network, and give the same command again"),
     ],
 )  # fmt: skip
 def test_an_address_without_a_corpus_is_told_in_one_line(url: str, message: str, server: Server) -> None:
@@ -380,6 +380,7 @@ def test_a_forked_worker_that_has_used_the_corpus_keeps_nothing_from_being_evict
     ready, done = os.pipe(), os.pipe()
     pid = os.fork()
     if not pid:
+        os.close(done[1])
         try:
             corpus.tokens(int(order(0)[1][0]))
             os.write(ready[1], b"x")
