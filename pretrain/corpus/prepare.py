@@ -145,7 +145,7 @@ def finish(
         _write_corpus(directory, parts, tokenizer, prepared)
         return directory
     into = directory / "split"
-    sides = split_parts(directory, into, parts, split, workers)
+    sides = split_parts(directory, into, parts, split, workers, filters.windows is not None)
     for name, side in zip(SIDES, sides, strict=True):
         _write_corpus(into / name, side, tokenizer, {**prepared, "split": {"side": name, **asdict(split)}})
     _write_report(directory, into, parts)
