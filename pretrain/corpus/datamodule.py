@@ -1,5 +1,6 @@
 """`MLMDataModule`: from configured sources to the batches of a training run."""
 
+import re
 from typing import Any, Literal
 
 from torch.utils.data import DataLoader, Dataset
@@ -30,7 +31,8 @@ class MLMDataModule(PackedDataModule):
     Args:
         train: Source files, patterns or directories (as `pretrain prepare` takes), or one corpus that it made. Sources
             are prepared once, into a cache.
-        validation: The same, for validation; without it there is none.
+        validation: The same, for validation; without it there is none. Or several sets by name, ``{near: a.fasta, far:
+            b.fasta}``, the first of which is the one that ``val/loss`` is about.
         tokenizer: ``esm``, or a ``tokenizer.json``, or a directory that holds one.
         max_length: Tokens of a sequence that one step sees, ``<cls>`` and ``<eos>`` included.
         long_sequences: What becomes of longer ones: ``crop`` shows a random window, another one in each epoch;
@@ -60,7 +62,7 @@ class MLMDataModule(PackedDataModule):
     def __init__(
         self,
         train: str | list[str],
-        validation: str | list[str] | None = None,
+        validation: str | list[str] | dict[str, str | list[str]] | None = None,
         tokenizer: str = "esm",
         max_length: int = 1024,
         long_sequences: Literal["crop", "split"] = "crop",
@@ -79,9 +81,12 @@ class MLMDataModule(PackedDataModule):
         cache_gb: float | None = None,
         seed: int = 0,
     ) -> None:
+        sets = validation if isinstance(validation, dict) else {"": validation} if validation else {}
+        self.validation_sets = {name: [given] if isinstance(given, str) else given for name, given in sets.items()}
+        _check_names(self.validation_sets)
         super().__init__(
             train,
-            validation,
+            [source for sources in self.validation_sets.values() for source in sources],
             tokenizer,
             max_length,
             global_batch_tokens,
@@ -90,11 +95,11 @@ class MLMDataModule(PackedDataModule):
             num_workers,
             seed,
         )
-        if isinstance(group_shards, int) and group_shards < 1:
-            raise UserError(f"data.group_shards is {group_shards}; give at least 1, or all")
         if long_sequences not in ("crop", "split"):
             raise UserError(f"data.long_sequences is '{long_sequences}'; give crop or split")
         self.windows = max_length if long_sequences == "split" else None
+        if isinstance(group_shards, int) and group_shards < 1:
+            raise UserError(f"data.group_shards is {group_shards}; give at least 1, or all")
         self.static_shapes = static_shapes
         self.group_shards = group_shards
         self.cache_bytes = None if cache_gb is None else int(cache_gb * 1e9)
@@ -113,12 +118,16 @@ class MLMDataModule(PackedDataModule):
     def open(self) -> None:
         if not hasattr(self, "train_corpus"):
             train = open_or_prepare(self.train, self.tokenizer, self.windows, self.cache_bytes)
-            validation = open_or_prepare(self.validation, self.tokenizer, self.windows) if self.validation else None
+            held = {
+                name: open_or_prepare(given, self.tokenizer, self.windows)
+                for name, given in self.validation_sets.items()
+            }
             if self.masking.unit == "word" and not train.has_words:
                 raise UserError(
                     f"{train}: was prepared without the words that data.mask_unit word needs; prepare it again"
                 )
-            self.train_corpus, self.validation_corpus = train, validation
+            self.validation_corpora, self.validation_corpus = held, next(iter(held.values()), None)
+            self.train_corpus = train
 
     @override
     def train_planner(self) -> Planner:
@@ -133,20 +142,22 @@ class MLMDataModule(PackedDataModule):
         return loader
 
     @override
-    def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
-        if isinstance(self.validation_corpus, RemoteCorpus):
-            self.validation_corpus.bring_all()
-        return super().val_dataloader()
-
-    @override
     def identity(self) -> dict[str, Any]:
         return {**super().identity(), "group_shards": group_size(self.train_corpus, self.group_shards)}
 
     @override
-    def validation_planner(self) -> Planner:
-        assert self.validation_corpus is not None
-        order = Order(len(self.validation_corpus), _VALIDATION_SEED)
-        return Planner(self.validation_corpus, order, self.validation_masking, self.max_length)
+    def validation_planner(self, name: str | None = None) -> Planner:
+        """What plans a validation set, by default the first."""
+        corpus = self.validation_corpus if name is None else self.validation_corpora[name]
+        assert corpus is not None
+        return Planner(corpus, Order(len(corpus), _VALIDATION_SEED), self.validation_masking, self.max_length)
+
+    @override
+    def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
+        for corpus in self.validation_corpora.values():
+            if isinstance(corpus, RemoteCorpus):
+                corpus.bring_all()
+        return [self.validation_loader(self.validation_planner(name)) for name in self.validation_sets]
 
     @override
     def dataset(self, planner: StepPlanner, pack_tokens: float) -> Dataset[Batch]:
@@ -158,9 +169,21 @@ class MLMDataModule(PackedDataModule):
         spread = masking.deviation(pack_tokens, length)
         return PaddedDataset(packs, static_shapes(pack_tokens, length, self.max_length, masking.mean_share, spread))
 
-    def baselines(self) -> Baselines | None:
-        """Unigram and bigram perplexity on the positions that validation asks about; None without validation."""
-        if self.validation_corpus is None:
-            return None
-        (packs,) = validation_packs(self.validation_planner(), self.validation_pack_tokens, 1)
-        return perplexities(self.train_corpus, PackDataset(self.validation_corpus, self.validation_masking), packs)
+    def baselines(self) -> dict[str, Baselines]:
+        """Unigram and bigram perplexity on the positions that validation asks about, for each set."""
+        found = {}
+        for name, corpus in self.validation_corpora.items():
+            (packs,) = validation_packs(self.validation_planner(name), self.validation_pack_tokens, 1)
+            found[name] = perplexities(self.train_corpus, PackDataset(corpus, self.validation_masking), packs)
+        return found
+
+
+def _check_names(sets: dict[str, list[str]]) -> None:
+    for name, sources in sets.items():
+        if (name and not re.fullmatch(r"[\w.-]+", name)) or name in ("loss", "perplexity", "accuracy"):
+            raise UserError(
+                f"data.validation has a set named {name!r}; give letters, digits, - . and _, and none of loss, "
+                "perplexity, accuracy"
+            )
+        if not sources:
+            raise UserError(f"data.validation: the set {name!r} names no source; give files or a corpus")

@@ -193,10 +193,7 @@ def cores() -> int:
 
 
 def open_or_prepare(
-    sources: Sequence[str | Path],
-    tokenizer: Tokenizer,
-    windows: int | None = None,
-    cache_bytes: int | None = None,
+    sources: Sequence[str | Path], tokenizer: Tokenizer, windows: int | None = None, cache_bytes: int | None = None
 ) -> Corpus:
     """Open a corpus, or prepare raw sources into the cache: once for each content and tokenizer.
 
@@ -206,7 +203,7 @@ def open_or_prepare(
         sources: Raw sources, or one corpus.
         tokenizer: What makes the ids.
         windows: Tokens that longer sequences are cut into, at most; None leaves them whole.
-        cache_bytes: How much to keep there of a corpus from afar; by default what is in use.
+        cache_bytes: Most bytes of a corpus from afar that are kept here; None for as many as are in use.
 
     Raises:
         UserError: If a corpus was made with another tokenizer than ``tokenizer``, or not cut as ``windows`` says.

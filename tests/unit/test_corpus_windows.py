@@ -120,10 +120,7 @@ def test_a_prepared_corpus_must_have_been_cut(source: Path, tokenizer: TextToken
 def test_windows_too_short_to_hold_a_token_are_a_mistake() -> None:
     with pytest.raises(UserError) as caught:
         Filters(windows=2)
-    assert (
-        str(caught.value)
-        == "sequences cannot be split into windows of 2 tokens; give at least 3"
-    )
+    assert str(caught.value) == "sequences cannot be split into windows of 2 tokens; give at least 3"
 
 
 # --- whole words ------------------------------------------------------------------------------------------------------
