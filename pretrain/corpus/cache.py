@@ -85,7 +85,7 @@ class Cache:
         Raises:
             UserError: If one of those needed cannot be had.
         """
-        self._after_fork()
+        self.after_fork()
         needed, next_ones, before = list(needed), list(next_ones), list(before)
         for file in (*needed, *next_ones):
             coming = self._coming.get(file.name)
@@ -131,8 +131,8 @@ class Cache:
                 return
             lock.close()
 
-    def _after_fork(self) -> None:
-        """In a forked process: its parent's locks and threads are not its own."""
+    def after_fork(self) -> None:
+        """In a forked process, let go of what is the parent's: locks and threads."""
         if self._process != os.getpid():
             for lock in self._held.values():
                 lock.close()  # this process's copy: the parent's lock stays

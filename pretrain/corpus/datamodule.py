@@ -124,7 +124,7 @@ class MLMDataModule(PackedDataModule):
             }
             if self.masking.unit == "word" and not train.has_words:
                 raise UserError(
-                    f"{train.path}: was prepared without the words that data.mask_unit word needs; prepare it again"
+                    f"{train}: was prepared without the words that data.mask_unit word needs; prepare it again"
                 )
             self.validation_corpora, self.validation_corpus = held, next(iter(held.values()), None)
             self.train_corpus = train

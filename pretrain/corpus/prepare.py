@@ -145,7 +145,7 @@ def finish(
         _write_corpus(directory, parts, tokenizer, prepared)
         return directory
     into = directory / "split"
-    sides = split_parts(directory, into, parts, split, workers)
+    sides = split_parts(directory, into, parts, split, workers, filters.windows is not None)
     for name, side in zip(SIDES, sides, strict=True):
         _write_corpus(into / name, side, tokenizer, {**prepared, "split": {"side": name, **asdict(split)}})
     _write_report(directory, into, parts)
@@ -197,8 +197,7 @@ def open_or_prepare(
 ) -> Corpus:
     """Open a corpus, or prepare raw sources into the cache: once for each content and tokenizer.
 
-    The cache is ``$PRETRAIN_CACHE``, or ``pretrain`` in ``$XDG_CACHE_HOME`` (``~/.cache``). A corpus from afar is
-    opened there, with copies of at most ``cache_bytes`` of it, or of what is in use.
+    The cache is ``$PRETRAIN_CACHE``, or ``pretrain`` in ``$XDG_CACHE_HOME`` (``~/.cache``).
 
     Args:
         sources: Raw sources, or one corpus.

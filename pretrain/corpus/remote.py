@@ -72,6 +72,11 @@ class RemoteCorpus(Corpus):
         """The shards, one after the other: each is fetched when its turn comes."""
         return _Shards(self)
 
+    @property
+    @override
+    def has_words(self) -> bool:
+        return self._shard(0).word_starts is not None
+
     @override
     def lengths(self, indices: ArrayLike) -> Int64:
         return self._lengths[np.asarray(indices, np.int64)].astype(np.int64)
@@ -120,6 +125,7 @@ class RemoteCorpus(Corpus):
 
     @override
     def _shard(self, number: int) -> Shard:
+        self._cache.after_fork()
         if number not in self._open:
             for _ in range(3):
                 fetched = not (self._cache.directory / self._files[number].name).exists()
