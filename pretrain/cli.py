@@ -85,6 +85,10 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--max_length", type=int, metavar="N", help="leave out longer ones")
     group.add_argument("--deduplicate", action="store_true", help="keep the first of equal ones (50 bytes of RAM each)")
     group.add_argument("--skip_bad", action="store_true", help="skip and list bad records instead of stopping")
+    group = command.add_argument_group("how they are visited")
+    group.add_argument(
+        "--clusters", metavar="TABLE", help="lines CLUSTER<TAB>ID: an epoch visits each cluster once, by one member"
+    )
     command.set_defaults(command=_prepare)
 
     command = commands.add_parser("tokenizer", help="train a byte-level BPE tokenizer on text")
@@ -135,8 +139,11 @@ def _prepare(options: argparse.Namespace) -> int:
         SourceOptions(options.kind, options.document, options.text_column, options.id_column),
         Filters(options.min_length, options.max_length, options.deduplicate, options.skip_bad),
         options.workers,
+        options.clusters,
     )
     print(f"{options.out}: {corpus.num_sequences:,} sequences, {corpus.num_tokens:,} tokens")
+    if corpus.num_clusters:
+        print(f"  clusters     {corpus.num_clusters:,}, from {options.clusters}")
     if skipped := corpus.skipped:
         report = f"; the bad ones are listed in {options.out / REPORT}" if "bad" in skipped else ""
         print(f"  left out     {'  '.join(f'{reason} {count:,}' for reason, count in sorted(skipped.items()))}{report}")

@@ -27,6 +27,8 @@ class Stream(IntEnum):
     MASK_COUNT = 3
     MASK_POSITION = 4
     MASK_ACTION = 5
+    COMPONENT = 20
+    CLUSTER_MEMBER = 21
 
 
 def _mix(z: U64) -> U64:

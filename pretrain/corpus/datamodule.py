@@ -1,12 +1,15 @@
 """`MLMDataModule`: from configured sources to the batches of a training run."""
 
+from typing import Any
+
 from torch.utils.data import Dataset
 from typing_extensions import override
 
 from pretrain.corpus.baselines import Baselines, perplexities
 from pretrain.corpus.batch import Batch, PackDataset
 from pretrain.corpus.masking import Masking
-from pretrain.corpus.order import Order
+from pretrain.corpus.mixture import JoinedCorpus, draws_of_a_block, mixture_of, order_of
+from pretrain.corpus.order import AnyOrder, Order
 from pretrain.corpus.packed import PackedDataModule
 from pretrain.corpus.packing import Planner, StepPlanner, validation_packs
 from pretrain.corpus.padding import PaddedDataset, static_shapes
@@ -23,8 +26,9 @@ class MLMDataModule(PackedDataModule):
 
     Args:
         train: Source files, patterns or directories (as `pretrain prepare` takes), or one corpus that it made. Sources
-            are prepared once, into a cache.
-        validation: The same, for validation; without it there is none.
+            are prepared once, into a cache. Or a mapping of several of these to their weights, which are shares of the
+            sequences that are drawn; see `MixtureOrder`.
+        validation: The same without weights, for validation; without it there is none.
         tokenizer: ``esm``, or a ``tokenizer.json``, or a directory that holds one.
         max_length: Tokens of a sequence that one step sees, ``<cls>`` and ``<eos>`` included; longer ones are cropped.
         global_batch_tokens: Tokens in an optimizer step, over all processes and micro-batches.
@@ -44,7 +48,7 @@ class MLMDataModule(PackedDataModule):
 
     def __init__(
         self,
-        train: str | list[str],
+        train: str | list[str] | dict[str, float],
         validation: str | list[str] | None = None,
         tokenizer: str = "esm",
         max_length: int = 1024,
@@ -59,7 +63,7 @@ class MLMDataModule(PackedDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__(
-            train,
+            list(train) if isinstance(train, dict) else train,
             validation,
             tokenizer,
             max_length,
@@ -69,6 +73,7 @@ class MLMDataModule(PackedDataModule):
             num_workers,
             seed,
         )
+        self.draws = draws_of_a_block(train) if isinstance(train, dict) else None
         self.static_shapes = static_shapes
         shares = (mlm_probability, mask_replace_prob, random_replace_prob)
         vocabulary = (self.tokenizer.mask_token_id, self.tokenizer.replacement_ids)
@@ -79,12 +84,28 @@ class MLMDataModule(PackedDataModule):
     @override
     def open(self) -> None:
         if not hasattr(self, "train_corpus"):
-            self.train_corpus = open_or_prepare(self.train, self.tokenizer)
+            if self.draws is None:
+                self.train_corpus = open_or_prepare(self.train, self.tokenizer)
+            else:
+                self.train_corpus = JoinedCorpus([open_or_prepare([source], self.tokenizer) for source in self.train])
             self.validation_corpus = open_or_prepare(self.validation, self.tokenizer) if self.validation else None
 
     @override
     def train_planner(self) -> Planner:
-        return Planner(self.train_corpus, Order(len(self.train_corpus), self.seed), self.masking, self.max_length)
+        return Planner(self.train_corpus, self.train_order(), self.masking, self.max_length)
+
+    def train_order(self) -> AnyOrder:
+        """The order of the training corpus."""
+        corpus = self.train_corpus
+        if self.draws is None:
+            return order_of(corpus, self.seed)
+        assert isinstance(corpus, JoinedCorpus)
+        return mixture_of(corpus, self.draws, self.seed)
+
+    @override
+    def identity(self) -> dict[str, Any]:
+        proportions = None if self.draws is None else self.draws.tolist()
+        return {**super().identity(), "proportions": proportions, "clusters": self.train_corpus.clusters_fingerprint}
 
     @override
     def validation_planner(self) -> Planner:
@@ -106,4 +127,7 @@ class MLMDataModule(PackedDataModule):
         if self.validation_corpus is None:
             return None
         (packs,) = validation_packs(self.validation_planner(), self.validation_pack_tokens, 1)
-        return perplexities(self.train_corpus, PackDataset(self.validation_corpus, self.validation_masking), packs)
+        validation = PackDataset(self.validation_corpus, self.validation_masking)
+        every_sequence_once = self.draws is None and not self.train_corpus.num_clusters
+        order = None if every_sequence_once else self.train_order()
+        return perplexities(self.train_corpus, validation, packs, order)

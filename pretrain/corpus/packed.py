@@ -194,9 +194,10 @@ class PackedDataModule(pl.LightningDataModule):
             UserError: If the checkpoint was made with another order; names the first field that differs.
         """
         for field, ours in self.identity().items():
-            if state[field] != ours:
+            theirs = state.get(field)  # what an older version did not record, it did not have
+            if theirs != ours:
                 raise UserError(
-                    f"the checkpoint was made with {field} {state[field]!r}, this run has {ours!r}: the data would not "
+                    f"the checkpoint was made with {field} {theirs!r}, this run has {ours!r}: the data would not "
                     "continue where it stopped; restore that setting, or start another run"
                 )
 
@@ -209,8 +210,7 @@ class PackedDataModule(pl.LightningDataModule):
         self.check_identity(state)
         # Lightning misses a loader state; there is none to keep, since the sampler seeks to the step.
         warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")
-        cursor, tokens = state["cursor"], state["tokens"]
-        self._start = (state["step"], Position(cursor, tokens, cursor / len(self.train_corpus)))
+        self._start = (state["step"], self.train_planner().position(state["cursor"], state["tokens"]))
 
 
 def _unchanged(batch: Any) -> Any:

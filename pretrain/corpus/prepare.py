@@ -11,10 +11,11 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+from pretrain.corpus.clusters import check_table, write_clusters
 from pretrain.corpus.readers import read_records
 from pretrain.corpus.shards import JOURNAL, Filters, Part, make_shards, report_file
 from pretrain.corpus.sources import Source, SourceOptions, find_sources
-from pretrain.corpus.store import FORMAT_VERSION, REPORT, Corpus, is_corpus, write_manifest
+from pretrain.corpus.store import CLUSTERS, FORMAT_VERSION, REPORT, Corpus, is_corpus, write_manifest
 from pretrain.corpus.tokenizer import Tokenizer, train_tokenizer
 from pretrain.errors import UserError, disk_is_full
 
@@ -26,6 +27,7 @@ def prepare(
     options: SourceOptions | None = None,
     filters: Filters | None = None,
     workers: int | None = None,
+    clusters: str | None = None,
 ) -> Corpus:
     """Tokenise sources into a corpus at ``out``.
 
@@ -40,6 +42,7 @@ def prepare(
         options: How the sources are read.
         filters: Which sequences are kept.
         workers: Processes; by default one for each core. The corpus does not depend on it.
+        clusters: A table of cluster and member, for an order that visits clusters; see `write_clusters`.
 
     Raises:
         UserError: If a source is unreadable or holds something that has no token, or ``out`` exists already.
@@ -50,7 +53,9 @@ def prepare(
         raise UserError(f"workers is {workers}; give at least 1")
     options = options or SourceOptions()
     found = find_sources(sources, options)  # a misspelt name shows at once, not after the hours that the others take
-    return _prepare_once(found, out, tokenizer, options, filters or Filters(), workers)
+    if clusters:
+        check_table(clusters)
+    return _prepare_once(found, out, tokenizer, options, filters or Filters(), workers, clusters)
 
 
 def _prepare_once(
@@ -60,6 +65,7 @@ def _prepare_once(
     options: SourceOptions,
     filters: Filters,
     workers: int | None,
+    clusters: str | None = None,
 ) -> Corpus:
     """Prepare, or wait for whoever is preparing the same corpus and take theirs."""
     try:
@@ -75,7 +81,7 @@ def _prepare_once(
         try:
             partial.mkdir(exist_ok=True)
             parts = make_shards(sources, partial, tokenizer, options, filters, workers or _cores())
-            _finish(partial, parts, tokenizer, options, filters)
+            _finish(partial, parts, tokenizer, options, filters, clusters)
             partial.rename(out)
         except OSError as error:
             if not disk_is_full(error):
@@ -91,7 +97,12 @@ def _prepare_once(
 
 
 def _finish(
-    directory: Path, parts: Sequence[Part], tokenizer: Tokenizer, options: SourceOptions, filters: Filters
+    directory: Path,
+    parts: Sequence[Part],
+    tokenizer: Tokenizer,
+    options: SourceOptions,
+    filters: Filters,
+    clusters: str | None,
 ) -> None:
     """Write the report and the manifest, and remove all else: a directory with a journal is no corpus yet."""
     shards = [part for part in parts if part.file]
@@ -106,14 +117,17 @@ def _finish(
             for part in parts:
                 if part.skipped.get("bad"):
                     report.write(report_file(directory, part.number).read_bytes())
+    prepared = {**asdict(options), **asdict(filters), "skipped": dict(skipped)}
+    if clusters:
+        prepared["clusters"] = write_clusters(directory, [part.file for part in shards if part.file], clusters)
     fields = ("file", "num_sequences", "num_tokens", "sha256")
     write_manifest(
         directory,
         [{field: getattr(part, field) for field in fields} for part in shards],
         tokenizer,
-        {**asdict(options), **asdict(filters), "skipped": dict(skipped)},
+        prepared,
     )
-    ours = {REPORT, "manifest.json", *(part.file for part in shards)}
+    ours = {REPORT, *([CLUSTERS] if clusters else []), "manifest.json", *(part.file for part in shards)}
     for file in sorted(directory.iterdir(), key=lambda file: file.name == JOURNAL):  # the journal last
         if file.name not in ours:
             file.unlink()

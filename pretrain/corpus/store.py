@@ -3,6 +3,7 @@
 corpus/
   manifest.json          counts, tokenizer, shards with their checksums, fingerprint, how it was prepared
   shard-00000.arrow      one record batch: id, and tokens in the smallest integer type that holds the vocabulary
+  clusters.arrow         with `prepare --clusters`, the sequences of each cluster
   skipped.tsv            where `prepare --skip_bad` skipped records: source, line and reason
 """
 
@@ -23,6 +24,7 @@ from pretrain.errors import UserError
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 REPORT = "skipped.tsv"
+CLUSTERS = "clusters.arrow"
 
 
 class Shard(NamedTuple):
@@ -31,6 +33,13 @@ class Shard(NamedTuple):
     ids: pa.StringArray
     offsets: NDArray[np.int64]
     tokens: NDArray[np.unsignedinteger]
+
+
+class Clusters(NamedTuple):
+    """Which sequences each cluster holds: those of cluster c are ``members[offsets[c]:offsets[c + 1]]``."""
+
+    offsets: NDArray[np.int64]
+    members: NDArray[np.unsignedinteger]
 
 
 class Corpus:
@@ -77,6 +86,36 @@ class Corpus:
         """Records that `prepare` left out, by the reason: ``short``, ``long``, ``bad``, ``duplicate``."""
         skipped: dict[str, int] = self.manifest.get("prepared", {}).get("skipped", {})
         return skipped
+
+    @property
+    def num_clusters(self) -> int | None:
+        """How many clusters the sequences are in, if the corpus was prepared with a table of them."""
+        return self._clusters["num_clusters"] if self._clusters else None
+
+    @property
+    def clusters_fingerprint(self) -> str | None:
+        """What the clusters are known by, if the corpus was prepared with a table of them."""
+        return self._clusters["sha256"][:16] if self._clusters else None
+
+    @property
+    def _clusters(self) -> dict[str, Any] | None:
+        recorded: dict[str, Any] | None = self.manifest.get("prepared", {}).get("clusters")
+        return recorded
+
+    def clusters(self) -> Clusters:
+        """The clusters, memory-mapped; only of a corpus that was prepared with a table of them.
+
+        Raises:
+            UserError: If the file is missing or damaged.
+        """
+        try:
+            column = _open_batch(self.path / CLUSTERS).column("members")
+        except (FileNotFoundError, pa.ArrowException) as error:
+            raise _damaged(self.path, error) from error
+        offsets, members = (part.to_numpy(zero_copy_only=True) for part in (column.offsets, column.values))
+        if len(members) != self.num_sequences:
+            raise _damaged(self.path, ValueError(f"{CLUSTERS} holds {len(members)} of {self.num_sequences} sequences"))
+        return Clusters(offsets, members)
 
     def lengths(self, indices: ArrayLike) -> NDArray[np.int64]:
         """Tokens in each of the sequences, ``<cls>`` and ``<eos>`` included; shape as ``indices``."""
@@ -125,6 +164,7 @@ def verify(path: Path) -> int:
     try:
         files = _shard_files(path, manifest)
         expected = [shard["sha256"] for shard in manifest["shards"]]
+        clusters = manifest["prepared"].get("clusters")
         fingerprint = _fingerprint(manifest["tokenizer"]["fingerprint"], expected)
         if manifest["fingerprint"] != fingerprint:
             raise UserError(
@@ -133,7 +173,9 @@ def verify(path: Path) -> int:
             )
     except (KeyError, TypeError) as error:
         raise _damaged(path, error) from error
-    broken = []
+    broken, shards = [], len(files)
+    if clusters:
+        files, expected = [*files, path / CLUSTERS], [*expected, clusters["sha256"]]
     for file, checksum in zip(files, expected, strict=True):
         if not file.is_file():
             broken.append(f"{file.name} (missing)")
@@ -141,10 +183,10 @@ def verify(path: Path) -> int:
             broken.append(f"{file.name} (another content)")
     if broken:
         raise UserError(
-            f"{path}: {len(broken)} of {len(files)} shards broken: {', '.join(broken)}; copy the corpus again, or "
-            "prepare it again"
+            f"{path}: {len(broken)} of {len(files)} {'files' if clusters else 'shards'} broken: {', '.join(broken)}; "
+            "copy the corpus again, or prepare it again"
         )
-    return len(files)
+    return shards
 
 
 def file_checksum(file: Path) -> str:
@@ -169,7 +211,7 @@ def write_shard(
     """
     offsets = np.cumsum([0, *(len(sequence) for sequence in tokens)], dtype=np.int64)
     values = np.concatenate(tokens).astype(dtype, copy=False)
-    return _write_batch(
+    return write_batch(
         file, pa.record_batch({"id": pa.array(ids, pa.large_string()), "tokens": _lists(offsets, values)})
     )
 
@@ -181,14 +223,15 @@ def write_rows(file: Path, keep: NDArray[np.bool_]) -> str:
     offsets = np.concatenate([[0], np.cumsum(lengths[keep])])
     ids = shard.ids.filter(pa.array(keep))
     tokens = shard.tokens[np.repeat(keep, lengths)]
-    return _write_batch(file, pa.record_batch({"id": ids, "tokens": _lists(offsets, tokens)}))
+    return write_batch(file, pa.record_batch({"id": ids, "tokens": _lists(offsets, tokens)}))
 
 
 def _lists(offsets: NDArray[np.int64], values: NDArray[np.unsignedinteger]) -> pa.LargeListArray:
     return pa.LargeListArray.from_arrays(offsets, values)
 
 
-def _write_batch(file: Path, batch: pa.RecordBatch) -> str:
+def write_batch(file: Path, batch: pa.RecordBatch) -> str:
+    """Write one record batch, whole or not at all, and return the file's checksum."""
     partial = file.with_name(f".{file.name}.partial")
     try:
         with partial.open("wb") as sink:
@@ -271,12 +314,16 @@ def _shard_files(path: Path, manifest: dict[str, Any]) -> list[Path]:
 
 def open_shard(file: Path) -> Shard:
     """Map a shard; nothing is read yet."""
-    if not file.is_file():
-        raise FileNotFoundError(2, "no such file", str(file))
-    batch = pa.ipc.open_file(pa.memory_map(str(file))).get_batch(0)
+    batch = _open_batch(file)
     column = batch.column("tokens")
     return Shard(
         ids=batch.column("id"),
         offsets=column.offsets.to_numpy(zero_copy_only=True),
         tokens=column.values.to_numpy(zero_copy_only=True),
     )
+
+
+def _open_batch(file: Path) -> pa.RecordBatch:
+    if not file.is_file():
+        raise FileNotFoundError(2, "no such file", str(file))
+    return pa.ipc.open_file(pa.memory_map(str(file))).get_batch(0)
