@@ -31,6 +31,8 @@ DOCUMENTS = ("line", "paragraph", "file")
 _COMPRESSIONS = {"gzip": b"\x1f\x8b", "bz2": b"BZh", "zstd": b"\x28\xb5\x2f\xfd"}
 _COMPRESSED = (".gz", ".bgz", ".bz2", ".zst")
 _HUB = "hf://"
+PART = "part.json"
+"""In a directory that `pretrain prepare --shard` made."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,12 @@ def _find_in_directory(name: str, kind: str | None) -> Iterator[Source]:
     directory = Path(name)
     if (directory / "manifest.json").is_file():
         raise UserError(f"{name}: is a prepared corpus; it stands alone, and cannot be a source")
+    if (directory / PART).is_file():
+        raise UserError(
+            f"{name}: is a part of a corpus; join all parts with `pretrain prepare --merge PART... --out DIR`"
+        )
+    if corpora := sorted(str(path.parent) for path in directory.glob("*/manifest.json")):
+        raise UserError(f"{name}: holds prepared corpora; name one of them: {', '.join(corpora[:5])}")
     if (directory / "dataset_dict.json").is_file():
         splits = ", ".join(sorted(path.parent.name for path in directory.glob("*/state.json")))
         raise UserError(f"{name}: holds several splits ({splits}); name one, as in {directory / 'train'}")

@@ -18,11 +18,12 @@ from pretrain.corpus.batch import Batch
 from pretrain.corpus.counter import bits
 from pretrain.corpus.datamodule import MLMDataModule
 from pretrain.corpus.order import AnyOrder
-from pretrain.corpus.packing import Pack, Position
+from pretrain.corpus.packing import Pack, Position, jump
 from pretrain.corpus.store import Corpus
 from pretrain.errors import UserError
 from pretrain.train.logging import LineFile, step_of_csv
 from pretrain.train.run import CHECKPOINTS, CONFIG, LEDGER, Run
+from pretrain.train.spikes import SKIPS
 
 _HEAD = "step,sequences,sum\n"
 
@@ -123,9 +124,16 @@ def audit(directory: Path) -> str:
     lines = _read(directory / LEDGER)
     visits = _Visits(planner.order)
     position = Position()
+    skips = {skip.first: skip.end for skip in run.skips}
+    skipped = 0
     for step in range(run.step):
-        plan = planner.step(position, data.global_batch_tokens)
-        visits.add(plan)
+        begin = jump(position, skips)
+        if begin != position:
+            left_out = np.arange(position.cursor, begin.cursor)
+            visits.add(*planner.order(left_out))
+            skipped += len(left_out)
+        plan = planner.step(begin, data.global_batch_tokens)
+        visits.add(plan.epochs, plan.indices)
         expected = f"{step},{len(plan.indices)},{pack_sum(plan):016x}"
         found = lines[step] if step < len(lines) else "no such line"
         if found != expected:
@@ -139,9 +147,10 @@ def audit(directory: Path) -> str:
             f"{directory}: the checkpoint after step {run.step} stands at sequence {state['cursor']}, the order at "
             f"{position.cursor}; continue from an earlier checkpoint"
         )
+    but = f", but for {skipped:,} that {SKIPS} leaves out" if skipped else ""
     return (
-        f"{directory}: {run.step:,} steps, {position.cursor:,} sequences ({position.epochs:.2f} epochs): "
-        f"{visits.found(corpus)}"
+        f"{directory}: {run.step:,} steps, {position.cursor - skipped:,} sequences ({position.epochs:.2f} epochs): "
+        f"{visits.found(corpus)}{but}"
     )
 
 
@@ -157,12 +166,12 @@ class _Visits:
         self.epochs = [0] * len(order.sizes)
         self._visited = np.zeros(self.bounds[-1], bool)
 
-    def add(self, plan: Pack) -> None:
-        places = self.order.places(plan.indices)
+    def add(self, epochs: NDArray[np.int64], indices: NDArray[np.int64]) -> None:
+        places = self.order.places(indices)
         part_of = np.searchsorted(self.bounds, places, side="right") - 1
         for part in np.unique(part_of):
             here = part_of == part
-            self._add(int(part), places[here], plan.epochs[here])
+            self._add(int(part), places[here], epochs[here])
 
     def _add(self, part: int, places: NDArray[np.int64], epochs: NDArray[np.int64]) -> None:
         visited = self._visited[self.bounds[part] : self.bounds[part + 1]]

@@ -42,6 +42,7 @@ class TrainingMemory:
         gradients_in_buckets: Whether DDP sends gradients from where they lie (``gradient_as_bucket_view``), or copies
             them.
         activation_checkpointing: As `Encoder` describes it.
+        muon: Whether the hidden layers' matrices have Muon's one moment instead of AdamW's two.
     """
 
     encoder: Encoder
@@ -51,6 +52,7 @@ class TrainingMemory:
     sharded: bool = False
     gradients_in_buckets: bool = False
     activation_checkpointing: bool = False
+    muon: bool = False
 
     def split(self, tokens: int) -> dict[str, float]:
         """Bytes by what they are for, with packs of ``tokens`` tokens; the values add up to what the GPU must have."""
@@ -60,7 +62,7 @@ class TrainingMemory:
         parts = {
             "weights": share + weight * sum(buffer.numel() for buffer in self.encoder.buffers()),
             "gradients": share,
-            "optimizer state": 2 * share + 4 * len(parameters),  # two moments, and torch's count of steps
+            "optimizer state": self._optimizer_state(share),
         }
         if self.sharded:
             parts["gathered blocks"] = self._gathered()
@@ -72,6 +74,13 @@ class TrainingMemory:
         parts["one block's backward"] = self._backward(tokens)
         parts["CUDA and fragmentation"] = _CONTEXT + _FRAGMENTATION * sum(parts.values())
         return parts
+
+    def _optimizer_state(self, share: float) -> float:
+        """Bytes of AdamW's two moments, each as large as the weights, and torch's count of steps; or less with Muon."""
+        parameters = list(self.encoder.parameters())
+        one_moment = [p for p in parameters if p.ndim == 2 and p is not self.encoder.embedding.weight and self.muon]
+        part = sum(p.numel() for p in one_moment) / sum(p.numel() for p in parameters)
+        return (2 - part) * share + 4 * (len(parameters) - len(one_moment))
 
     def total(self, tokens: int) -> float:
         """Bytes in all, with packs of ``tokens`` tokens."""
