@@ -114,6 +114,10 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--deduplicate", action="store_true", help="keep the first of equal ones (50 bytes of RAM each)")
     group.add_argument("--windows", type=int, metavar="N", help="cut longer ones into windows of at most N tokens")
     group.add_argument("--skip_bad", action="store_true", help="skip and list bad records instead of stopping")
+    group = command.add_argument_group("how they are visited")
+    group.add_argument(
+        "--clusters", metavar="TABLE", help="lines CLUSTER<TAB>ID: an epoch visits each cluster once, by one member"
+    )
     command.set_defaults(command=_prepare)
 
     command = commands.add_parser("tokenizer", help="train a tokenizer on text: BPE, WordPiece or Unigram")
@@ -230,6 +234,8 @@ def _prepare(options: argparse.Namespace) -> int:
         split = Split(options.validation_share, options.split_clusters, options.validation_ids)
     source_options = SourceOptions(options.kind, options.document, options.text_column, options.id_column)
     filters = Filters(options.min_length, options.max_length, options.deduplicate, options.skip_bad, options.windows)
+    if options.clusters and (options.merge or options.shard):
+        raise UserError("--clusters goes with neither --shard nor --merge; prepare the sources in one call")
     if options.merge:
         settings = (source_options, replace(filters, deduplicate=False), options.tokenizer, options.shard)
         if settings != (SourceOptions(), Filters(), "esm", None):
@@ -251,9 +257,9 @@ def _prepare(options: argparse.Namespace) -> int:
             f"of {part.num_blocks:,}"
         )
     elif split:
-        _say_prepared(out, prepare_split(options.sources, out, tokenizer, split, *given))
+        _say_prepared(out, prepare_split(options.sources, out, tokenizer, split, *given, options.clusters))
     else:
-        _say_prepared(out, (prepare(options.sources, out, tokenizer, *given),))
+        _say_prepared(out, (prepare(options.sources, out, tokenizer, *given, options.clusters),))
     return 0
 
 
@@ -262,6 +268,8 @@ def _say_prepared(out: Path, corpora: "tuple[Corpus, ...]") -> None:
 
     for corpus in corpora:
         print(f"{corpus.path}: {corpus.num_sequences:,} sequences, {corpus.num_tokens:,} tokens")
+        if corpus.num_clusters:
+            print(f"  clusters     {corpus.num_clusters:,}")
     if skipped := corpora[0].skipped:
         report = f"; the bad ones are listed in {out / REPORT}" if "bad" in skipped else ""
         print(f"  left out     {'  '.join(f'{reason} {count:,}' for reason, count in sorted(skipped.items()))}{report}")

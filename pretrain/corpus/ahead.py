@@ -4,10 +4,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pretrain.corpus.groups import GroupOrder
-from pretrain.corpus.order import AnyOrder, Order
+from pretrain.corpus.mixture import JoinedCorpus, whole_order
+from pretrain.corpus.order import AnyOrder
 from pretrain.corpus.packing import StepPlanner
 from pretrain.corpus.remote import RemoteCorpus
 from pretrain.corpus.store import Corpus
+from pretrain.errors import UserError
 
 GROUP_SHARDS = 32
 """Shards that are shuffled together, where nothing else is said: about a gigabyte."""
@@ -39,7 +41,17 @@ class Ahead:
 
 
 def group_size(corpus: Corpus, wanted: int | str | None) -> int | None:
-    """Shards in a group, for a setting that may be ``all`` or left out; None if all are one group."""
+    """Shards in a group, for a setting that may be ``all`` or left out; None if all are one group.
+
+    Raises:
+        UserError: If groups are asked for where the order is over clusters, or of several corpora.
+    """
+    together = "several corpora are mixed" if isinstance(corpus, JoinedCorpus) else ""
+    together = together or ("the order is over clusters" if corpus.num_clusters else "")
+    if together:
+        if wanted not in (None, "all"):
+            raise UserError(f"data.group_shards is {wanted}, but {together}; leave it out")
+        return None
     shards = len(corpus.manifest["shards"])
     if wanted is None:
         wanted = GROUP_SHARDS if isinstance(corpus, RemoteCorpus) else "all"
@@ -50,7 +62,7 @@ def order_of(corpus: Corpus, group_shards: int | str | None, seed: int) -> AnyOr
     """The order of a corpus, shuffled as a whole or within groups of so many shards."""
     size = group_size(corpus, group_shards)
     if size is None:
-        return Order(len(corpus), seed)
+        return whole_order(corpus, seed)
     return GroupOrder([shard["num_sequences"] for shard in corpus.manifest["shards"]], size, seed)
 
 
@@ -61,11 +73,11 @@ def bring_ahead(planner: StepPlanner) -> None:
         UserError: If the cache has no room for what is needed at a time, or the shards cannot be had.
     """
     corpus, order = planner.corpus, planner.order
-    if not isinstance(corpus, RemoteCorpus):
-        return
-    if isinstance(order, GroupOrder):
+    if isinstance(corpus, RemoteCorpus) and isinstance(order, GroupOrder):
         corpus.check_cache(order.group_shards)
         planner.order = Ahead(order, corpus)
-    else:
-        corpus.check_cache(None)
-        corpus.bring_all()
+        return
+    for part in corpus.corpora if isinstance(corpus, JoinedCorpus) else [corpus]:
+        if isinstance(part, RemoteCorpus):
+            part.check_cache(None)
+            part.bring_all()

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.corpus.batch import PackDataset
+from pretrain.corpus.order import AnyOrder
 from pretrain.corpus.packing import Pack
 from pretrain.corpus.store import Corpus
 
@@ -28,7 +29,9 @@ class Baselines(NamedTuple):
     bigram: float
 
 
-def perplexities(train: Corpus, validation: PackDataset, packs: Iterable[Pack]) -> Baselines:
+def perplexities(
+    train: Corpus, validation: PackDataset, packs: Iterable[Pack], order: AnyOrder | None = None
+) -> Baselines:
     """Score the validation targets with counts from the training corpus.
 
     The bigram model sees the true left neighbour of each target, even where the language model sees ``<mask>``: a
@@ -38,6 +41,7 @@ def perplexities(train: Corpus, validation: PackDataset, packs: Iterable[Pack]) 
         train: Where the counts are from.
         validation: What makes the validation batches.
         packs: The validation packs.
+        order: What training visits, where that is not simply every sequence once: it is counted as often.
     """
     questions = [_questions(validation, pack) for pack in packs]
     left, target = (np.concatenate(column) for column in zip(*questions, strict=True))
@@ -48,10 +52,12 @@ def perplexities(train: Corpus, validation: PackDataset, packs: Iterable[Pack]) 
     context = np.zeros(size)
     pairs = np.zeros(len(wanted))
     seen = 0
-    for first in range(0, len(train), _CHUNK):
-        tokens = np.concatenate([train.tokens(i) for i in range(first, min(first + _CHUNK, len(train)))]).astype(
-            np.int64
-        )
+    visits = sum(order.sizes) if order else len(train)
+    for first in range(0, visits, _CHUNK):
+        indices = np.arange(first, min(first + _CHUNK, visits))
+        if order:
+            indices = order(indices)[1]
+        tokens = np.concatenate([train.tokens(index) for index in indices.tolist()]).astype(np.int64)
         before, after = tokens[:-1], tokens[1:]
         inside = (after != train.tokenizer.cls_token_id) & (after != train.tokenizer.eos_token_id)
         before, after = before[inside], after[inside]

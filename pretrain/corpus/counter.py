@@ -30,6 +30,8 @@ class Stream(IntEnum):
     MASK_SHARE = 6
     MASK_SPAN = 7
     MASK_TURN = 8
+    COMPONENT = 20
+    CLUSTER_MEMBER = 21
     SHARDS = 30
     GROUP = 31
 

@@ -10,12 +10,14 @@ from pretrain.corpus.ahead import bring_ahead, group_size, order_of
 from pretrain.corpus.baselines import Baselines, perplexities
 from pretrain.corpus.batch import Batch, PackDataset
 from pretrain.corpus.masking import MaskDraws, Masking, MaskUnit
-from pretrain.corpus.order import Order
+from pretrain.corpus.mixture import JoinedCorpus, draws_of_a_block, mixture_of
+from pretrain.corpus.order import AnyOrder, Order
 from pretrain.corpus.packed import PackedDataModule
 from pretrain.corpus.packing import Planner, StepPlanner, validation_packs
 from pretrain.corpus.padding import PaddedDataset, static_shapes
 from pretrain.corpus.prepare import open_or_prepare
 from pretrain.corpus.remote import RemoteCorpus
+from pretrain.corpus.store import Corpus
 from pretrain.corpus.tokenizer import ProteinTokenizer
 from pretrain.errors import UserError
 
@@ -30,9 +32,10 @@ class MLMDataModule(PackedDataModule):
 
     Args:
         train: Source files, patterns or directories (as `pretrain prepare` takes), or one corpus that it made. Sources
-            are prepared once, into a cache.
-        validation: The same, for validation; without it there is none. Or several sets by name, ``{near: a.fasta, far:
-            b.fasta}``, the first of which is the one that ``val/loss`` is about.
+            are prepared once, into a cache. Or a mapping of several of these to their weights, which are shares of the
+            sequences that are drawn; see `MixtureOrder`.
+        validation: The same without weights, for validation; without it there is none. Or several sets by name,
+            ``{near: a.fasta, far: b.fasta}``, the first of which is the one that ``val/loss`` is about.
         tokenizer: ``esm``, or a ``tokenizer.json``, or a directory that holds one.
         max_length: Tokens of a sequence that one step sees, ``<cls>`` and ``<eos>`` included.
         long_sequences: What becomes of longer ones: ``crop`` shows a random window, another one in each epoch;
@@ -61,7 +64,7 @@ class MLMDataModule(PackedDataModule):
 
     def __init__(
         self,
-        train: str | list[str],
+        train: str | list[str] | dict[str, float],
         validation: str | list[str] | dict[str, str | list[str]] | None = None,
         tokenizer: str = "esm",
         max_length: int = 1024,
@@ -85,7 +88,7 @@ class MLMDataModule(PackedDataModule):
         self.validation_sets = {name: [given] if isinstance(given, str) else given for name, given in sets.items()}
         _check_names(self.validation_sets)
         super().__init__(
-            train,
+            list(train) if isinstance(train, dict) else train,
             [source for sources in self.validation_sets.values() for source in sources],
             tokenizer,
             max_length,
@@ -95,6 +98,7 @@ class MLMDataModule(PackedDataModule):
             num_workers,
             seed,
         )
+        self.draws = draws_of_a_block(train) if isinstance(train, dict) else None
         if long_sequences not in ("crop", "split"):
             raise UserError(f"data.long_sequences is '{long_sequences}'; give crop or split")
         self.windows = max_length if long_sequences == "split" else None
@@ -117,7 +121,7 @@ class MLMDataModule(PackedDataModule):
     @override
     def open(self) -> None:
         if not hasattr(self, "train_corpus"):
-            train = open_or_prepare(self.train, self.tokenizer, self.windows, self.cache_bytes)
+            train = self._open_train()
             held = {
                 name: open_or_prepare(given, self.tokenizer, self.windows)
                 for name, given in self.validation_sets.items()
@@ -129,10 +133,23 @@ class MLMDataModule(PackedDataModule):
             self.validation_corpora, self.validation_corpus = held, next(iter(held.values()), None)
             self.train_corpus = train
 
+    def _open_train(self) -> Corpus:
+        if self.draws is None:
+            return open_or_prepare(self.train, self.tokenizer, self.windows, self.cache_bytes)
+        each = (open_or_prepare([name], self.tokenizer, self.windows, self.cache_bytes) for name in self.train)
+        return JoinedCorpus(list(each))
+
     @override
     def train_planner(self) -> Planner:
+        return Planner(self.train_corpus, self.train_order(), self.masking, self.max_length)
+
+    def train_order(self) -> AnyOrder:
+        """The order of the training corpus."""
         corpus = self.train_corpus
-        return Planner(corpus, order_of(corpus, self.group_shards, self.seed), self.masking, self.max_length)
+        if self.draws is None:
+            return order_of(corpus, self.group_shards, self.seed)
+        assert isinstance(corpus, JoinedCorpus)
+        return mixture_of(corpus, self.draws, self.seed)
 
     @override
     def train_dataloader(self) -> DataLoader[Batch]:
@@ -143,7 +160,13 @@ class MLMDataModule(PackedDataModule):
 
     @override
     def identity(self) -> dict[str, Any]:
-        return {**super().identity(), "group_shards": group_size(self.train_corpus, self.group_shards)}
+        corpus = self.train_corpus
+        return {
+            **super().identity(),
+            "proportions": None if self.draws is None else self.draws.tolist(),
+            "clusters": corpus.clusters_fingerprint,
+            "group_shards": group_size(corpus, self.group_shards),
+        }
 
     @override
     def validation_planner(self, name: str | None = None) -> Planner:
@@ -171,10 +194,12 @@ class MLMDataModule(PackedDataModule):
 
     def baselines(self) -> dict[str, Baselines]:
         """Unigram and bigram perplexity on the positions that validation asks about, for each set."""
+        every_sequence_once = self.draws is None and not self.train_corpus.num_clusters
+        order = None if every_sequence_once else self.train_order()
         found = {}
         for name, corpus in self.validation_corpora.items():
             (packs,) = validation_packs(self.validation_planner(name), self.validation_pack_tokens, 1)
-            found[name] = perplexities(self.train_corpus, PackDataset(corpus, self.validation_masking), packs)
+            found[name] = perplexities(self.train_corpus, PackDataset(corpus, self.validation_masking), packs, order)
         return found
 
 

@@ -123,7 +123,7 @@ class PackedDataModule(pl.LightningDataModule):
             sequences = len(planner.step(Position(), self.global_batch_tokens).indices)
             raise UserError(
                 f"{type(self).__name__} needs Trainer(max_steps=...): a run is counted in optimizer steps; "
-                f"an epoch of this corpus is about {-(-len(self.train_corpus) // sequences)} steps"
+                f"an epoch of this corpus is about {-(-planner.epoch_size // sequences)} steps"
             )
         self._sampler = PackSampler(
             planner,
@@ -219,8 +219,7 @@ class PackedDataModule(pl.LightningDataModule):
         self.check_identity(state)
         # Lightning misses a loader state; there is none to keep, since the sampler seeks to the step.
         warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")
-        cursor, tokens = state["cursor"], state["tokens"]
-        self._start = (state["step"], Position(cursor, tokens, cursor / len(self.train_corpus)))
+        self._start = (state["step"], self.train_planner().position(state["cursor"], state["tokens"]))
 
 
 def _unchanged(batch: Any) -> Any:

@@ -23,6 +23,9 @@ from pretrain.errors import UserError
 
 Int64 = NDArray[np.int64]
 
+_SAMPLE = 1024
+"""Crops that a planner looks at to know about how long they are: it decides how far it looks ahead, nothing else."""
+
 
 @dataclass(frozen=True)
 class Position:
@@ -31,7 +34,8 @@ class Position:
     Attributes:
         cursor: Sequences consumed: the whole state of the data.
         tokens: Tokens consumed, for the log.
-        epochs: ``cursor`` as a number of epochs, for the log.
+        epochs: ``cursor`` as a number of epochs, for the log; with several corpora, how often their sequences were
+            visited on average.
     """
 
     cursor: int = 0
@@ -83,7 +87,13 @@ class StepPlanner(ABC):
 
     def __init__(self, corpus: Corpus, order: AnyOrder, max_length: int) -> None:
         self.corpus, self.order, self.max_length = corpus, order, max_length
-        self.mean_length = max(1.0, min(corpus.num_tokens / corpus.num_sequences, max_length))
+        self.epoch_size = sum(order.sizes)
+        _, sample = order(np.arange(_SAMPLE))
+        self.mean_length = max(1.0, float(np.minimum(corpus.lengths(sample), max_length).mean()))
+
+    def position(self, cursor: int, tokens: int) -> Position:
+        """Where the data stands after so many sequences and tokens."""
+        return Position(cursor, tokens, cursor / self.epoch_size)
 
     def crop_starts(self, epochs: Int64, indices: Int64, room: Int64) -> Int64:
         """First token of each crop, from 0 to ``room``: a random window, a new one in each epoch."""
@@ -114,8 +124,7 @@ class StepPlanner(ABC):
         starts = self.crop_starts(epochs, indices, full - lengths)
         maskable = lengths - (starts == 0) - (starts + lengths == full)
         targets = self.target_counts(epochs, indices, starts, lengths, maskable)
-        cursor = start.cursor + len(indices)
-        after = Position(cursor, start.tokens + int(lengths.sum()), cursor / self.corpus.num_sequences)
+        after = self.position(start.cursor + len(indices), start.tokens + int(lengths.sum()))
         return Pack(indices, epochs, starts, lengths, maskable, targets, int(targets.sum()), after)
 
 

@@ -10,12 +10,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pretrain.corpus.clusters import check_table, write_clusters
 from pretrain.corpus.readers import read_records
 from pretrain.corpus.remote import RemoteCorpus, cache_directory, is_remote
 from pretrain.corpus.shards import JOURNAL, Filters, Part, make_shards, report_file
 from pretrain.corpus.sources import Source, SourceOptions, find_sources
 from pretrain.corpus.split import SIDES, Split, split_parts
-from pretrain.corpus.store import FORMAT_VERSION, LENGTHS, MANIFEST, REPORT, Corpus, is_corpus, write_manifest
+from pretrain.corpus.store import CLUSTERS, FORMAT_VERSION, LENGTHS, MANIFEST, REPORT, Corpus, is_corpus, write_manifest
 from pretrain.corpus.tokenizer import Tokenizer, TokenizerKind, train_tokenizer
 from pretrain.corpus.whole import make_whole
 from pretrain.errors import UserError
@@ -28,6 +29,7 @@ def prepare(
     options: SourceOptions | None = None,
     filters: Filters | None = None,
     workers: int | None = None,
+    clusters: str | None = None,
 ) -> Corpus:
     """Tokenise sources into a corpus at ``out``.
 
@@ -42,13 +44,16 @@ def prepare(
         options: How the sources are read.
         filters: Which sequences are kept.
         workers: Processes; by default one for each core. The corpus does not depend on it.
+        clusters: A table of cluster and member, for an order that visits clusters; see `write_clusters`.
 
     Raises:
         UserError: If a source is unreadable or holds something that has no token, or ``out`` exists already.
     """
     options = options or SourceOptions()
     found = _find(sources, out, options, workers)
-    _prepare_once(found, out, tokenizer, options, filters or Filters(), workers)
+    if clusters:
+        check_table(clusters)
+    _prepare_once(found, out, tokenizer, options, filters or Filters(), workers, clusters=clusters)
     return Corpus(out)
 
 
@@ -60,6 +65,7 @@ def prepare_split(
     options: SourceOptions | None = None,
     filters: Filters | None = None,
     workers: int | None = None,
+    clusters: str | None = None,
 ) -> tuple[Corpus, Corpus]:
     """Tokenise sources into two corpora, ``out/train`` and ``out/validation``; otherwise as `prepare`.
 
@@ -69,7 +75,9 @@ def prepare_split(
     options = options or SourceOptions()
     found = _find(sources, out, options, workers)
     split.check_files()
-    _prepare_once(found, out, tokenizer, options, filters or Filters(), workers, split)
+    if clusters:
+        check_table(clusters)
+    _prepare_once(found, out, tokenizer, options, filters or Filters(), workers, split, clusters)
     return open_split(out)
 
 
@@ -110,12 +118,13 @@ def _prepare_once(
     filters: Filters,
     workers: int | None,
     split: Split | None = None,
+    clusters: str | None = None,
 ) -> None:
     """Prepare, or wait for whoever is preparing the same corpus and take theirs."""
 
     def fill(partial: Path) -> Path:
         parts = make_shards(sources, partial, tokenizer, options, filters, workers or cores())
-        return finish(partial, parts, tokenizer, options, filters, split, workers or cores())
+        return finish(partial, parts, tokenizer, options, filters, split, workers or cores(), clusters)
 
     make_whole(out, is_split if split else lambda path: is_corpus(path), fill)
 
@@ -128,6 +137,7 @@ def finish(
     filters: Filters,
     split: Split | None,
     workers: int,
+    clusters: str | None = None,
 ) -> Path:
     """Make a corpus of the shards in ``directory``, or two of them by ``split``.
 
@@ -142,12 +152,12 @@ def finish(
     prepared = _describe(parts, options, filters)
     if split is None:
         _write_report(directory, directory, parts)
-        _write_corpus(directory, parts, tokenizer, prepared)
+        _write_corpus(directory, parts, tokenizer, prepared, clusters)
         return directory
     into = directory / "split"
     sides = split_parts(directory, into, parts, split, workers, filters.windows is not None)
     for name, side in zip(SIDES, sides, strict=True):
-        _write_corpus(into / name, side, tokenizer, {**prepared, "split": {"side": name, **asdict(split)}})
+        _write_corpus(into / name, side, tokenizer, {**prepared, "split": {"side": name, **asdict(split)}}, clusters)
     _write_report(directory, into, parts)
     return into
 
@@ -177,11 +187,15 @@ def _write_report(directory: Path, to: Path, parts: Sequence[Part]) -> None:
             report.write(report_file(directory, part.number).read_bytes())
 
 
-def _write_corpus(directory: Path, parts: Sequence[Part], tokenizer: Tokenizer, prepared: dict[str, Any]) -> None:
+def _write_corpus(
+    directory: Path, parts: Sequence[Part], tokenizer: Tokenizer, prepared: dict[str, Any], clusters: str | None
+) -> None:
     fields = ("file", "num_sequences", "num_tokens", "sha256")
     shards = [{field: getattr(part, field) for field in fields} for part in parts if part.file]
+    if clusters:
+        prepared = {**prepared, "clusters": write_clusters(directory, [shard["file"] for shard in shards], clusters)}
     write_manifest(directory, shards, tokenizer, prepared)
-    ours = {REPORT, MANIFEST, LENGTHS, *(part.file for part in parts)}
+    ours = {REPORT, MANIFEST, LENGTHS, *([CLUSTERS] if clusters else []), *(part.file for part in parts)}
     for file in sorted(directory.iterdir(), key=lambda file: file.name == JOURNAL):  # the journal last
         if file.name not in ours:
             shutil.rmtree(file) if file.is_dir() else file.unlink()

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from pretrain.corpus.cache import Cache, RemoteFile, read_remote
 from pretrain.corpus.groups import GroupOrder
-from pretrain.corpus.store import LENGTHS, MANIFEST, Corpus, Shard, open_shard, parse_manifest
+from pretrain.corpus.store import LENGTHS, MANIFEST, Clusters, Corpus, Shard, open_shard, parse_manifest
 from pretrain.errors import UserError
 
 Int64 = NDArray[np.int64]
@@ -80,6 +80,13 @@ class RemoteCorpus(Corpus):
     @override
     def lengths(self, indices: ArrayLike) -> Int64:
         return self._lengths[np.asarray(indices, np.int64)].astype(np.int64)
+
+    @override
+    def clusters(self) -> Clusters:
+        raise UserError(
+            f"{self.url}: was prepared with clusters, which are read from a directory on this machine only; copy the "
+            "corpus here"
+        )
 
     def bring_all(self) -> None:
         """Fetch the whole corpus, and keep it."""

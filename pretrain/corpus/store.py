@@ -5,6 +5,7 @@ corpus/
   lengths.npy            the length of each sequence in tokens, in order
   shard-00000.arrow      one record batch: id, tokens in the smallest integer type that holds the vocabulary, and, where
                          the tokenizer knows words, a bit a token that says whether one begins there
+  clusters.arrow         with `prepare --clusters`, the sequences of each cluster
   skipped.tsv            where `prepare --skip_bad` skipped records: source, line and reason
 """
 
@@ -26,6 +27,7 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 LENGTHS = "lengths.npy"
 REPORT = "skipped.tsv"
+CLUSTERS = "clusters.arrow"
 
 
 class Shard(NamedTuple):
@@ -36,6 +38,13 @@ class Shard(NamedTuple):
     tokens: NDArray[np.unsignedinteger]
     word_starts: NDArray[np.uint8] | None
     """Eight tokens a byte, the lowest bit first."""
+
+
+class Clusters(NamedTuple):
+    """Which sequences each cluster holds: those of cluster c are ``members[offsets[c]:offsets[c + 1]]``."""
+
+    offsets: NDArray[np.int64]
+    members: NDArray[np.unsignedinteger]
 
 
 class Corpus:
@@ -91,6 +100,36 @@ class Corpus:
         """Records that `prepare` left out, by the reason: ``short``, ``long``, ``bad``, ``duplicate``."""
         skipped: dict[str, int] = self.manifest.get("prepared", {}).get("skipped", {})
         return skipped
+
+    @property
+    def num_clusters(self) -> int | None:
+        """How many clusters the sequences are in, if the corpus was prepared with a table of them."""
+        return self._clusters["num_clusters"] if self._clusters else None
+
+    @property
+    def clusters_fingerprint(self) -> str | None:
+        """What the clusters are known by, if the corpus was prepared with a table of them."""
+        return self._clusters["sha256"][:16] if self._clusters else None
+
+    @property
+    def _clusters(self) -> dict[str, Any] | None:
+        recorded: dict[str, Any] | None = self.manifest.get("prepared", {}).get("clusters")
+        return recorded
+
+    def clusters(self) -> Clusters:
+        """The clusters, memory-mapped; only of a corpus that was prepared with a table of them.
+
+        Raises:
+            UserError: If the file is missing or damaged.
+        """
+        try:
+            column = _open_batch(self.path / CLUSTERS).column("members")
+        except (FileNotFoundError, pa.ArrowException) as error:
+            raise _damaged(self.path, error) from error
+        offsets, members = (part.to_numpy(zero_copy_only=True) for part in (column.offsets, column.values))
+        if len(members) != self.num_sequences:
+            raise _damaged(self.path, ValueError(f"{CLUSTERS} holds {len(members)} of {self.num_sequences} sequences"))
+        return Clusters(offsets, members)
 
     def lengths(self, indices: ArrayLike) -> NDArray[np.int64]:
         """Tokens in each of the sequences, ``<cls>`` and ``<eos>`` included; shape as ``indices``."""
@@ -163,6 +202,8 @@ def verify(path: Path) -> int:
         expected = dict(zip(_shard_files(path, manifest), checksums, strict=True))
         if "lengths" in manifest:  # older corpora have none
             expected[path / LENGTHS] = manifest["lengths"]["sha256"]
+        if clusters := manifest["prepared"].get("clusters"):
+            expected[path / CLUSTERS] = clusters["sha256"]
     except (KeyError, TypeError) as error:
         raise _damaged(path, error) from error
     broken = []
@@ -209,7 +250,7 @@ def write_shard(
     columns = {"id": pa.array(ids, pa.large_string()), "tokens": _lists(offsets, values)}
     if word_starts:
         columns["word_starts"] = _lists(offsets, np.concatenate(word_starts))
-    return _write_batch(file, pa.record_batch(columns))
+    return write_batch(file, pa.record_batch(columns))
 
 
 def write_rows(file: Path, keep: NDArray[np.bool_], to: Path | None = None) -> str:
@@ -222,14 +263,15 @@ def write_rows(file: Path, keep: NDArray[np.bool_], to: Path | None = None) -> s
     if shard.word_starts is not None:
         word_starts = np.unpackbits(shard.word_starts, count=len(kept), bitorder="little").view(np.bool_)
         columns["word_starts"] = _lists(offsets, word_starts[kept])
-    return _write_batch(to or file, pa.record_batch(columns))
+    return write_batch(to or file, pa.record_batch(columns))
 
 
 def _lists(offsets: NDArray[np.int64], values: NDArray[Any]) -> pa.LargeListArray:
     return pa.LargeListArray.from_arrays(offsets, pa.array(values))
 
 
-def _write_batch(file: Path, batch: pa.RecordBatch) -> str:
+def write_batch(file: Path, batch: pa.RecordBatch) -> str:
+    """Write one record batch, whole or not at all, and return the file's checksum."""
     partial = file.with_name(f".{file.name}.partial")
     try:
         with partial.open("wb") as sink:
@@ -342,9 +384,7 @@ def _shard_files(path: Path, manifest: dict[str, Any]) -> list[Path]:
 
 def open_shard(file: Path) -> Shard:
     """Map a shard; nothing is read yet."""
-    if not file.is_file():
-        raise FileNotFoundError(2, "no such file", str(file))
-    batch = pa.ipc.open_file(pa.memory_map(str(file))).get_batch(0)
+    batch = _open_batch(file)
     column = batch.column("tokens")
     return Shard(
         ids=batch.column("id"),
@@ -354,3 +394,9 @@ def open_shard(file: Path) -> Shard:
         if "word_starts" in batch.schema.names
         else None,
     )
+
+
+def _open_batch(file: Path) -> pa.RecordBatch:
+    if not file.is_file():
+        raise FileNotFoundError(2, "no such file", str(file))
+    return pa.ipc.open_file(pa.memory_map(str(file))).get_batch(0)

@@ -131,6 +131,8 @@ def _describe_corpus(corpus: Corpus, statistics: _Statistics) -> str:
         f"  shards       {len(corpus.manifest['shards'])}, {corpus.manifest['dtype']}",
         f"  fingerprint  {corpus.fingerprint}",
     ]
+    if corpus.num_clusters:
+        lines.append(f"  clusters     {corpus.num_clusters:,}: an epoch visits each once, by one of its sequences")
     if skipped := corpus.skipped:
         report = f"; the bad ones are listed in {REPORT}" if "bad" in skipped else ""
         lines.append(f"  left out     {'  '.join(f'{reason} {n:,}' for reason, n in sorted(skipped.items()))}{report}")

@@ -17,7 +17,9 @@ from typing_extensions import override
 from pretrain.corpus.batch import Batch
 from pretrain.corpus.counter import bits
 from pretrain.corpus.datamodule import MLMDataModule
+from pretrain.corpus.order import AnyOrder
 from pretrain.corpus.packing import Pack, Position, jump
+from pretrain.corpus.store import Corpus
 from pretrain.errors import UserError
 from pretrain.train.logging import LineFile, step_of_csv
 from pretrain.train.run import CHECKPOINTS, CONFIG, LEDGER, Run
@@ -113,9 +115,14 @@ def audit(directory: Path) -> str:
             f"{directory}: was trained on corpus {state['corpus']}, {', '.join(map(str, data.train))} is now "
             f"{corpus.fingerprint}; restore the sources to audit the run"
         )
+    if (proportions := data.identity()["proportions"]) != state.get("proportions"):
+        raise UserError(
+            f"{directory}: was trained on corpora in proportions {state.get('proportions')}, its config now says "
+            f"{proportions}; restore the weights to audit the run"
+        )
     planner = data.train_planner()
     lines = _read(directory / LEDGER)
-    visits = _Visits(len(corpus))
+    visits = _Visits(planner.order)
     position = Position()
     skips = {skip.first: skip.end for skip in run.skips}
     skipped = 0
@@ -143,28 +150,50 @@ def audit(directory: Path) -> str:
     but = f", but for {skipped:,} that {SKIPS} leaves out" if skipped else ""
     return (
         f"{directory}: {run.step:,} steps, {position.cursor - skipped:,} sequences ({position.epochs:.2f} epochs): "
-        f"each epoch's sequences consumed exactly once{but}"
+        f"{visits.found(corpus)}{but}"
     )
 
 
 class _Visits:
-    """Checks that a plan, step by step, visits every sequence of an epoch once before the next epoch begins."""
+    """Checks that a plan, step by step, visits everything of an epoch once before the next epoch begins.
 
-    def __init__(self, num_sequences: int) -> None:
-        self.epoch = 0
-        self._visited = np.zeros(num_sequences, bool)
+    What that is says the order: the sequences, or their clusters; in a mixture, of each component by itself.
+    """
+
+    def __init__(self, order: AnyOrder) -> None:
+        self.order = order
+        self.bounds = np.cumsum([0, *order.sizes])
+        self.epochs = [0] * len(order.sizes)
+        self._visited = np.zeros(self.bounds[-1], bool)
 
     def add(self, epochs: NDArray[np.int64], indices: NDArray[np.int64]) -> None:
+        places = self.order.places(indices)
+        part_of = np.searchsorted(self.bounds, places, side="right") - 1
+        for part in np.unique(part_of):
+            here = part_of == part
+            self._add(int(part), places[here], epochs[here])
+
+    def _add(self, part: int, places: NDArray[np.int64], epochs: NDArray[np.int64]) -> None:
+        visited = self._visited[self.bounds[part] : self.bounds[part + 1]]
         for epoch in np.unique(epochs):
-            if epoch != self.epoch:
-                if epoch != self.epoch + 1 or not self._visited.all():
-                    raise UserError(f"the order leaves sequences of epoch {self.epoch} out: this version is defective")
-                self.epoch = int(epoch)
-                self._visited[:] = False
-            here = indices[epochs == epoch]
-            if self._visited[here].any() or len(np.unique(here)) < len(here):
+            if epoch != self.epochs[part]:
+                if epoch != self.epochs[part] + 1 or not visited.all():
+                    raise UserError(
+                        f"the order leaves sequences of epoch {self.epochs[part]} out: this version is defective"
+                    )
+                self.epochs[part] = int(epoch)
+                visited[:] = False
+            here = places[epochs == epoch] - self.bounds[part]
+            if visited[here].any() or len(np.unique(here)) < len(here):
                 raise UserError(f"the order repeats sequences within epoch {epoch}: this version is defective")
-            self._visited[here] = True
+            visited[here] = True
+
+    def found(self, corpus: Corpus) -> str:
+        """What has been checked, when all is well."""
+        what = "clusters" if corpus.clusters_fingerprint else "sequences"
+        if len(self.epochs) > 1:
+            return f"each corpus's {what} consumed exactly once in each of its epochs"
+        return f"each epoch's {what} consumed exactly once"
 
 
 def _read(path: Path) -> list[str]:

@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 
 from pretrain.corpus.baselines import Baselines
 from pretrain.corpus.datamodule import MLMDataModule
+from pretrain.corpus.mixture import JoinedCorpus, MixtureOrder, shares
 from pretrain.train.module import MLMModule
 from pretrain.train.run import Run
 from pretrain.train.throughput import peak_flops
@@ -36,10 +37,30 @@ def header(run: Run, trainer: pl.Trainer, module: MLMModule, data: MLMDataModule
             f"  model     {parameters:,} parameters: {shape}",
             *start,
             f"  data      {corpus.num_sequences:,} sequences, {corpus.num_tokens:,} tokens{held_out}",
+            *_visits(data, trainer.max_steps),
             f"  step      {data.global_batch_tokens:,} tokens, crops of at most {data.max_length}",
             f"  hardware  {hardware}; MFU against {rate / 1e12:.3g} TFLOP/s ({source})",
         ]
     )
+
+
+def _visits(data: MLMDataModule, max_steps: int) -> list[str]:
+    """How the training data is visited, where that is not simply every sequence once an epoch."""
+    planner, corpus = data.train_planner(), data.train_corpus
+    if not isinstance(planner.order, MixtureOrder):
+        return [f"            in {corpus.num_clusters:,} clusters"] if corpus.num_clusters else []
+    assert isinstance(corpus, JoinedCorpus)
+    draws = max_steps * data.global_batch_tokens / planner.mean_length
+    lines = []
+    of_each = shares(corpus, planner.order, data.max_length)
+    for source, component, share in zip(data.train, corpus.corpora, of_each, strict=True):
+        kind = "clusters" if component.num_clusters else "sequences"
+        epochs = draws * share.sequences / share.epoch_size
+        lines.append(
+            f"    {share.sequences:6.1%}  {source}: {share.epoch_size:,} {kind}; about {share.tokens:.1%} of the "
+            f"tokens, {epochs:.2g} epochs in {max_steps} steps"
+        )
+    return lines
 
 
 def execution(trainer: pl.Trainer) -> dict[str, Any]:
@@ -56,16 +77,19 @@ def execution(trainer: pl.Trainer) -> dict[str, Any]:
 
 def final_figures(trainer: pl.Trainer, module: MLMModule, data: MLMDataModule) -> dict[str, Any]:
     """What ``result.json`` holds: where the run ended and its validation beside the baselines."""
-    state = data.state_dict()
+    state, planner = data.state_dict(), data.train_planner()
     result: dict[str, Any] = {
         "steps": trainer.global_step,
         "parameters": sum(p.numel() for p in module.parameters()),
         "tokens_seen": state["tokens"],
-        "epochs": state["cursor"] / len(data.train_corpus),
+        "epochs": planner.position(state["cursor"], state["tokens"]).epochs,
         "train_sources": [str(source) for source in data.train],
         "train_sequences": len(data.train_corpus),
         "train_corpus": data.train_corpus.fingerprint,
     }
+    if isinstance(order := planner.order, MixtureOrder):
+        sizes = [sum(own.sizes) for own in order.orders]
+        result["train_epochs"] = (order.drawn(state["cursor"]) / sizes).tolist()
     sets = {name: _validation(name, baselines, module, data) for name, baselines in data.baselines().items()}
     if sets:
         first = next(iter(sets))
@@ -104,6 +128,8 @@ def _validation(name: str, baselines: Baselines, module: MLMModule, data: MLMDat
 def summary(run: Path, result: dict[str, Any]) -> str:
     """The end of a run: perplexity beside the numbers to beat, and what to do next."""
     lines = [f"  {result['steps']:,} steps, {result['tokens_seen']:,} tokens, {result['epochs']:.1f} epochs"]
+    for source, epochs in zip(result["train_sources"], result.get("train_epochs", ()), strict=False):
+        lines.append(f"    {epochs:.3g} epochs of {source}")
     for name, found in result.get("validation", {}).items():
         model, unigram, bigram = (found[k] for k in ("perplexity", "unigram_perplexity", "bigram_perplexity"))
         bits = found["bits_per_token"]

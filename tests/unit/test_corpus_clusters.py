@@ -1,0 +1,107 @@
+"""`prepare --clusters`: from a table of cluster and member to what each cluster holds."""
+
+import gzip
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pretrain.cli import main
+from pretrain.corpus.prepare import prepare
+from pretrain.corpus.store import CLUSTERS, Corpus, verify
+from pretrain.corpus.tokenizer import load_tokenizer
+from pretrain.errors import UserError
+
+IDS = ["UniRef90_A", "sp|P12345|NAME", "C", "D", "E"]
+TABLE = "UniRef50_A\tUniRef90_A\nP12345\tP12345\nUniRef50_A\tC\nP12345\tD\nE\tE\nE\tE\nE\tnot in the corpus\n"
+
+
+@pytest.fixture
+def fasta(tmp_path: Path) -> Path:
+    path = tmp_path / "some.fasta"
+    path.write_text("".join(f">{name} n=1 RepID=X\nMKV{'L' * number}\n" for number, name in enumerate(IDS)))
+    return path
+
+
+@pytest.fixture
+def make(fasta: Path, tmp_path: Path) -> Callable[[str], Corpus]:
+    def made(table: str) -> Corpus:
+        (tmp_path / "table.tsv").write_text(table)
+        out = tmp_path / "corpus"
+        return prepare([fasta], out, load_tokenizer("esm"), clusters=str(tmp_path / "table.tsv"))
+
+    return made
+
+
+def groups(corpus: Corpus) -> list[list[str]]:
+    offsets, members = corpus.clusters()
+    return [[corpus.id(int(m)) for m in members[a:b]] for a, b in itertools.pairwise(offsets)]
+
+
+def test_a_corpus_knows_the_members_of_its_clusters_by_id_or_accession(make: Callable[[str], Corpus]) -> None:
+    corpus = make(TABLE)
+    assert groups(corpus) == [["UniRef90_A", "C"], ["sp|P12345|NAME", "D"], ["E"]]
+    assert corpus.num_clusters == 3
+    assert verify(corpus.path) == 1
+
+
+def test_the_order_of_the_table_and_its_compression_change_nothing(
+    make: Callable[[str], Corpus], fasta: Path, tmp_path: Path
+) -> None:
+    lines = TABLE.splitlines(keepends=True)
+    packed = tmp_path / "table.tsv.gz"
+    packed.write_bytes(gzip.compress("".join(reversed(lines)).encode()))
+    other = prepare([fasta], tmp_path / "other", load_tokenizer("esm"), clusters=str(packed))
+    assert other.clusters_fingerprint == make(TABLE).clusters_fingerprint
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (TABLE.replace("P12345\tD\n", ""), "1 of 5 sequences are in no cluster, the first is 'D'; add lines"),
+        ("X\tY\n", "5 of 5 sequences are in no cluster, the first is 'UniRef90_A'; add lines"),
+        (TABLE + "other\tC\n", "'C' is in two clusters; a sequence belongs to one"),
+        (TABLE + "alone\n", "line 8 has 1 columns; a cluster table has two: CLUSTER<TAB>MEMBER"),
+        ("", "Empty CSV file; a cluster table has two: CLUSTER<TAB>MEMBER"),
+    ],
+)
+def test_a_table_that_does_not_fit_is_told_in_one_line(
+    make: Callable[[str], Corpus], tmp_path: Path, table: str, message: str
+) -> None:
+    with pytest.raises(UserError, match=r"table\.tsv: ") as error:
+        make(table)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "corpus").exists()
+
+
+def test_a_table_that_is_missing_is_told_before_the_sources_are_read(fasta: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no-such\.tsv: cannot be read"):
+        prepare([fasta], tmp_path / "corpus", load_tokenizer("esm"), clusters=str(tmp_path / "no-such.tsv"))
+    assert not list(tmp_path.glob(".corpus*"))
+
+
+def test_a_missing_or_damaged_cluster_file_is_noticed(make: Callable[[str], Corpus]) -> None:
+    corpus = make(TABLE)
+    file = corpus.path / CLUSTERS
+    file.write_bytes(file.read_bytes()[:-300])
+    with pytest.raises(UserError, match="damaged corpus"):
+        corpus.clusters()
+    with pytest.raises(UserError, match=r"1 of 2 files broken: clusters\.arrow \(another content\)"):
+        verify(corpus.path)
+    file.unlink()
+    with pytest.raises(UserError, match="damaged corpus"):
+        corpus.clusters()
+
+
+def test_prepare_and_inspect_say_how_many_clusters_there_are(
+    fasta: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "table.tsv").write_text(TABLE)
+    out = str(tmp_path / "corpus")
+    assert main(["prepare", str(fasta), "--out", out, "--clusters", str(tmp_path / "table.tsv")]) == 0
+    assert main(["inspect", out]) == 0
+    prepared, inspected = capsys.readouterr().out.split("\n" + out, 1)
+    assert "clusters     3" in prepared
+    assert "clusters     3: an epoch visits each once" in inspected
