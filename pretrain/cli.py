@@ -36,7 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from pretrain.train.plan import plan
 
             return plan(given[1:])
-        options = _parser().parse_args(given)
+        options, unknown = _parser().parse_known_args(given)
+        if unknown:
+            raise UserError(f"unrecognized arguments: {' '.join(unknown)}; see `pretrain {given[0]} --help`")
         return int(options.command(options))
     except (UserError, CrashError) as error:
         code = 1 if isinstance(error, CrashError) else 2

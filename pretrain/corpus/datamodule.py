@@ -6,6 +6,7 @@ from typing import Any, Literal
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
+from pretrain.corpus.ahead import bring_ahead, group_size, order_of
 from pretrain.corpus.baselines import Baselines, perplexities
 from pretrain.corpus.batch import Batch, PackDataset
 from pretrain.corpus.masking import MaskDraws, Masking, MaskUnit
@@ -14,6 +15,7 @@ from pretrain.corpus.packed import PackedDataModule
 from pretrain.corpus.packing import Planner, StepPlanner, validation_packs
 from pretrain.corpus.padding import PaddedDataset, static_shapes
 from pretrain.corpus.prepare import open_or_prepare
+from pretrain.corpus.remote import RemoteCorpus
 from pretrain.corpus.tokenizer import ProteinTokenizer
 from pretrain.errors import UserError
 
@@ -48,6 +50,9 @@ class MLMDataModule(PackedDataModule):
             about ``1 / (6 * hidden_size)``.
         static_shapes: Pad packs to one of a few sizes, for compiled code; they are then made equal in tokens, not cost.
         num_workers: Processes that load ahead of training.
+        group_shards: Shards of the corpus that are shuffled together: a number, or ``all``. By default all, and 32 of a
+            corpus from afar, of which only a group, the next one and the one before are needed at a time.
+        cache_gb: How much of a corpus from afar to keep on the local disk; by default what is in use.
         seed: Seed of order, crops and masks.
 
     Raises:
@@ -72,6 +77,8 @@ class MLMDataModule(PackedDataModule):
         attention_cost: float = 0.0005,
         static_shapes: bool = False,
         num_workers: int = 0,
+        group_shards: int | Literal["all"] | None = None,
+        cache_gb: float | None = None,
         seed: int = 0,
     ) -> None:
         sets = validation if isinstance(validation, dict) else {"": validation} if validation else {}
@@ -91,7 +98,11 @@ class MLMDataModule(PackedDataModule):
         if long_sequences not in ("crop", "split"):
             raise UserError(f"data.long_sequences is '{long_sequences}'; give crop or split")
         self.windows = max_length if long_sequences == "split" else None
+        if isinstance(group_shards, int) and group_shards < 1:
+            raise UserError(f"data.group_shards is {group_shards}; give at least 1, or all")
         self.static_shapes = static_shapes
+        self.group_shards = group_shards
+        self.cache_bytes = None if cache_gb is None else int(cache_gb * 1e9)
         shares = (mlm_probability, mask_replace_prob, random_replace_prob)
         vocabulary = (self.tokenizer.mask_token_id, self.tokenizer.replacement_ids)
         self.masking = Masking(*shares, *vocabulary, seed, mask_unit, mask_draws, mean_span_length)
@@ -106,7 +117,7 @@ class MLMDataModule(PackedDataModule):
     @override
     def open(self) -> None:
         if not hasattr(self, "train_corpus"):
-            train = open_or_prepare(self.train, self.tokenizer, self.windows)
+            train = open_or_prepare(self.train, self.tokenizer, self.windows, self.cache_bytes)
             held = {
                 name: open_or_prepare(given, self.tokenizer, self.windows)
                 for name, given in self.validation_sets.items()
@@ -120,7 +131,19 @@ class MLMDataModule(PackedDataModule):
 
     @override
     def train_planner(self) -> Planner:
-        return Planner(self.train_corpus, Order(len(self.train_corpus), self.seed), self.masking, self.max_length)
+        corpus = self.train_corpus
+        return Planner(corpus, order_of(corpus, self.group_shards, self.seed), self.masking, self.max_length)
+
+    @override
+    def train_dataloader(self) -> DataLoader[Batch]:
+        loader = super().train_dataloader()
+        assert self._sampler is not None
+        bring_ahead(self._sampler.planner)
+        return loader
+
+    @override
+    def identity(self) -> dict[str, Any]:
+        return {**super().identity(), "group_shards": group_size(self.train_corpus, self.group_shards)}
 
     @override
     def validation_planner(self, name: str | None = None) -> Planner:
@@ -131,6 +154,9 @@ class MLMDataModule(PackedDataModule):
 
     @override
     def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
+        for corpus in self.validation_corpora.values():
+            if isinstance(corpus, RemoteCorpus):
+                corpus.bring_all()
         return [self.validation_loader(self.validation_planner(name)) for name in self.validation_sets]
 
     @override

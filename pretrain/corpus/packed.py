@@ -203,10 +203,11 @@ class PackedDataModule(pl.LightningDataModule):
                 "tokens; restore that tokenizer, or start another run"
             )
         for field, ours in self.identity().items():
-            if state.get(field) != ours:
+            theirs = state.get(field)  # what an older version did not record, it did not have
+            if theirs != ours:
                 raise UserError(
-                    f"the checkpoint was made with {field} {state.get(field)!r}, this run has {ours!r}: the data would "
-                    "not continue where it stopped; restore that setting, or start another run"
+                    f"the checkpoint was made with {field} {theirs!r}, this run has {ours!r}: the data would not "
+                    "continue where it stopped; restore that setting, or start another run"
                 )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

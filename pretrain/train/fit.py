@@ -40,6 +40,7 @@ from pretrain.train.module import MLMModule
 from pretrain.train.report import execution, final_figures, header, summary
 from pretrain.train.run import CHECKPOINTS, Run, yaml_error
 from pretrain.train.saving import RunInterruptedError, StepCheckpoint
+from pretrain.train.settings_help import asked_for, shown
 from pretrain.train.sharding import FullyShardedStrategy
 from pretrain.train.sick import SickSteps
 from pretrain.train.spikes import LossSpikes, RewindError
@@ -109,6 +110,9 @@ class SettingsCLI(LightningCLI):
         for given in _config_files(args):
             if given.is_file() and (problem := yaml_error(given)):
                 raise UserError(problem)
+        if asked_for(args):
+            print(shown(parser.format_help(), args), end="")
+            raise SystemExit(0)
         try:
             self.config = parser.parse_args(args)
         except ArgumentError as error:
