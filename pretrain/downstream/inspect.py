@@ -61,8 +61,10 @@ def inspect(path: Path, picture: Path | None = None, check: bool = False) -> str
     lines = [f"{path}: newest checkpoint after step {run.step}"]
     if run.result:
         return "\n".join([*lines, summary(path, run.result)])
+    assert run.config is not None
+    lines[0] += f" of {run.config['trainer']['max_steps']}"
     lines += [f"  {name:32} {values[-1]:.6g}  (step {steps[-1]})" for name, (steps, values) in sorted(curves.items())]
-    return "\n".join(lines)
+    return "\n".join([*lines, f"  continue it   pretrain fit -c {path}/config.yaml --run {path}"])
 
 
 class _Statistics(NamedTuple):

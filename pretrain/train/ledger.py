@@ -17,8 +17,7 @@ from typing_extensions import override
 from pretrain.corpus.batch import Batch
 from pretrain.corpus.counter import bits
 from pretrain.corpus.datamodule import MLMDataModule
-from pretrain.corpus.order import Order
-from pretrain.corpus.packing import Pack, Planner, Position, jump
+from pretrain.corpus.packing import Pack, Position, jump
 from pretrain.errors import UserError
 from pretrain.train.logging import LineFile, step_of_csv
 from pretrain.train.run import CHECKPOINTS, CONFIG, LEDGER, Run
@@ -114,7 +113,7 @@ def audit(directory: Path) -> str:
             f"{directory}: was trained on corpus {state['corpus']}, {', '.join(map(str, data.train))} is now "
             f"{corpus.fingerprint}; restore the sources to audit the run"
         )
-    planner = Planner(corpus, Order(len(corpus), data.seed), data.masking, data.max_length)
+    planner = data.train_planner()
     lines = _read(directory / LEDGER)
     visits = _Visits(len(corpus))
     position = Position()
