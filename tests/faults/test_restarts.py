@@ -42,7 +42,7 @@ def test_torchrun_brings_a_job_back_whose_process_was_killed_or_hung(
     config, straight, broken = tiny(), tmp_path / "straight", tmp_path / "broken"
     assert torchrun("-c", config, "--run", straight, restarts=0).returncode == 0
     # In step 5; the newest checkpoint is then that after step 3.
-    wait = ("--hang_timeout_minutes", 0.1)
+    wait = ("--hang_timeout_minutes", "null" if how == "dies" else 0.5)
     ended = torchrun("-c", config, "--run", broken, *wait, *hang(how, 11), restarts=1)
     assert ended.returncode == 0, ended.stderr[-3000:]
     said = [line for line in ended.stderr.splitlines() if line.startswith("pretrain: error: nothing was done for")]
