@@ -26,6 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from pretrain.train.fit import fit
 
             return fit(given[1:])
+        if given[:1] == ["finetune"]:
+            from pretrain.downstream.finetune.command import finetune
+
+            return finetune(given[1:])
         if given[:1] == ["plan"]:
             from pretrain.train.plan import plan
 
@@ -95,6 +99,9 @@ def _parser() -> argparse.ArgumentParser:
 
     commands.add_parser("plan", help="what a run needs: memory, hours, cost: pretrain plan -c CONFIG", add_help=False)
     commands.add_parser("fit", help="train, or continue a run: pretrain fit -c CONFIG [--run DIR]", add_help=False)
+    commands.add_parser(
+        "finetune", help="train on labels: pretrain finetune -c CONFIG --from RUN_OR_DIR", add_help=False
+    )
 
     command = commands.add_parser("inspect", help="look at a corpus or a run: counts, figures, a picture of the curves")
     command.add_argument("path", type=Path, metavar="RUN_OR_CORPUS")

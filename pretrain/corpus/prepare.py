@@ -11,10 +11,13 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pretrain.corpus.readers import read_records
 from pretrain.corpus.shards import JOURNAL, Filters, Part, make_shards, report_file
 from pretrain.corpus.sources import Source, SourceOptions, find_sources
-from pretrain.corpus.store import FORMAT_VERSION, REPORT, Corpus, is_corpus, write_manifest
+from pretrain.corpus.store import FORMAT_VERSION, REPORT, Corpus, is_corpus, write_manifest, write_shard
 from pretrain.corpus.tokenizer import Tokenizer, train_tokenizer
 from pretrain.errors import UserError, disk_is_full
 
@@ -171,9 +174,43 @@ def open_or_prepare(sources: Sequence[str | Path], tokenizer: Tokenizer) -> Corp
         key.update(source.kind.encode())  # the same bytes make another corpus as .txt than as .jsonl
         with Path(source.name).open("rb") as file:
             key.update(hashlib.file_digest(file, "sha256").digest())
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    cached = Path(os.environ.get("PRETRAIN_CACHE") or home / "pretrain") / key.hexdigest()[:16]
+    cached = _cache() / key.hexdigest()[:16]
     return Corpus(cached) if is_corpus(cached) else _prepare_once(found, cached, tokenizer, options, Filters(), None)
+
+
+def open_or_store(ids: Sequence[str], sequences: Sequence[NDArray[np.unsignedinteger]], tokenizer: Tokenizer) -> Corpus:
+    """A corpus of sequences that are tokenised already, in the cache: once for each content.
+
+    Args:
+        ids: Their names.
+        sequences: Their ids, with ``<cls>`` and ``<eos>``.
+        tokenizer: What made the ids.
+    """
+    key = hashlib.sha256(json.dumps([FORMAT_VERSION, tokenizer.fingerprint, list(ids)]).encode())
+    for sequence in sequences:
+        key.update(hashlib.sha256(sequence.tobytes()).digest())
+    cached = _cache() / key.hexdigest()[:16]
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    with _exclusive(cached.parent / f".{cached.name}.lock"):
+        if not is_corpus(cached):
+            partial = cached.parent / f".{cached.name}.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            try:
+                partial.mkdir()
+                file = partial / "shard-00000.arrow"
+                checksum = write_shard(file, ids, sequences, tokenizer.dtype)
+                tokens = sum(map(len, sequences))
+                shard = {"file": file.name, "num_sequences": len(ids), "num_tokens": tokens, "sha256": checksum}
+                write_manifest(partial, [shard], tokenizer, {})
+                partial.rename(cached)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    return Corpus(cached)
+
+
+def _cache() -> Path:
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("PRETRAIN_CACHE") or home / "pretrain")
 
 
 def _list(skipped: dict[str, int]) -> str:

@@ -25,6 +25,7 @@ from torch._dynamo.exc import TorchDynamoException
 from typing_extensions import override
 
 from pretrain.corpus.datamodule import MLMDataModule
+from pretrain.corpus.packed import PackedDataModule
 from pretrain.corpus.tokenizer import load_tokenizer
 from pretrain.errors import UserError
 from pretrain.train.checkpoint import AtomicCheckpointIO
@@ -37,6 +38,7 @@ from pretrain.train.run import CHECKPOINTS, Run
 from pretrain.train.saving import RunInterruptedError, StepCheckpoint
 from pretrain.train.sharding import FullyShardedStrategy
 from pretrain.train.sick import SickSteps
+from pretrain.train.step import StepModule
 from pretrain.train.throughput import Throughput
 
 CLI = TypeVar("CLI", bound="SettingsCLI")
@@ -59,7 +61,15 @@ queue.
 
 
 class SettingsCLI(LightningCLI):
-    """The settings of a run: a model, data, a trainer, checkpoints; links between values that must agree."""
+    """The settings of a run: a model, data, a trainer, checkpoints; links between values that must agree.
+
+    Attributes:
+        module_class: What is trained.
+        data_class: What gives it batches.
+    """
+
+    module_class: type[StepModule] = MLMModule
+    data_class: type[PackedDataModule] = MLMDataModule
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -77,6 +87,10 @@ class SettingsCLI(LightningCLI):
         )
         parser.add_class_arguments(StepCheckpoint, "checkpoint", skip={"directory", "before_save"}, instantiate=False)
         parser.link_arguments("seed_everything", "data.seed")
+        self.link_model(parser)
+
+    def link_model(self, parser: LightningArgumentParser) -> None:
+        """Settings of the model that follow from others."""
         parser.link_arguments(
             "data.tokenizer", "model.encoder.vocab_size", lambda name: load_tokenizer(name).vocab_size
         )
@@ -152,7 +166,9 @@ class FitCLI(SettingsCLI):
         sick = SickSteps(self.run.directory, self.run.step, self.config_init.max_sick_steps_in_a_row)
         ledger = Ledger(self.run.directory, self.run.step)
         checkpoints = self.run.directory / CHECKPOINTS
-        callbacks += [sick, ledger, StepCheckpoint(checkpoints, ledger.write, **self.config_init.checkpoint)]
+        # What else decides at a validation comes before the checkpoint that follows it.
+        callbacks += [*self.callbacks(), sick, ledger]
+        callbacks += [StepCheckpoint(checkpoints, ledger.write, **self.config_init.checkpoint)]
         given = settings.callbacks or []
         plugins = settings.plugins or []
         try:
@@ -173,6 +189,29 @@ class FitCLI(SettingsCLI):
             ) from error
         _check_strategy(trainer.strategy)
         return trainer
+
+    def callbacks(self) -> list[pl.Callback]:
+        """What this kind of run has besides."""
+        return []
+
+    def ready(self) -> None:
+        """Called when the data are open, before anything is written."""
+
+    def finished(self, result: dict[str, Any]) -> bool:
+        """Whether the run that left this result stands where the config wants it."""
+        return bool(self.run.step == self.config.trainer.max_steps)
+
+    def header(self) -> str:
+        """What will run."""
+        return header(self.run, self.trainer, self.model, self.datamodule)
+
+    def final_figures(self) -> dict[str, Any]:
+        """What ``result.json`` holds."""
+        return final_figures(self.trainer, self.model, self.datamodule)
+
+    def summary(self, result: dict[str, Any]) -> str:
+        """How it went."""
+        return summary(self.run.directory, result)
 
 
 def _check_processes(strategy: Strategy) -> None:
@@ -223,8 +262,8 @@ def parse(cli: type[CLI], command: str, description: str, arguments: Sequence[st
     for pattern in _QUIET:
         warnings.filterwarnings("ignore", pattern)
     return cli(
-        MLMModule,
-        MLMDataModule,
+        cli.module_class,
+        cli.data_class,
         run=False,
         save_config_callback=None,
         load_from_checkpoint_support=False,
@@ -250,7 +289,11 @@ def fit(arguments: Sequence[str]) -> int:
     Raises:
         UserError: On any mistake in the arguments, the config, the data or the run directory.
     """
-    cli = build(arguments)
+    return complete(build(arguments))
+
+
+def complete(cli: FitCLI) -> int:
+    """Train what was built until it is finished, or a signal ends it; see `fit`."""
     run, trainer, module, data = cli.run, cli.trainer, cli.model, cli.datamodule
     for problem in run.problems:
         _say(f"passed over: {problem}")
@@ -259,16 +302,17 @@ def fit(arguments: Sequence[str]) -> int:
             f"{run.directory}: stands at step {run.step}, beyond trainer.max_steps {trainer.max_steps}; give at least "
             f"{run.step}, or choose another directory with --run"
         )
-    finished = run.step == trainer.max_steps and run.result
-    if finished and run.config and run.config["data"]["train"] == cli.settings["data"]["train"]:
+    result = run.result
+    if result and cli.finished(result) and run.config and run.config["data"]["train"] == cli.settings["data"]["train"]:
         _say(f"{run.directory}: finished already (step {run.step} of {trainer.max_steps})")
-        _say(summary(run.directory, finished))
+        _say(cli.summary(result))
         return 0
     data.prepare_data()
     data.setup("fit")
     if run.data_state:
         data.check_identity(run.data_state)
     data.check_packs(trainer.world_size, trainer.accumulate_grad_batches)
+    cli.ready()
     check_hardware(trainer, module, data)
     with run.locked() if trainer.is_global_zero else nullcontext():
         return _train(cli)
@@ -278,7 +322,7 @@ def _train(cli: FitCLI) -> int:
     run, trainer, module, data = cli.run, cli.trainer, cli.model, cli.datamodule
     config_text = yaml.safe_dump(cli.settings, sort_keys=False)
     rank_zero_only(run.record_start)(cli.settings, config_text, cli.changes, execution(trainer))
-    _say(header(run, trainer, module, data))
+    _say(cli.header())
     for change in cli.changes:
         _say(f"  changed   {change}")
     try:
@@ -298,9 +342,9 @@ def _train(cli: FitCLI) -> int:
             f"{run.directory}: model.compile failed ({reason}); install what it asks for, or train with "
             "--model.compile false"
         ) from error
-    result = final_figures(trainer, module, data)
+    result = cli.final_figures()
     rank_zero_only(run.record_result)(result)
-    _say(f"\n{run.directory}: finished\n{summary(run.directory, result)}")
+    _say(f"\n{run.directory}: finished\n{cli.summary(result)}")
     return 0
 
 

@@ -42,6 +42,12 @@ _IDENTITY = (
     "data.tokenizer",
     "data.max_length",
     "data.global_batch_tokens",
+    "data.task",
+    "model.from_scratch",
+    "model.pooling",
+    "model.tune",
+    "model.last_layers",
+    "model.lora_rank",
 )
 _HISTORY = (
     "model.",
@@ -80,7 +86,8 @@ class Run:
         newest = newest_checkpoint(directory / CHECKPOINTS)
         self.checkpoint: Path | None = newest[0] if newest else None
         self.step: int = newest[1]["global_step"] if newest else 0
-        self.data_state: dict[str, Any] | None = newest[1].get("MLMDataModule") if newest else None
+        self.data_state: dict[str, Any] | None = data_state(newest[1]) if newest else None
+        self.hyper_parameters: dict[str, Any] = newest[1].get("hyper_parameters", {}) if newest else {}
         self.problems = newest[2] if newest else []
 
     def _checkpoint_files(self) -> list[str]:
@@ -184,6 +191,11 @@ class Run:
         partial = self.directory / f".{RESULT}.partial"
         partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         partial.rename(self.directory / RESULT)
+
+
+def data_state(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
+    """The data position in a checkpoint, which Lightning keeps under the name of the data module's class."""
+    return next((state for name, state in checkpoint.items() if name.endswith("DataModule")), None)
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Any:

@@ -50,3 +50,28 @@ class InverseSqrtScheduler(LambdaLR):
             return float((max(warmup, 1) / max(step, 1)) ** 0.5)
 
         return factor
+
+
+class LinearScheduler(LambdaLR):
+    """Linear warmup, then linear decay to zero at ``max_steps``: transformers' ``get_linear_schedule_with_warmup``.
+
+    Args:
+        optimizer: Its parameter groups' learning rates are the peaks.
+        warmup_steps: Optimizer steps until the peak.
+        max_steps: Optimizer steps until zero.
+        last_epoch: Steps taken already, less one; hence -1 to start afresh (torch's name and convention).
+
+    Raises:
+        UserError: If ``warmup_steps`` is negative, or not below ``max_steps``.
+    """
+
+    def __init__(self, optimizer: Optimizer, warmup_steps: int, max_steps: int, last_epoch: int = -1) -> None:
+        if not 0 <= warmup_steps < max_steps:
+            raise UserError(f"warmup_steps is {warmup_steps} of {max_steps} steps in all; give 0 to {max_steps - 1}")
+
+        def factor(step: int) -> float:
+            if step < warmup_steps:
+                return step / warmup_steps
+            return max(0.0, (max_steps - step) / (max_steps - warmup_steps))
+
+        super().__init__(optimizer, factor, last_epoch)
