@@ -118,6 +118,20 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--seed", type=int, default=0, help="of the masked-LM head, if it has none (default 0)")
     command.set_defaults(command=_import)
 
+    command = commands.add_parser("predict", help="a fine-tuned model's predictions for new sequences")
+    command.add_argument(
+        "run", type=Path, metavar="RUN", help="a fine-tuning run (its best checkpoint), or a checkpoint"
+    )
+    command.add_argument("source", metavar="FILE", help="sequences: FASTA, CSV, Parquet, ..., as for prepare")
+    command.add_argument("--out", required=True, type=Path, metavar="FILE", help="the .csv or .parquet to write")
+    command.add_argument(
+        "--text_column", metavar="NAME", help="column with the sequences (default: text, sequence, ...)"
+    )
+    command.add_argument("--id_column", metavar="NAME", help="column with their names (default: id, if there is one)")
+    command.add_argument("--pack_tokens", type=int, default=16_384, metavar="N", help="tokens in a forward pass")
+    command.add_argument("--device", choices=["cpu", "cuda"], help="default: the GPU, where there is one")
+    command.set_defaults(command=_predict)
+
     command = commands.add_parser("export", help="write a directory that transformers loads")
     command.add_argument("run", type=Path, metavar="RUN", help="a run, or one of its checkpoints")
     command.add_argument("--out", required=True, type=Path, metavar="DIR", help="the directory to write")
@@ -159,7 +173,7 @@ def _inspect(options: argparse.Namespace) -> int:
     from pretrain.downstream.inspect import inspect
 
     if options.audit:
-        from pretrain.train.ledger import audit
+        from pretrain.downstream.inspect import audit
 
         print(audit(options.path))
         if not options.picture:
@@ -179,4 +193,13 @@ def _export(options: argparse.Namespace) -> int:
     from pretrain.downstream.export import export
 
     print(export(options.run, options.out))
+    return 0
+
+
+def _predict(options: argparse.Namespace) -> int:
+    from pretrain.corpus.sources import SourceOptions
+    from pretrain.downstream.finetune.predict import predict
+
+    columns = SourceOptions(text_column=options.text_column, id_column=options.id_column)
+    print(predict(options.run, options.source, options.out, columns, options.pack_tokens, options.device))
     return 0

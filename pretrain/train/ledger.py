@@ -16,8 +16,8 @@ from typing_extensions import override
 from pretrain.corpus.batch import Batch
 from pretrain.corpus.counter import bits
 from pretrain.corpus.datamodule import MLMDataModule
-from pretrain.corpus.order import Order
-from pretrain.corpus.packing import Pack, Planner, Position
+from pretrain.corpus.packed import PackedDataModule
+from pretrain.corpus.packing import Pack, Position
 from pretrain.errors import UserError
 from pretrain.train.logging import LineFile, step_of_csv
 from pretrain.train.run import CHECKPOINTS, CONFIG, LEDGER, Run
@@ -88,8 +88,12 @@ class Ledger(pl.Callback):
             self._file.flush(sync=True)
 
 
-def audit(directory: Path) -> str:
+def audit(directory: Path, data_class: type[PackedDataModule] = MLMDataModule) -> str:
     """Compare a run's ledger with the corpus and the order, from the first step to the newest checkpoint.
+
+    Args:
+        directory: The run.
+        data_class: What gave it its batches.
 
     Returns:
         What was found, when all is well.
@@ -104,7 +108,8 @@ def audit(directory: Path) -> str:
     state = run.data_state
     if state is None:
         raise UserError(f"{directory}: no checkpoint in {CHECKPOINTS} yet, so there is nothing to audit")
-    data = MLMDataModule(**{**run.config["data"], "validation": None}, seed=run.config["seed_everything"])
+    settings = {**run.config["data"], "seed": run.config["seed_everything"]}
+    data = data_class(**({**settings, "validation": None} if data_class is MLMDataModule else settings))
     data.setup("fit")
     corpus = data.train_corpus
     if corpus.fingerprint != state["corpus"]:
@@ -112,7 +117,7 @@ def audit(directory: Path) -> str:
             f"{directory}: was trained on corpus {state['corpus']}, {', '.join(map(str, data.train))} is now "
             f"{corpus.fingerprint}; restore the sources to audit the run"
         )
-    planner = Planner(corpus, Order(len(corpus), data.seed), data.masking, data.max_length)
+    planner = data.train_planner()
     lines = _read(directory / LEDGER)
     visits = _Visits(len(corpus))
     position = Position()

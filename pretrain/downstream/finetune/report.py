@@ -148,7 +148,7 @@ def _confusion(plot: Any, spec: LabelSpec, predicted: Any, labels: Any) -> None:
     matrix = np.zeros((count, count), int)
     np.add.at(matrix, (labels, predicted), 1)
     share = matrix / np.maximum(1, matrix.sum(1, keepdims=True))
-    image = plot.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    image = plot.imshow(share, cmap="Blues", vmin=0, vmax=1, zorder=1)  # above the grid
     for row, column in np.ndindex(matrix.shape) if count <= 20 else ():
         colour = "white" if share[row, column] > 0.5 else "black"
         plot.text(column, row, f"{matrix[row, column]:,}", ha="center", va="center", color=colour, fontsize=8)
