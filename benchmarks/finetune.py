@@ -5,8 +5,8 @@
 
 All take the same training sequences and the same test split. The two encoders take the same steps, schedule and
 checkpoint choice (`configs/finetune_localisation.yaml`); the baselines are multinomial logistic regressions, their
-L2 penalty chosen on validation. Intervals: 95 %, bootstrap over the test sequences. Prints a Markdown table. Runs that are
-in `--runs` already are not trained again.
+L2 penalty chosen on validation. Intervals: 95 %, bootstrap over the test sequences. Prints a Markdown table. Runs
+that are in `--runs` already are not trained again.
 """
 
 import argparse

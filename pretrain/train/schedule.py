@@ -66,8 +66,7 @@ class LinearScheduler(LambdaLR):
     """
 
     def __init__(self, optimizer: Optimizer, warmup_steps: int, max_steps: int, last_epoch: int = -1) -> None:
-        if not 0 <= warmup_steps < max_steps:
-            raise UserError(f"warmup_steps is {warmup_steps} of {max_steps} steps in all; give 0 to {max_steps - 1}")
+        check_warmup(warmup_steps, max_steps)
 
         def factor(step: int) -> float:
             if step < warmup_steps:
@@ -75,3 +74,9 @@ class LinearScheduler(LambdaLR):
             return max(0.0, (max_steps - step) / (max_steps - warmup_steps))
 
         super().__init__(optimizer, factor, last_epoch)
+
+
+def check_warmup(warmup_steps: int, max_steps: int) -> None:
+    """Raises `UserError` if a warmup leaves nothing of a run."""
+    if not 0 <= warmup_steps < max_steps:
+        raise UserError(f"warmup_steps is {warmup_steps} of {max_steps} steps in all; give 0 to {max_steps - 1}")

@@ -15,6 +15,7 @@ from pretrain.downstream.finetune.module import FineTuneModule
 from pretrain.downstream.load import tokenizer_of
 from pretrain.errors import UserError
 from pretrain.train.fit import FitCLI, complete, parse
+from pretrain.train.schedule import check_warmup
 from pretrain.train.sharding import FullyShardedStrategy
 
 _DESCRIPTION = """Fine-tune a pre-trained model on labels as the config says, or continue such a run where it stopped.
@@ -82,6 +83,7 @@ class FineTuneCLI(FitCLI):
                 f"'{data.tokenizer.name}' {data.tokenizer.vocab_size}: another alphabet; set data.tokenizer to the one "
                 "it was trained with"
             )
+        check_warmup(self.model.warmup_steps, self.trainer.max_steps)
         self.model.prepare(data)
 
     @property
@@ -100,7 +102,8 @@ class FineTuneCLI(FitCLI):
     @override
     def final_figures(self) -> dict[str, Any]:
         early = self.trainer.global_step < self.trainer.max_steps
-        return report.final_figures(self.run, self.trainer, self.model, self.data, early)
+        source = self.settings["model"]["initialize_from"]
+        return report.final_figures(self.run, self.trainer, self.data, source, early)
 
     @override
     def summary(self, result: dict[str, Any]) -> str:

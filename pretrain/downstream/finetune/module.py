@@ -211,4 +211,4 @@ def _start(initialize_from: str | None, encoder: EncoderConfig | None, from_scra
     source = load(Path(initialize_from))
     if encoder is not None and encoder != source.config:
         raise UserError(f"model.encoder is not the shape of {initialize_from}; leave it out: the model says its own")
-    return Encoder(source.config) if from_scratch else source.requires_grad_(True)
+    return Encoder(source.config) if from_scratch else source.train()

@@ -131,7 +131,7 @@ def _batch(model: FineTuned, sequences: list[NDArray[np.unsignedinteger]], pack:
         input_ids=torch.from_numpy(tokens),
         cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
         target_positions=torch.from_numpy(positions),
-        targets=torch.empty(0),
+        targets=torch.zeros(len(positions)),
         max_seqlen=int(pack.lengths.max()),
         pack=pack,
     )

@@ -53,7 +53,7 @@ def header(run: Run, trainer: pl.Trainer, module: FineTuneModule, data: FineTune
 
 
 def final_figures(
-    run: Run, trainer: pl.Trainer, module: FineTuneModule, data: FineTuneDataModule, stopped_early: bool
+    run: Run, trainer: pl.Trainer, data: FineTuneDataModule, initialized_from: str | None, stopped_early: bool
 ) -> dict[str, Any]:
     """What ``result.json`` holds. The best checkpoint answers validation and, only now, the test split."""
     state = data.state_dict()
@@ -66,7 +66,7 @@ def final_figures(
         "steps": trainer.global_step,
         "stopped_early": stopped_early,
         "best_step": model.step,
-        "initialized_from": module.initialized_from,
+        "initialized_from": initialized_from,
         "tokens_seen": state["tokens"],
         "epochs": state["cursor"] / len(data.train_corpus),
     }
