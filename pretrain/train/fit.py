@@ -149,8 +149,6 @@ class FitCLI(SettingsCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """A Trainer with the run's checkpoints, loggers, monitor and progress bar."""
         settings: Namespace = self.config_init.trainer
-        if not self.datamodule.validation:
-            kwargs["limit_val_batches"] = 0
         logger: Any = settings.logger
         loggers: list[Any] = []
         if logger is not False:
@@ -309,6 +307,8 @@ def complete(cli: FitCLI) -> int:
         return 0
     data.prepare_data()
     data.setup("fit")
+    if data.validation_corpus is None:
+        trainer.limit_val_batches = 0
     if run.data_state:
         data.check_identity(run.data_state)
     data.check_packs(trainer.world_size, trainer.accumulate_grad_batches)

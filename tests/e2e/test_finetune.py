@@ -464,3 +464,27 @@ def test_copies_between_train_and_test_are_told(
     given = config(data__train=str(path), trainer__max_steps=4)
     assert finetune("-c", given, "--from", pretrained, "--run", tmp_path / "run") == 0
     assert "1 of 2 sequences of test are in train, too" in capsys.readouterr().err
+
+
+def test_the_recipe_that_ships_builds_a_run_on_the_data_that_ship(
+    pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pretrain.downstream.finetune.command import build
+
+    root = Path(__file__).parents[2]
+    monkeypatch.chdir(root)
+    cli = build(["-c", "configs/finetune_localisation.yaml", "--from", str(pretrained), "--run", str(tmp_path / "run")])
+    cli.data.setup("fit")
+    assert {split: len(part.corpus) for split, part in cli.data.splits.items()} == {
+        "train": 1932, "validation": 359, "test": 780
+    }  # fmt: skip
+    assert len(cli.data.spec.classes) == 6
+    assert not (tmp_path / "run").exists()
+
+
+def test_pretraining_that_was_fine_tuned_is_refused_as_a_run_of_the_other_kind(
+    pretrained: Path, config: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A config and a run of two kinds are told apart before anything is trained."""
+    assert finetune("-c", config(), "--from", pretrained, "--run", pretrained) == 2
+    assert "was started with" in capsys.readouterr().err
