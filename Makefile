@@ -3,7 +3,7 @@
 bin := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test faults lint types bench bench-gpu
+.PHONY: help install quickstart test faults soak lint types bench bench-gpu
 
 help: ## List these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -18,7 +18,10 @@ test: install ## Run the tests, offline and on the CPU
 
 faults: install ## Kill runs in every way, on one and two processes, and compare with runs that were not (an hour or more)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(bin)/pytest -n 2 -m "slow or not slow" tests/faults \
-		$(foreach topic,resume ledger sick_steps one_process checkpoints signals,tests/e2e/test_$(topic).py)
+		$(foreach topic,resume ledger sick_steps spikes branch one_process checkpoints signals,tests/e2e/test_$(topic).py)
+
+soak: install ## Train for 30 minutes with kills at random times; check memory, files, processes and curves (MINUTES=5: shorter)
+	$(bin)/python benchmarks/soak.py --minutes $(or $(MINUTES),30)
 
 lint: install ## Check style, formatting and which package may import which
 	$(bin)/ruff check .

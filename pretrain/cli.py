@@ -5,22 +5,28 @@ import errno
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pretrain import __version__
-from pretrain.errors import UserError
+from pretrain.errors import CrashError, UserError
+
+if TYPE_CHECKING:
+    from pretrain.corpus.store import Corpus
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The exit code: 0 done, 2 a mistake that the user can mend (told in one line; ``--debug`` adds the traceback),
-        128 + n ended by signal n.
+        The exit code: 0 done, 1 ended from outside, 2 a mistake that the user can mend (each told in one line;
+        ``--debug`` adds the traceback), 128 + n ended by signal n.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     given = [argument for argument in given if argument != "--debug"]
+    code = 2
     try:
         if given[:1] == ["fit"]:  # its options are the config's, known only to LightningCLI
             from pretrain.train.fit import fit
@@ -35,9 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             return plan(given[1:])
         options = _parser().parse_args(given)
-        code: int = options.command(options)
-        return code
-    except UserError as error:
+        return int(options.command(options))
+    except (UserError, CrashError) as error:
+        code = 1 if isinstance(error, CrashError) else 2
         message = str(error)
         if debug:
             raise
@@ -45,20 +51,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if debug or error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.EMFILE):
+        if debug or error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, *_FILES):
             raise
         where = f"{error.filename}: " if error.filename else ""
-        message = f"{where}{os.strerror(error.errno)}; make room, or choose a place that can be written to"
+        remedy = "allow more, as `ulimit -n` does" if error.errno in _FILES else _PLACE
+        message = f"{where}{os.strerror(error.errno)}; {remedy}"
     except KeyboardInterrupt:
-        message = "interrupted"
+        code, message = 130, "interrupted"
     print(f"pretrain: error: {message}", file=sys.stderr)
-    return 130 if message == "interrupted" else 2
+    return code
+
+
+_FILES = (errno.EMFILE, errno.ENFILE)
+_PLACE = "make room, or choose a place that can be written to"
 
 
 _PREPARE = """Sources: FASTA (.fasta .fa .faa .fas), .txt, .jsonl, .csv, .tsv, .parquet and .arrow, each also .gz, .bz2
 or .zst (Parquet compresses itself); directories of these, or of a dataset's save_to_disk; patterns; s3://, gs://, http://
 and other fsspec URLs; Hub datasets as hf://org/name[:config][@split]; and - for standard input (with --kind). A call
 that was ended goes on where it stopped when it is given again."""
+
+_EMBED = """Sequences are packed without padding, whatever their lengths, and come in the order of the sources. A call
+that was ended goes on where it stopped when it is given again, to the same file, byte for byte. Sequences longer than
+the model was trained on are taken whole; --max_length N reads only the first N tokens (<cls> counts) of those longer
+than N, and --long refuse makes them an error."""
+
+_SCORE = """Higher scores are what the model finds more natural. masked-marginals: log p(new) - log p(old) with that
+place masked, summed over a variant's substitutions; wildtype-marginals: the same with nothing masked, much quicker;
+pseudo-perplexity: the mean log p of all residues of the variant, each masked in turn, slow, for insertions and
+deletions, too. The wild type is --sequence or --fasta, or each row's own column, or what `mutated_sequence` is without
+the substitutions in `mutant`; every row is checked against it."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -77,25 +99,34 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", required=True, type=Path, metavar="DIR", help="the corpus to write")
     command.add_argument("--tokenizer", default="esm", help="'esm' (default), a tokenizer.json or a directory with one")
     command.add_argument("--workers", type=int, help="processes (default: one a core); the corpus is the same")
-    group = command.add_argument_group("how sources are read")
-    group.add_argument("--kind", help="fasta, txt, jsonl, csv, tsv, parquet or arrow, whatever the names end in")
-    group.add_argument("--document", default="line", help="in .txt, a document is a line (default), paragraph or file")
-    group.add_argument("--text_column", metavar="NAME", help="column with the sequences (default: text, sequence, ...)")
-    group.add_argument("--id_column", metavar="NAME", help="column with their names (default: id, if there is one)")
+    command.add_argument(
+        "--shard", metavar="I/N", help="prepare the I-th of N parts (1 to N), to be joined with --merge"
+    )
+    command.add_argument("--merge", action="store_true", help="the sources are the parts: join them into a corpus")
+    group = command.add_argument_group("two corpora, DIR/train and DIR/validation, instead of one")
+    group.add_argument("--validation_share", type=float, metavar="SHARE", help="by a hash of the ids, such as 0.01")
+    group.add_argument("--split_clusters", metavar="TABLE", help="cluster<TAB>member: whole clusters go to one side")
+    group.add_argument("--validation_ids", metavar="FILE", help="the ids that go to validation, one a line")
+    _add_reading(command)
     group = command.add_argument_group("which sequences are kept")
     group.add_argument(
         "--min_length", type=int, metavar="N", help="leave out shorter ones (tokens, <cls>, <eos> count)"
     )
     group.add_argument("--max_length", type=int, metavar="N", help="leave out longer ones")
     group.add_argument("--deduplicate", action="store_true", help="keep the first of equal ones (50 bytes of RAM each)")
+    group.add_argument("--windows", type=int, metavar="N", help="cut longer ones into windows of at most N tokens")
     group.add_argument("--skip_bad", action="store_true", help="skip and list bad records instead of stopping")
     command.set_defaults(command=_prepare)
 
-    command = commands.add_parser("tokenizer", help="train a byte-level BPE tokenizer on text")
+    command = commands.add_parser("tokenizer", help="train a tokenizer on text: BPE, WordPiece or Unigram")
     command.add_argument("sources", nargs="+", metavar="SOURCE", help="the text, as for prepare")
     command.add_argument("--out", required=True, type=Path, metavar="FILE", help="the tokenizer.json to write")
     command.add_argument("--vocab_size", type=int, default=8192, help="number of ids (default 8192)")
+    command.add_argument("--kind", default="bpe", help="bpe (default), wordpiece or unigram, all on bytes")
     command.set_defaults(command=_tokenizer)
+
+    command = commands.add_parser("recipes", help="list the recipes and overlays that ship, for -c")
+    command.set_defaults(command=_recipes)
 
     commands.add_parser("plan", help="what a run needs: memory, hours, cost: pretrain plan -c CONFIG", add_help=False)
     commands.add_parser("fit", help="train, or continue a run: pretrain fit -c CONFIG [--run DIR]", add_help=False)
@@ -136,36 +167,138 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("run", type=Path, metavar="RUN", help="a run, or one of its checkpoints")
     command.add_argument("--out", required=True, type=Path, metavar="DIR", help="the directory to write")
     command.set_defaults(command=_export)
+
+    command = commands.add_parser("embed", help="vectors of sequences, into a file", description=_EMBED)
+    command.add_argument("model", type=Path, metavar="MODEL", help="a run, a checkpoint or a transformers directory")
+    command.add_argument("sources", nargs="+", metavar="SOURCE", help="as for prepare")
+    command.add_argument("--out", required=True, type=Path, metavar="FILE", help=".parquet, .safetensors or .npz")
+    command.add_argument("--per", default="sequence", help="one vector per sequence (default) or per residue")
+    command.add_argument("--pooling", default="mean", help="of a sequence: mean over its residues (default), or cls")
+    command.add_argument(
+        "--layers", type=int, nargs="+", default=[-1], metavar="N", help="0 the embedding, 1 ..., -1 the last (default)"
+    )
+    command.add_argument("--dtype", default="float32", help="of the file: float32 (default) or float16")
+    command.add_argument("--max_length", type=int, metavar="N", help="which sequences are long, in tokens")
+    command.add_argument("--long", help="these: whole (default), crop (default with --max_length) or refuse")
+    _add_device(command)
+    _add_reading(command)
+    command.set_defaults(command=_embed)
+
+    command = commands.add_parser("fill", help="the most probable residues or words in the place of <mask>")
+    command.add_argument("model", type=Path, metavar="MODEL", help="a run, a checkpoint or a transformers directory")
+    command.add_argument("texts", nargs="*", metavar="TEXT", help="such as 'MKT<mask>LV'")
+    command.add_argument("--file", metavar="SOURCE", help="further ones, as for prepare")
+    command.add_argument("--top", type=int, default=5, metavar="N", help="how many for each mask (default 5)")
+    command.add_argument("--out", type=Path, metavar="CSV", help="write a table rather than print")
+    _add_device(command)
+    _add_reading(command)
+    command.set_defaults(command=_fill)
+
+    command = commands.add_parser("score", help="effects of protein variants, without training", description=_SCORE)
+    command.add_argument("model", type=Path, metavar="MODEL", help="a run, a checkpoint or a transformers directory")
+    command.add_argument("table", type=Path, metavar="CSV", help="with a column mutant (A42G:K50R), mutated_sequence")
+    command.add_argument("--out", required=True, type=Path, metavar="CSV", help="the copy with scores to write")
+    command.add_argument(
+        "--method",
+        nargs="+",
+        default=["masked-marginals"],
+        metavar="METHOD",
+        help="masked-marginals (default), wildtype-marginals, pseudo-perplexity",
+    )
+    group = command.add_mutually_exclusive_group()
+    group.add_argument("--sequence", help="the wild type (default: what the table says)")
+    group.add_argument("--fasta", type=Path, help="a file with it")
+    command.add_argument(
+        "--first_residue", type=int, default=1, metavar="N", help="the number of its first (default 1)"
+    )
+    group = command.add_argument_group("what the columns are called")
+    group.add_argument("--mutant_column", default="mutant", metavar="NAME", help="(default mutant)")
+    group.add_argument("--sequence_column", default="mutated_sequence", metavar="NAME", help="(mutated_sequence)")
+    group.add_argument("--wild_type_column", metavar="NAME", help="(target_seq, wildtype_sequence, ...)")
+    group.add_argument("--score_column", default="DMS_score", metavar="NAME", help="the measured effect (DMS_score)")
+    _add_device(command)
+    command.set_defaults(command=_score)
     return parser
 
 
+def _add_device(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
+
+
+def _add_reading(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("how sources are read")
+    group.add_argument("--kind", help="fasta, txt, jsonl, csv, tsv, parquet or arrow, whatever the names end in")
+    group.add_argument("--document", default="line", help="in .txt, a document is a line (default), paragraph or file")
+    group.add_argument("--text_column", metavar="NAME", help="column with the sequences (default: text, sequence, ...)")
+    group.add_argument("--id_column", metavar="NAME", help="column with their names (default: id, if there is one)")
+
+
 def _prepare(options: argparse.Namespace) -> int:
-    from pretrain.corpus.prepare import prepare
-    from pretrain.corpus.shards import Filters
+    from pretrain.corpus import parts
+    from pretrain.corpus.prepare import open_split, prepare, prepare_split
+    from pretrain.corpus.shards import Filters, Portion
     from pretrain.corpus.sources import SourceOptions
-    from pretrain.corpus.store import REPORT
+    from pretrain.corpus.split import Split
+    from pretrain.corpus.store import Corpus
     from pretrain.corpus.tokenizer import load_tokenizer
 
-    corpus = prepare(
-        options.sources,
-        options.out,
-        load_tokenizer(options.tokenizer),
-        SourceOptions(options.kind, options.document, options.text_column, options.id_column),
-        Filters(options.min_length, options.max_length, options.deduplicate, options.skip_bad),
-        options.workers,
-    )
-    print(f"{options.out}: {corpus.num_sequences:,} sequences, {corpus.num_tokens:,} tokens")
-    if skipped := corpus.skipped:
-        report = f"; the bad ones are listed in {options.out / REPORT}" if "bad" in skipped else ""
-        print(f"  left out     {'  '.join(f'{reason} {count:,}' for reason, count in sorted(skipped.items()))}{report}")
+    out, workers = options.out, options.workers
+    split = None
+    if any(value is not None for value in (options.validation_share, options.split_clusters, options.validation_ids)):
+        split = Split(options.validation_share, options.split_clusters, options.validation_ids)
+    source_options = SourceOptions(options.kind, options.document, options.text_column, options.id_column)
+    filters = Filters(options.min_length, options.max_length, options.deduplicate, options.skip_bad, options.windows)
+    if options.merge:
+        settings = (source_options, replace(filters, deduplicate=False), options.tokenizer, options.shard)
+        if settings != (SourceOptions(), Filters(), "esm", None):
+            raise UserError(
+                "--merge takes the parts as they are, with --deduplicate and a split only; give the other options when "
+                "the parts are prepared"
+            )
+        parts.merge_parts([Path(name) for name in options.sources], out, options.deduplicate, split, workers)
+        _say_prepared(out, open_split(out) if split else (Corpus(out),))
+        return 0
+    given = (source_options, filters, workers)
+    tokenizer = load_tokenizer(options.tokenizer)
+    if options.shard:
+        if split:
+            raise UserError("a split is made when the parts are joined; give its options with --merge")
+        part = parts.prepare_part(options.sources, out, tokenizer, Portion.parse(options.shard), *given)
+        print(
+            f"{out}: part {part.number} of {part.of}: {part.num_sequences:,} sequences of {len(part.parts):,} blocks "
+            f"of {part.num_blocks:,}"
+        )
+    elif split:
+        _say_prepared(out, prepare_split(options.sources, out, tokenizer, split, *given))
+    else:
+        _say_prepared(out, (prepare(options.sources, out, tokenizer, *given),))
     return 0
+
+
+def _say_prepared(out: Path, corpora: "tuple[Corpus, ...]") -> None:
+    from pretrain.corpus.store import REPORT
+
+    for corpus in corpora:
+        print(f"{corpus.path}: {corpus.num_sequences:,} sequences, {corpus.num_tokens:,} tokens")
+    if skipped := corpora[0].skipped:
+        report = f"; the bad ones are listed in {out / REPORT}" if "bad" in skipped else ""
+        print(f"  left out     {'  '.join(f'{reason} {count:,}' for reason, count in sorted(skipped.items()))}{report}")
 
 
 def _tokenizer(options: argparse.Namespace) -> int:
     from pretrain.corpus.prepare import train_tokenizer_file
 
-    tokenizer = train_tokenizer_file(options.sources, options.out, options.vocab_size)
+    tokenizer = train_tokenizer_file(options.sources, options.out, options.vocab_size, options.kind)
     print(f"{options.out}: {tokenizer.vocab_size:,} ids")
+    return 0
+
+
+def _recipes(options: argparse.Namespace) -> int:
+    from pretrain.shipped import recipes
+
+    known = list(recipes())
+    width = max(len(name) for name, _ in known)
+    print("\n".join(f"{name:{width}}  {about}" for name, about in known))
     return 0
 
 
@@ -202,4 +335,40 @@ def _predict(options: argparse.Namespace) -> int:
 
     columns = SourceOptions(text_column=options.text_column, id_column=options.id_column)
     print(predict(options.run, options.source, options.out, columns, options.pack_tokens, options.device))
+    return 0
+
+
+def _embed(options: argparse.Namespace) -> int:
+    from pretrain.corpus.sources import SourceOptions
+    from pretrain.downstream.embed import EmbedOptions, embed
+
+    what = EmbedOptions(
+        options.per, options.pooling, tuple(options.layers), options.max_length, options.long, options.dtype
+    )
+    reading = SourceOptions(options.kind, options.document, options.text_column, options.id_column)
+    print(embed(options.model, options.sources, options.out, what, reading, options.device))
+    return 0
+
+
+def _fill(options: argparse.Namespace) -> int:
+    from pretrain.corpus.sources import SourceOptions
+    from pretrain.downstream.fill import fill
+
+    reading = SourceOptions(options.kind, options.document, options.text_column, options.id_column)
+    given = options.texts, options.file, options.top, options.out, reading, options.device
+    for line in fill(options.model, *given):
+        print(line)
+    return 0
+
+
+def _score(options: argparse.Namespace) -> int:
+    from pretrain.downstream.score import score
+    from pretrain.downstream.variants import VariantColumns, read_wild_type
+
+    columns = VariantColumns(
+        options.mutant_column, options.sequence_column, options.wild_type_column, options.score_column
+    )
+    wild_type = read_wild_type(options.fasta) if options.fasta else options.sequence
+    given = options.method, wild_type, columns, options.first_residue, options.device
+    print(score(options.model, options.table, options.out, *given))
     return 0

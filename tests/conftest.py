@@ -8,11 +8,15 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import yaml
 from hypothesis import settings
 from jaxtyping import install_import_hook
+
+if TYPE_CHECKING:
+    from pretrain.corpus.tokenizer import Tokenizer
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: tests run side by side on few cores
@@ -44,6 +48,40 @@ def proteins(tmp_path_factory: pytest.TempPathFactory) -> Path:
             residues = "".join(generator.choices("LAGVSERTIDPKQNFYMHWC", k=generator.randint(5, 180)))
             file.write(f">sequence{number}\n{residues}\n")
     return path
+
+
+@pytest.fixture(scope="session")
+def protein_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A transformers directory of a random encoder of proteins, with sharp enough weights for differences to show."""
+    from pretrain.corpus.tokenizer import ProteinTokenizer
+
+    return _write_model(tmp_path_factory.mktemp("protein_model"), ProteinTokenizer())
+
+
+@pytest.fixture(scope="session")
+def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of text, with a byte-level BPE tokenizer."""
+    from pretrain.corpus.tokenizer import train_tokenizer
+
+    documents = ["The state of the union is strong.", "Two  spaces, a\ttab and café — naïve?"] * 3
+    return _write_model(tmp_path_factory.mktemp("text_model"), train_tokenizer(documents, 300))
+
+
+def _write_model(directory: Path, tokenizer: "Tokenizer") -> Path:
+    import torch
+
+    from pretrain import Encoder, EncoderConfig
+    from pretrain.downstream.export import write_model
+    from pretrain.downstream.tokenizer_files import write_tokenizer
+
+    shape = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "initializer_range": 0.2}
+    ids = {name: getattr(tokenizer, name) for name in ("vocab_size", "pad_token_id", "mask_token_id")}
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        encoder = Encoder(EncoderConfig(**shape, **ids))
+    write_model(encoder, tokenizer, 100, directory)
+    write_tokenizer(tokenizer, 100, directory)
+    return directory
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pretrain.corpus.masking import Masking
+from pretrain.corpus.masking import Crops, Masking
 from pretrain.corpus.packing import Pack
 from pretrain.corpus.store import Corpus
 
@@ -24,7 +24,7 @@ class Batch:
         target_positions: Places of the targets in the pack, ascending.
         targets: The original tokens there.
         max_seqlen: Length of the longest sequence.
-        pack: The description that this was made from.
+        pack: The description that this was made from, with the number of targets that each sequence has now.
     """
 
     input_ids: Int[Tensor, " T"]
@@ -42,6 +42,15 @@ class Batch:
         """The same batch in page-locked memory, as ``DataLoader(pin_memory=True)`` asks for."""
         return replace(self, **{k: v.pin_memory() for k, v in self._tensors().items()})
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Loader workers send arrays through their pipe, not tensors, which torch would put into /dev/shm: that is small
+        # in containers, and where it is full a batch is lost and training waits for it for ever.
+        return {**vars(self), **{name: tensor.numpy() for name, tensor in self._tensors().items()}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        arrays = {name: value for name, value in state.items() if isinstance(value, np.ndarray)}
+        vars(self).update(state, **{name: torch.from_numpy(array) for name, array in arrays.items()})
+
     def _tensors(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
@@ -58,12 +67,16 @@ class PackDataset(Dataset[Batch]):
         self.corpus, self.masking = corpus, masking
 
     def __getitem__(self, pack: Pack) -> Batch:
-        crops = zip(pack.indices.tolist(), pack.starts.tolist(), (pack.starts + pack.lengths).tolist(), strict=True)
+        ends = (pack.starts + pack.lengths).tolist()
+        crops = list(zip(pack.indices.tolist(), pack.starts.tolist(), ends, strict=True))
         tokens = np.concatenate([self.corpus.tokens(index)[start:end] for index, start, end in crops])
+        word_starts = None
+        if self.masking.unit == "word":
+            word_starts = np.concatenate([self.corpus.word_starts(index)[start:end] for index, start, end in crops])
         cu_seqlens = np.concatenate([[0], np.cumsum(pack.lengths)])
         first = cu_seqlens[:-1] + (pack.starts == 0)
         inputs, positions, targets = self.masking.apply(
-            tokens, first, pack.maskable, pack.targets, pack.epochs, pack.indices
+            tokens, Crops(first, pack.maskable, pack.targets, pack.epochs, pack.indices), word_starts
         )
         return Batch(
             input_ids=torch.from_numpy(inputs),
@@ -71,5 +84,5 @@ class PackDataset(Dataset[Batch]):
             target_positions=torch.from_numpy(positions),
             targets=torch.from_numpy(targets),
             max_seqlen=int(pack.lengths.max()),
-            pack=pack,
+            pack=replace(pack, targets=np.diff(np.searchsorted(positions, cu_seqlens))),
         )

@@ -27,6 +27,11 @@ class Stream(IntEnum):
     MASK_COUNT = 3
     MASK_POSITION = 4
     MASK_ACTION = 5
+    MASK_SHARE = 6
+    MASK_SPAN = 7
+    MASK_TURN = 8
+    SHARDS = 30
+    GROUP = 31
 
 
 def _mix(z: U64) -> U64:

@@ -1,16 +1,20 @@
 """`MLMDataModule`: from configured sources to the batches of a training run."""
 
+from typing import Literal
+
 from torch.utils.data import Dataset
 from typing_extensions import override
 
 from pretrain.corpus.baselines import Baselines, perplexities
 from pretrain.corpus.batch import Batch, PackDataset
-from pretrain.corpus.masking import Masking
+from pretrain.corpus.masking import MaskDraws, Masking, MaskUnit
 from pretrain.corpus.order import Order
 from pretrain.corpus.packed import PackedDataModule
 from pretrain.corpus.packing import Planner, StepPlanner, validation_packs
 from pretrain.corpus.padding import PaddedDataset, static_shapes
 from pretrain.corpus.prepare import open_or_prepare
+from pretrain.corpus.tokenizer import ProteinTokenizer
+from pretrain.errors import UserError
 
 _VALIDATION_SEED = 0
 
@@ -26,11 +30,17 @@ class MLMDataModule(PackedDataModule):
             are prepared once, into a cache.
         validation: The same, for validation; without it there is none.
         tokenizer: ``esm``, or a ``tokenizer.json``, or a directory that holds one.
-        max_length: Tokens of a sequence that one step sees, ``<cls>`` and ``<eos>`` included; longer ones are cropped.
+        max_length: Tokens of a sequence that one step sees, ``<cls>`` and ``<eos>`` included.
+        long_sequences: What becomes of longer ones: ``crop`` shows a random window, another one in each epoch;
+            ``split`` cuts them into several sequences, without losing a token (for documents of text).
         global_batch_tokens: Tokens in an optimizer step, over all processes and micro-batches.
-        mlm_probability: Share of the tokens that are targets.
+        mlm_probability: Share of the tokens that are targets; or two, between which one is drawn for each sequence.
         mask_replace_prob: Share of the targets that become ``<mask>``.
         random_replace_prob: Share of the targets that become a random token; the rest stays.
+        mask_unit: What is chosen for masking: a ``token``, a ``span`` of tokens, or a whole ``word`` of a text.
+        mask_draws: ``fixed``: as many targets in each sequence as the share says; ``independent``: each token (or word)
+            is drawn by itself.
+        mean_span_length: With spans, the mean number of their tokens (3 if not given); lengths are geometric.
         validation_pack_tokens: Tokens in a forward pass of validation.
         attention_cost: Cost of attending to one token relative to a token's linear layers, for packs of equal cost;
             about ``1 / (6 * hidden_size)``.
@@ -48,10 +58,14 @@ class MLMDataModule(PackedDataModule):
         validation: str | list[str] | None = None,
         tokenizer: str = "esm",
         max_length: int = 1024,
+        long_sequences: Literal["crop", "split"] = "crop",
         global_batch_tokens: int = 131_072,
-        mlm_probability: float = 0.15,
+        mlm_probability: float | tuple[float, float] = 0.15,
         mask_replace_prob: float = 0.8,
         random_replace_prob: float = 0.1,
+        mask_unit: MaskUnit = "token",
+        mask_draws: MaskDraws = "fixed",
+        mean_span_length: float | None = None,
         validation_pack_tokens: int = 16_384,
         attention_cost: float = 0.0005,
         static_shapes: bool = False,
@@ -69,18 +83,31 @@ class MLMDataModule(PackedDataModule):
             num_workers,
             seed,
         )
+        if long_sequences not in ("crop", "split"):
+            raise UserError(f"data.long_sequences is '{long_sequences}'; give crop or split")
+        self.windows = max_length if long_sequences == "split" else None
         self.static_shapes = static_shapes
         shares = (mlm_probability, mask_replace_prob, random_replace_prob)
         vocabulary = (self.tokenizer.mask_token_id, self.tokenizer.replacement_ids)
-        self.masking = Masking(*shares, *vocabulary, seed=seed)
+        self.masking = Masking(*shares, *vocabulary, seed, mask_unit, mask_draws, mean_span_length)
+        if mask_unit == "word" and isinstance(self.tokenizer, ProteinTokenizer):
+            raise UserError(
+                "data.mask_unit is word, but proteins have no words; choose token or span (or, for text, a tokenizer "
+                "with --data.tokenizer)"
+            )
         # Validation asks the same question in every run: a fixed share of positions under a fixed seed, all <mask>.
         self.validation_masking = Masking(0.15, 1.0, 0.0, *vocabulary, seed=_VALIDATION_SEED)
 
     @override
     def open(self) -> None:
         if not hasattr(self, "train_corpus"):
-            self.train_corpus = open_or_prepare(self.train, self.tokenizer)
-            self.validation_corpus = open_or_prepare(self.validation, self.tokenizer) if self.validation else None
+            train = open_or_prepare(self.train, self.tokenizer, self.windows)
+            validation = open_or_prepare(self.validation, self.tokenizer, self.windows) if self.validation else None
+            if self.masking.unit == "word" and not train.has_words:
+                raise UserError(
+                    f"{train.path}: was prepared without the words that data.mask_unit word needs; prepare it again"
+                )
+            self.train_corpus, self.validation_corpus = train, validation
 
     @override
     def train_planner(self) -> Planner:
@@ -98,8 +125,9 @@ class MLMDataModule(PackedDataModule):
         packs = PackDataset(planner.corpus, planner.masking)
         if not self.static_shapes:
             return packs
-        share = planner.masking.mlm_probability
-        return PaddedDataset(packs, static_shapes(pack_tokens, planner.mean_length, self.max_length, share))
+        masking, length = planner.masking, planner.mean_length
+        spread = masking.deviation(pack_tokens, length)
+        return PaddedDataset(packs, static_shapes(pack_tokens, length, self.max_length, masking.mean_share, spread))
 
     def baselines(self) -> Baselines | None:
         """Unigram and bigram perplexity on the positions that validation asks about; None without validation."""

@@ -70,6 +70,7 @@ class PackedDataModule(pl.LightningDataModule):
         self.tokenizer = load_tokenizer(tokenizer)
         self.train_corpus: Corpus
         self.validation_corpus: Corpus | None
+        self.skips: list[tuple[int, int]] = []  # from and to places in the order, as decided so far
         self._start = (0, Position())
         self._sampler: PackSampler | None = None
 
@@ -134,6 +135,7 @@ class PackedDataModule(pl.LightningDataModule):
             world_size=trainer.world_size,
             accumulate_grad_batches=trainer.accumulate_grad_batches,
             attention_cost=self.attention_cost,
+            skips=dict(self.skips),
         )
         pack_tokens = self.global_batch_tokens / (trainer.world_size * trainer.accumulate_grad_batches)
         return self._loader(planner, self._sampler, pack_tokens)
@@ -183,6 +185,7 @@ class PackedDataModule(pl.LightningDataModule):
             "step": step,
             "cursor": position.cursor,
             "tokens": position.tokens,
+            "skips": len(self.skips),
             **self.identity(),
             "tokenizer": self.tokenizer.serialize(),
         }
@@ -193,11 +196,16 @@ class PackedDataModule(pl.LightningDataModule):
         Raises:
             UserError: If the checkpoint was made with another order; names the first field that differs.
         """
+        if state.get("tokenizer", ours := self.tokenizer.serialize()) != ours:
+            raise UserError(
+                f"the checkpoint was made with another tokenizer than {self.tokenizer.name}: its ids would mean other "
+                "tokens; restore that tokenizer, or start another run"
+            )
         for field, ours in self.identity().items():
-            if state[field] != ours:
+            if state.get(field) != ours:
                 raise UserError(
-                    f"the checkpoint was made with {field} {state[field]!r}, this run has {ours!r}: the data would not "
-                    "continue where it stopped; restore that setting, or start another run"
+                    f"the checkpoint was made with {field} {state.get(field)!r}, this run has {ours!r}: the data would "
+                    "not continue where it stopped; restore that setting, or start another run"
                 )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

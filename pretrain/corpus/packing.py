@@ -6,7 +6,7 @@ the data depends on how many there are. So the whole state of the data is one in
 
 import heapq
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -49,8 +49,9 @@ class Pack:
         starts: First token of each sequence's crop, shape [N].
         lengths: Tokens in each crop, shape [N].
         maskable: Tokens of each crop that masking may choose (all but ``<cls>`` and ``<eos>``), shape [N].
-        targets: Number of those that it will choose, shape [N].
-        step_targets: Targets in the whole step, over all packs and ranks: what the loss is divided by.
+        targets: Number of those that it is planned to choose (see `Masking.target_counts`), in a batch
+            of those that were, shape [N].
+        step_targets: Planned targets of the whole step, over all packs and ranks: what the loss is divided by.
         after: Where the data stands once the step is finished.
     """
 
@@ -178,6 +179,7 @@ class PackSampler(DistributedSampler[Pack]):
         world_size: Processes that share a step.
         accumulate_grad_batches: Micro-batches of a step on each rank.
         attention_cost: See `share_out`.
+        skips: Places in the order from which the data jumps to others, for runs that leave a stretch out.
     """
 
     def __init__(
@@ -192,7 +194,9 @@ class PackSampler(DistributedSampler[Pack]):
         world_size: int,
         accumulate_grad_batches: int,
         attention_cost: float,
+        skips: Mapping[int, int] | None = None,
     ) -> None:
+        self.skips = skips or {}
         self.planner = planner
         self.global_batch_tokens = global_batch_tokens
         self.max_steps = max_steps
@@ -210,7 +214,7 @@ class PackSampler(DistributedSampler[Pack]):
     def __iter__(self) -> Iterator[Pack]:
         parts = self.num_replicas * self.accumulate_grad_batches
         for step in range(self.steps_taken(), self.max_steps):
-            plan = self.planner.step(self._positions[step], self.global_batch_tokens)
+            plan = self.planner.step(jump(self._positions[step], self.skips), self.global_batch_tokens)
             self._positions[step + 1] = plan.after
             yield from share_out(plan, parts, self.attention_cost)[self.rank :: self.num_replicas]
 
@@ -222,6 +226,11 @@ class PackSampler(DistributedSampler[Pack]):
 
     def set_epoch(self, epoch: int) -> None:
         """Nothing: the epoch of a sequence follows from the cursor."""
+
+
+def jump(position: Position, skips: Mapping[int, int]) -> Position:
+    """Where the next step begins: here, or where a skip leads."""
+    return replace(position, cursor=skips.get(position.cursor, position.cursor))
 
 
 def validation_packs(planner: StepPlanner, pack_tokens: int, world_size: int) -> list[list[Pack]]:

@@ -38,29 +38,36 @@ class StaticShape:
     max_length: int
 
     def holds(self, batch: Batch) -> bool:
-        """Whether a batch fits, and leaves a padding token for each padded row of the loss to point at."""
+        """Whether a batch fits."""
         room = self.tokens - len(batch.input_ids)
         sequences = len(batch.cu_seqlens) - 1 + -(-room // self.max_length)
-        return 0 <= self.targets - len(batch.targets) <= room and sequences <= self.sequences
+        return room >= 0 and len(batch.targets) <= self.targets <= self.tokens and sequences <= self.sequences
 
     def pad(self, batch: Batch, pad_token_id: int) -> Batch:
         """The batch with padding to this shape; it must fit."""
         real = len(batch.input_ids)
-        rows = self.targets - len(batch.targets)
         bounds = batch.cu_seqlens.tolist() + list(range(real + self.max_length, self.tokens, self.max_length))
         bounds += [self.tokens] * (self.sequences + 1 - len(bounds))
+        # Padded rows take the last places that are no target: padding, and then tokens, whose rows are ignored, too.
+        targets = torch.full((self.tokens,), IGNORED)
+        is_row = torch.ones(self.tokens, dtype=torch.bool)
+        is_row[batch.target_positions] = False
+        is_row[is_row.nonzero().flatten()[: self.tokens - self.targets]] = False
+        targets[batch.target_positions] = batch.targets
+        is_row[batch.target_positions] = True
+        target_positions = is_row.nonzero().flatten()
         return replace(
             batch,
             input_ids=F.pad(batch.input_ids, (0, self.tokens - real), value=pad_token_id),
             cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
-            target_positions=torch.cat((batch.target_positions, torch.arange(self.tokens - rows, self.tokens))),
-            targets=F.pad(batch.targets, (0, rows), value=IGNORED),
+            target_positions=target_positions,
+            targets=targets[target_positions],
             max_seqlen=self.max_length,
         )
 
 
 def static_shapes(
-    mean_tokens: float, mean_length: float, max_length: int, mlm_probability: float
+    mean_tokens: float, mean_length: float, max_length: int, target_share: float, target_deviation: float = 0.0
 ) -> tuple[StaticShape, ...]:
     """Three sizes for packs of about ``mean_tokens``: nearly all packs fit the first, any usual one the last.
 
@@ -68,14 +75,14 @@ def static_shapes(
         mean_tokens: Tokens in a pack on average, before padding.
         mean_length: Tokens in a sequence on average.
         max_length: Tokens in a sequence at most.
-        mlm_probability: Share of the tokens that are targets.
+        target_share: Share of the tokens that are targets, on average.
+        target_deviation: Standard deviation of their number in such a pack.
     """
 
     def shape(tokens: float) -> StaticShape:
         tokens = _round_up(tokens)
-        return StaticShape(
-            tokens, _round_up(mlm_probability * tokens), int(1.2 * tokens / mean_length) + 32, max_length
-        )
+        targets = _round_up(target_share * tokens + 3 * target_deviation)
+        return StaticShape(tokens, min(tokens, targets), int(1.2 * tokens / mean_length) + 32, max_length)
 
     # Dealing out the longest first, no pack is more than one sequence above the mean.
     return tuple(

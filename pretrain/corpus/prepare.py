@@ -1,15 +1,14 @@
 """Preparing: sources to a corpus, which appears at its place when it is complete."""
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,9 +16,20 @@ from numpy.typing import NDArray
 from pretrain.corpus.readers import read_records
 from pretrain.corpus.shards import JOURNAL, Filters, Part, make_shards, report_file
 from pretrain.corpus.sources import Source, SourceOptions, find_sources
-from pretrain.corpus.store import FORMAT_VERSION, REPORT, Corpus, is_corpus, write_manifest, write_shard
-from pretrain.corpus.tokenizer import Tokenizer, train_tokenizer
-from pretrain.errors import UserError, disk_is_full
+from pretrain.corpus.split import SIDES, Split, split_parts
+from pretrain.corpus.store import (
+    FORMAT_VERSION,
+    LENGTHS,
+    MANIFEST,
+    REPORT,
+    Corpus,
+    is_corpus,
+    write_manifest,
+    write_shard,
+)
+from pretrain.corpus.tokenizer import Tokenizer, TokenizerKind, train_tokenizer
+from pretrain.corpus.whole import make_whole
+from pretrain.errors import UserError
 
 
 def prepare(
@@ -47,13 +57,60 @@ def prepare(
     Raises:
         UserError: If a source is unreadable or holds something that has no token, or ``out`` exists already.
     """
+    options = options or SourceOptions()
+    found = _find(sources, out, options, workers)
+    _prepare_once(found, out, tokenizer, options, filters or Filters(), workers)
+    return Corpus(out)
+
+
+def prepare_split(
+    sources: Sequence[str | Path],
+    out: Path,
+    tokenizer: Tokenizer,
+    split: Split,
+    options: SourceOptions | None = None,
+    filters: Filters | None = None,
+    workers: int | None = None,
+) -> tuple[Corpus, Corpus]:
+    """Tokenise sources into two corpora, ``out/train`` and ``out/validation``; otherwise as `prepare`.
+
+    Raises:
+        UserError: As `prepare`, or if a list of the split cannot be read, or a side would be empty.
+    """
+    options = options or SourceOptions()
+    found = _find(sources, out, options, workers)
+    split.check_files()
+    _prepare_once(found, out, tokenizer, options, filters or Filters(), workers, split)
+    return open_split(out)
+
+
+def is_split(path: Path) -> bool:
+    """Whether `prepare_split` made this directory."""
+    return all(is_corpus(path / side) for side in SIDES)
+
+
+def open_split(path: Path) -> tuple[Corpus, Corpus]:
+    """The two corpora in a directory that `prepare_split` made."""
+    train, validation = (Corpus(path / side) for side in SIDES)
+    return train, validation
+
+
+def _find(sources: Sequence[str | Path], out: Path, options: SourceOptions, workers: int | None) -> list[Source]:
+    """The sources; what is wrong with the arguments shows at once, not after the hours that reading takes."""
+    check_arguments(out, workers)
+    return find_sources(sources, options)
+
+
+def check_arguments(out: Path, workers: int | None) -> None:
+    """Make sure that something can be made at ``out``, by that many processes.
+
+    Raises:
+        UserError: If not.
+    """
     if out.exists():
         raise UserError(f"{out}: exists already; choose another place, or remove it first")
     if workers is not None and workers < 1:
         raise UserError(f"workers is {workers}; give at least 1")
-    options = options or SourceOptions()
-    found = find_sources(sources, options)  # a misspelt name shows at once, not after the hours that the others take
-    return _prepare_once(found, out, tokenizer, options, filters or Filters(), workers)
 
 
 def _prepare_once(
@@ -63,95 +120,101 @@ def _prepare_once(
     options: SourceOptions,
     filters: Filters,
     workers: int | None,
-) -> Corpus:
-    """Prepare, or wait for whoever is preparing the same corpus and take theirs."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"{out}: cannot be made, as {error.filename} is a file; choose another place") from error
-    partial = out.parent / f".{out.name}.partial"
-    with _exclusive(out.parent / f".{out.name}.lock"):
-        if is_corpus(out):
-            return Corpus(out)
-        if out.exists():
-            raise UserError(f"{out}: exists already and is no corpus; remove it first")
-        try:
-            partial.mkdir(exist_ok=True)
-            parts = make_shards(sources, partial, tokenizer, options, filters, workers or _cores())
-            _finish(partial, parts, tokenizer, options, filters)
-            partial.rename(out)
-        except OSError as error:
-            if not disk_is_full(error):
-                raise
-            raise UserError(
-                f"{error.filename or partial}: {error.strerror}; make room and give the same command again: it "
-                "continues where it stopped"
-            ) from error
-        finally:
-            if not any(partial.glob("shard-*.arrow")):  # nothing that would be worth keeping
-                shutil.rmtree(partial, ignore_errors=True)
-    return Corpus(out)
-
-
-def _finish(
-    directory: Path, parts: Sequence[Part], tokenizer: Tokenizer, options: SourceOptions, filters: Filters
+    split: Split | None = None,
 ) -> None:
-    """Write the report and the manifest, and remove all else: a directory with a journal is no corpus yet."""
-    shards = [part for part in parts if part.file]
-    skipped = sum((Counter(part.skipped) for part in parts), Counter())
-    if not shards:
+    """Prepare, or wait for whoever is preparing the same corpus and take theirs."""
+
+    def fill(partial: Path) -> Path:
+        parts = make_shards(sources, partial, tokenizer, options, filters, workers or cores())
+        return finish(partial, parts, tokenizer, options, filters, split, workers or cores())
+
+    make_whole(out, is_split if split else lambda path: is_corpus(path), fill)
+
+
+def finish(
+    directory: Path,
+    parts: Sequence[Part],
+    tokenizer: Tokenizer,
+    options: SourceOptions,
+    filters: Filters,
+    split: Split | None,
+    workers: int,
+) -> Path:
+    """Make a corpus of the shards in ``directory``, or two of them by ``split``.
+
+    Writes the report and the manifests, and removes all else: a directory with a journal is no corpus yet.
+
+    Returns:
+        Where it is: ``directory``, or one in it.
+
+    Raises:
+        UserError: If no sequence is left, or none on one side of the split.
+    """
+    prepared = _describe(parts, options, filters)
+    if split is None:
+        _write_report(directory, directory, parts)
+        _write_corpus(directory, parts, tokenizer, prepared)
+        return directory
+    into = directory / "split"
+    sides = split_parts(directory, into, parts, split, workers)
+    for name, side in zip(SIDES, sides, strict=True):
+        _write_corpus(into / name, side, tokenizer, {**prepared, "split": {"side": name, **asdict(split)}})
+    _write_report(directory, into, parts)
+    return into
+
+
+def _describe(parts: Sequence[Part], options: SourceOptions, filters: Filters) -> dict[str, Any]:
+    """What a manifest records of how a corpus was prepared.
+
+    Raises:
+        UserError: If nothing was kept.
+    """
+    skipped = sum((Counter(part.skipped) for part in parts), Counter[str]())
+    if not any(part.file for part in parts):
         raise UserError(
             f"no sequence is left ({_list(skipped)}); loosen --min_length and --max_length, or see the sources"
         )
-    if skipped["bad"]:
-        with (directory / REPORT).open("wb") as report:
-            report.write(b"source\tline\treason\n")
-            for part in parts:
-                if part.skipped.get("bad"):
-                    report.write(report_file(directory, part.number).read_bytes())
+    return {**asdict(options), **asdict(filters), "skipped": dict(skipped)}
+
+
+def _write_report(directory: Path, to: Path, parts: Sequence[Part]) -> None:
+    """Join the lists of bad records, if there are any, into one in ``to``."""
+    bad = [part for part in parts if part.skipped.get("bad")]
+    if not bad:
+        return
+    with (to / REPORT).open("wb") as report:
+        report.write(b"source\tline\treason\n")
+        for part in bad:
+            report.write(report_file(directory, part.number).read_bytes())
+
+
+def _write_corpus(directory: Path, parts: Sequence[Part], tokenizer: Tokenizer, prepared: dict[str, Any]) -> None:
     fields = ("file", "num_sequences", "num_tokens", "sha256")
-    write_manifest(
-        directory,
-        [{field: getattr(part, field) for field in fields} for part in shards],
-        tokenizer,
-        {**asdict(options), **asdict(filters), "skipped": dict(skipped)},
-    )
-    ours = {REPORT, "manifest.json", *(part.file for part in shards)}
+    shards = [{field: getattr(part, field) for field in fields} for part in parts if part.file]
+    write_manifest(directory, shards, tokenizer, prepared)
+    ours = {REPORT, MANIFEST, LENGTHS, *(part.file for part in parts)}
     for file in sorted(directory.iterdir(), key=lambda file: file.name == JOURNAL):  # the journal last
         if file.name not in ours:
-            file.unlink()
+            shutil.rmtree(file) if file.is_dir() else file.unlink()
 
 
-def _cores() -> int:
+def cores() -> int:
+    """The processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-@contextmanager
-def _exclusive(path: Path) -> Iterator[None]:
-    """Wait for the lock file at ``path``, hold it, and remove it."""
-    while True:
-        with path.open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            try:
-                ours = os.path.samestat(os.fstat(lock.fileno()), path.stat())
-            except FileNotFoundError:
-                ours = False
-            if not ours:  # the one that held it removed it, so it protects nothing: try again with the present one
-                continue
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
-            return
-
-
-def open_or_prepare(sources: Sequence[str | Path], tokenizer: Tokenizer) -> Corpus:
+def open_or_prepare(sources: Sequence[str | Path], tokenizer: Tokenizer, windows: int | None = None) -> Corpus:
     """Open a corpus, or prepare raw sources into the cache: once for each content and tokenizer.
 
     The cache is ``$PRETRAIN_CACHE``, or ``pretrain`` in ``$XDG_CACHE_HOME`` (``~/.cache``).
 
+    Args:
+        sources: Raw sources, or one corpus.
+        tokenizer: What makes the ids.
+        windows: Tokens that longer sequences are cut into, at most; None leaves them whole.
+
     Raises:
-        UserError: If a corpus was made with another tokenizer than ``tokenizer``.
+        UserError: If a corpus was made with another tokenizer than ``tokenizer``, or not cut as ``windows`` says.
     """
     if len(sources) == 1 and is_corpus(sources[0]):
         corpus = Corpus(sources[0])
@@ -161,8 +224,15 @@ def open_or_prepare(sources: Sequence[str | Path], tokenizer: Tokenizer) -> Corp
                 f"{corpus.tokenizer.fingerprint}), the config asks for '{tokenizer.name}' ({tokenizer.vocab_size} ids, "
                 f"{tokenizer.fingerprint}); set data.tokenizer to the corpus's, or prepare the sources again"
             )
+        was = corpus.manifest.get("prepared", {}).get("windows")
+        if windows and not (was and was <= windows):
+            given = f"with --windows {was}" if was else "without --windows"
+            raise UserError(
+                f"{corpus.path}: was prepared {given}, data.long_sequences split needs at most {windows} "
+                f"tokens in each; prepare it again with --windows {windows}, or set data.long_sequences to crop"
+            )
         return corpus
-    key = hashlib.sha256(json.dumps([FORMAT_VERSION, tokenizer.fingerprint]).encode())
+    key = hashlib.sha256(json.dumps([FORMAT_VERSION, tokenizer.fingerprint, windows]).encode())
     options = SourceOptions()
     found = find_sources(sources, options)
     for source in found:
@@ -175,7 +245,9 @@ def open_or_prepare(sources: Sequence[str | Path], tokenizer: Tokenizer) -> Corp
         with Path(source.name).open("rb") as file:
             key.update(hashlib.file_digest(file, "sha256").digest())
     cached = _cache() / key.hexdigest()[:16]
-    return Corpus(cached) if is_corpus(cached) else _prepare_once(found, cached, tokenizer, options, Filters(), None)
+    if not is_corpus(cached):
+        _prepare_once(found, cached, tokenizer, options, Filters(windows=windows), None)
+    return Corpus(cached)
 
 
 def open_or_store(ids: Sequence[str], sequences: Sequence[NDArray[np.unsignedinteger]], tokenizer: Tokenizer) -> Corpus:
@@ -190,21 +262,16 @@ def open_or_store(ids: Sequence[str], sequences: Sequence[NDArray[np.unsignedint
     for sequence in sequences:
         key.update(hashlib.sha256(sequence.tobytes()).digest())
     cached = _cache() / key.hexdigest()[:16]
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    with _exclusive(cached.parent / f".{cached.name}.lock"):
-        if not is_corpus(cached):
-            partial = cached.parent / f".{cached.name}.partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            try:
-                partial.mkdir()
-                file = partial / "shard-00000.arrow"
-                checksum = write_shard(file, ids, sequences, tokenizer.dtype)
-                tokens = sum(map(len, sequences))
-                shard = {"file": file.name, "num_sequences": len(ids), "num_tokens": tokens, "sha256": checksum}
-                write_manifest(partial, [shard], tokenizer, {})
-                partial.rename(cached)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
+
+    def fill(partial: Path) -> Path:
+        file = partial / "shard-00000.arrow"
+        checksum = write_shard(file, ids, sequences, tokenizer.dtype)
+        tokens = sum(map(len, sequences))
+        shard = {"file": file.name, "num_sequences": len(ids), "num_tokens": tokens, "sha256": checksum}
+        write_manifest(partial, [shard], tokenizer, {})
+        return partial
+
+    make_whole(cached, is_corpus, fill)
     return Corpus(cached)
 
 
@@ -217,8 +284,10 @@ def _list(skipped: dict[str, int]) -> str:
     return ", ".join(f"{count:,} {reason}" for reason, count in sorted(skipped.items())) or "none was read"
 
 
-def train_tokenizer_file(sources: Sequence[str | Path], out: Path, vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE tokenizer on the records of source files and write it as a ``tokenizer.json``.
+def train_tokenizer_file(
+    sources: Sequence[str | Path], out: Path, vocab_size: int, kind: TokenizerKind = "bpe"
+) -> Tokenizer:
+    """Train a tokenizer on the records of source files and write it as a ``tokenizer.json``; see `train_tokenizer`.
 
     Raises:
         UserError: If a source is unreadable, ``out`` exists, or ``vocab_size`` is too small.
@@ -226,7 +295,7 @@ def train_tokenizer_file(sources: Sequence[str | Path], out: Path, vocab_size: i
     if out.exists():
         raise UserError(f"{out}: exists already; choose another name, or remove it first")
     documents = (record.text.decode("utf-8", "replace") for source in sources for record in read_records(source))
-    tokenizer = train_tokenizer(documents, vocab_size)
+    tokenizer = train_tokenizer(documents, vocab_size, kind)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial")
     partial.write_text(tokenizer.serialize(), encoding="utf-8")

@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
 import sys
 import time
 from collections import Counter, deque
@@ -28,6 +29,7 @@ from pretrain.corpus.readers import Flaw, parse
 from pretrain.corpus.sources import Source, SourceOptions
 from pretrain.corpus.store import FORMAT_VERSION, file_checksum, open_shard, write_rows, write_shard
 from pretrain.corpus.tokenizer import InvalidSymbolError, Tokenizer
+from pretrain.corpus.windows import into_windows
 from pretrain.errors import UserError
 
 BLOCK_BYTES = 2**25
@@ -35,25 +37,31 @@ BLOCK_BYTES = 2**25
 
 JOURNAL = "journal.jsonl"
 
+_NEEDS_TOKENIZER = (
+    "correct or remove it, or, if this is text, give its tokenizer: --data.tokenizer FILE (in prepare --tokenizer FILE)"
+)
+
 
 @dataclass(frozen=True)
 class Filters:
-    """Which records are kept; the others are counted.
+    """Which records are kept, the others being counted, and whether long ones are cut.
 
     Attributes:
         min_length: Shorter sequences are left out; in tokens, ``<cls>`` and ``<eos>`` included.
         max_length: Longer ones are.
         deduplicate: Keep the first of those that have the same tokens. Needs about 50 bytes of memory a sequence.
         skip_bad: Skip records that cannot be read or have no token, and list them; otherwise the first one is an error.
+        windows: Cut longer sequences into several of at most this many tokens, ``<cls>`` and ``<eos>`` included.
 
     Raises:
-        UserError: If no length is left.
+        UserError: If no length is left, or too little to cut into.
     """
 
     min_length: int | None = None
     max_length: int | None = None
     deduplicate: bool = False
     skip_bad: bool = False
+    windows: int | None = None
 
     def __post_init__(self) -> None:
         shortest, longest = self.min_length or 0, self.max_length
@@ -61,6 +69,8 @@ class Filters:
             raise UserError(
                 f"lengths from {self.min_length} to {longest} leave nothing; give 0 <= min <= max, max >= 1"
             )
+        if self.windows is not None and self.windows < 3:
+            raise UserError(f"sequences cannot be split into windows of {self.windows} tokens; give at least 3")
 
 
 class Part(NamedTuple):
@@ -93,6 +103,49 @@ class _Block(NamedTuple):
     """Otherwise a mistake in the sources follows: the pieces before it are looked through, and not written."""
 
 
+class Portion:
+    """Which of the blocks are made: every ``of``-th one, so that machines can share the work; and what all are like.
+
+    Args:
+        number: This machine's number, from 1.
+        of: How many machines there are.
+
+    Attributes:
+        num_blocks: Blocks seen so far, of this portion or not.
+    """
+
+    def __init__(self, number: int = 1, of: int = 1) -> None:
+        if not 1 <= number <= of:
+            raise UserError(f"shard is {number}/{of}; give I/N with I from 1 to N, such as 2/8")
+        self.number, self.of = number, of
+        self.num_blocks = 0
+        self._layout = hashlib.sha256()
+
+    @classmethod
+    def parse(cls, text: str) -> "Portion":
+        """The portion that ``I/N`` names.
+
+        Raises:
+            UserError: If it names none.
+        """
+        number, _, of = text.partition("/")
+        if not (number.isdecimal() and of.isdecimal()):
+            raise UserError(f"shard is {text}; give I/N with I from 1 to N, such as 2/8")
+        return cls(int(number), int(of))
+
+    def takes(self, pieces: Sequence[Piece]) -> bool:
+        """Whether the next block of the sources is of this portion."""
+        number, self.num_blocks = self.num_blocks, self.num_blocks + 1
+        for piece in pieces:
+            self._layout.update(json.dumps([piece.line, piece.columns, len(piece.data)]).encode())
+        return number % self.of == self.number - 1
+
+    @property
+    def layout(self) -> str:
+        """How the sources were cut: the same for all portions of the same sources."""
+        return self._layout.hexdigest()
+
+
 class Journal:
     """The parts that are finished, one line each, in the directory where they are made.
 
@@ -115,7 +168,7 @@ class Journal:
                 self.parts[part.number] = part
         else:
             for file in directory.iterdir():
-                file.unlink()
+                shutil.rmtree(file) if file.is_dir() else file.unlink()
         self._path.write_text("".join(f"{line}\n" for line in [head, *map(_line, self.parts.values())]))
 
     def add(self, part: Part) -> None:
@@ -136,6 +189,7 @@ def make_shards(
     options: SourceOptions,
     filters: Filters,
     workers: int,
+    portion: Portion | None = None,
 ) -> list[Part]:
     """Tokenise sources into shards in ``directory``, continuing what an earlier call left there.
 
@@ -146,6 +200,7 @@ def make_shards(
         options: How the sources are read.
         filters: Which sequences are kept.
         workers: Processes; the result does not depend on it.
+        portion: Which blocks of the sources to make; by default all. Duplicates are taken out within them.
 
     Raises:
         UserError: If a source is unreadable or, unless they are skipped, holds a bad record.
@@ -158,6 +213,9 @@ def make_shards(
         **asdict(options),
         **asdict(filters),
     }
+    portion = portion or Portion()
+    if portion.of > 1:
+        settings["portion"] = [portion.number, portion.of]
     journal = Journal(directory, settings)
     job = _Job(directory, tokenizer, options, filters)
     sizes = [os.path.getsize(source.name) for source in sources if source.is_regular_file]
@@ -172,6 +230,8 @@ def make_shards(
 
     def blocks() -> Iterator[_Block]:
         for number, (pieces, end, is_whole) in enumerate(_blocks(sources, options)):
+            if not portion.takes(pieces):
+                continue
             ends.append(end)
             yield _Block(number, pieces, journal.parts.get(number), is_whole)
 
@@ -186,7 +246,7 @@ def make_shards(
             bar.set_postfix_str(f"{sequences / (time.monotonic() - begin):,.0f} sequences/s", refresh=False)
             bar.update(ends.popleft() - bar.n)
     if filters.deduplicate:
-        parts = _deduplicate(job, parts, journal, workers)
+        parts = deduplicate(directory, parts, journal, workers)
     return parts
 
 
@@ -213,10 +273,11 @@ def _blocks(sources: Sequence[Source], options: SourceOptions) -> Iterator[tuple
 
 def _make_part(job: _Job, block: _Block) -> Part:
     checksum = _checksum(block.pieces)
-    if block.previous and block.previous.input == checksum and _is_intact(job.directory, block.previous):
+    if block.previous and block.previous.input == checksum and is_intact(job.directory, block.previous):
         return block.previous
     ids: list[str] = []
     tokens: list[NDArray[np.unsignedinteger]] = []
+    word_starts: list[NDArray[np.bool_]] = []
     report: list[str] = []
     skipped: Counter[str] = Counter()
     shortest, longest = job.filters.min_length or 0, job.filters.max_length or sys.maxsize
@@ -224,12 +285,13 @@ def _make_part(job: _Job, block: _Block) -> Part:
         for item in parse(piece, job.options):
             if not isinstance(item, Flaw):
                 try:
-                    encoded = job.tokenizer.encode(item.text)
+                    encoded, words = job.tokenizer.encode_words(item.text)
                 except InvalidSymbolError as error:
+                    is_text = error.symbol == "' '" and piece.source.kind != "fasta"
                     item = Flaw(
                         item.line,
                         f"record '{item.id}' has {error.symbol} at position {error.position}; allowed: "
-                        f"{error.allowed}; correct or remove it",
+                        f"{error.allowed}; {_NEEDS_TOKENIZER if is_text else 'correct or remove it'}",
                     )
             if isinstance(item, Flaw):
                 if not job.filters.skip_bad:
@@ -241,8 +303,11 @@ def _make_part(job: _Job, block: _Block) -> Part:
             elif len(encoded) > longest:
                 skipped["long"] += 1
             else:
-                ids.append(item.id)
-                tokens.append(encoded)
+                for name, window, starts in into_windows(item.id, encoded, words, job.filters.windows or len(encoded)):
+                    ids.append(name)
+                    tokens.append(window)
+                    if starts is not None:
+                        word_starts.append(starts)
     if not block.is_whole:
         return Part(block.number, "", None, 0, 0, "", {})
     if report:
@@ -250,7 +315,7 @@ def _make_part(job: _Job, block: _Block) -> Part:
     if not ids:
         return Part(block.number, checksum, None, 0, 0, "", dict(skipped))
     file = job.directory / f"shard-{block.number:05d}.arrow"
-    sha256 = write_shard(file, ids, tokens, job.tokenizer.dtype)
+    sha256 = write_shard(file, ids, tokens, job.tokenizer.dtype, word_starts)
     num_tokens = sum(map(len, tokens))
     return Part(block.number, checksum, file.name, len(ids), num_tokens, sha256, dict(skipped))
 
@@ -268,7 +333,8 @@ def _checksum(pieces: Sequence[Piece]) -> str:
     return digest.hexdigest()
 
 
-def _is_intact(directory: Path, part: Part) -> bool:
+def is_intact(directory: Path, part: Part) -> bool:
+    """Whether what was made of a part is still there as it was."""
     if part.skipped.get("bad") and not report_file(directory, part.number).is_file():
         return False
     file = directory / part.file if part.file else None
@@ -278,18 +344,18 @@ def _is_intact(directory: Path, part: Part) -> bool:
 # --- duplicates -------------------------------------------------------------------------------------------------------
 
 
-def _deduplicate(job: _Job, parts: list[Part], journal: Journal, workers: int) -> list[Part]:
+def deduplicate(directory: Path, parts: list[Part], journal: Journal, workers: int) -> list[Part]:
     """Take out of the shards what an earlier sequence repeats.
 
     Shards that have been through this already stay as they are, so it may be killed and repeated at any point.
     """
     full = [part for part in parts if part.file]
-    hashes = list(in_processes(partial(_hash_sequences, job.directory), full, workers))
+    hashes = list(in_processes(partial(_hash_sequences, directory), full, workers))
     kept = _is_first(np.concatenate(hashes)) if hashes else np.zeros(0, np.bool_)
     keeps = np.split(kept, np.cumsum([len(part) for part in hashes])[:-1])
     unique = {part.number: part for part in parts}
     repeated = [(part, keep) for part, keep in zip(full, keeps, strict=True) if not keep.all()]
-    for part in in_processes(partial(_take_out, job.directory), repeated, workers):
+    for part in in_processes(partial(_take_out, directory), repeated, workers):
         journal.add(part)
         unique[part.number] = part
     return list(unique.values())

@@ -15,6 +15,7 @@ import pyarrow as pa
 from typing_extensions import override
 
 from pretrain.errors import UserError
+from pretrain.shipped import shipped
 
 _SUFFIXES = {
     "fasta": (".fasta", ".fa", ".faa", ".fas"),
@@ -30,6 +31,8 @@ DOCUMENTS = ("line", "paragraph", "file")
 _COMPRESSIONS = {"gzip": b"\x1f\x8b", "bz2": b"BZh", "zstd": b"\x28\xb5\x2f\xfd"}
 _COMPRESSED = (".gz", ".bgz", ".bz2", ".zst")
 _HUB = "hf://"
+PART = "part.json"
+"""In a directory that `pretrain prepare --shard` made."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,8 @@ def _find(name: str, kind: str | None) -> Iterator[Source]:
         yield from _find_in_directory(name, kind)
     elif os.path.exists(name):
         yield Source(name, kind or _kind(name))
+    elif sample := shipped(name):
+        yield from _find(str(sample), kind)
     elif glob.has_magic(name):
         matches = [path for path in _match(name) if not path.is_dir()]
         if not matches:
@@ -126,6 +131,12 @@ def _find_in_directory(name: str, kind: str | None) -> Iterator[Source]:
     directory = Path(name)
     if (directory / "manifest.json").is_file():
         raise UserError(f"{name}: is a prepared corpus; it stands alone, and cannot be a source")
+    if (directory / PART).is_file():
+        raise UserError(
+            f"{name}: is a part of a corpus; join all parts with `pretrain prepare --merge PART... --out DIR`"
+        )
+    if corpora := sorted(str(path.parent) for path in directory.glob("*/manifest.json")):
+        raise UserError(f"{name}: holds prepared corpora; name one of them: {', '.join(corpora[:5])}")
     if (directory / "dataset_dict.json").is_file():
         splits = ", ".join(sorted(path.parent.name for path in directory.glob("*/state.json")))
         raise UserError(f"{name}: holds several splits ({splits}); name one, as in {directory / 'train'}")

@@ -2,7 +2,9 @@
 
 corpus/
   manifest.json          counts, tokenizer, shards with their checksums, fingerprint, how it was prepared
-  shard-00000.arrow      one record batch: id, and tokens in the smallest integer type that holds the vocabulary
+  lengths.npy            the length of each sequence in tokens, in order
+  shard-00000.arrow      one record batch: id, tokens in the smallest integer type that holds the vocabulary, and, where
+                         the tokenizer knows words, a bit a token that says whether one begins there
   skipped.tsv            where `prepare --skip_bad` skipped records: source, line and reason
 """
 
@@ -22,6 +24,7 @@ from pretrain.errors import UserError
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+LENGTHS = "lengths.npy"
 REPORT = "skipped.tsv"
 
 
@@ -31,6 +34,8 @@ class Shard(NamedTuple):
     ids: pa.StringArray
     offsets: NDArray[np.int64]
     tokens: NDArray[np.unsignedinteger]
+    word_starts: NDArray[np.uint8] | None
+    """Eight tokens a byte, the lowest bit first."""
 
 
 class Corpus:
@@ -95,6 +100,19 @@ class Corpus:
         shard, local = self._locate(index)
         return shard.tokens[shard.offsets[local] : shard.offsets[local + 1]]
 
+    @property
+    def has_words(self) -> bool:
+        """Whether `word_starts` are known."""
+        return all(shard.word_starts is not None for shard in self.shards)
+
+    def word_starts(self, index: int) -> NDArray[np.bool_]:
+        """For each token of one sequence whether a word begins there; only where `has_words`."""
+        shard, local = self._locate(index)
+        begin, end = shard.offsets[local : local + 2].tolist()
+        assert shard.word_starts is not None
+        packed = shard.word_starts[begin // 8 : -(-end // 8)]
+        return np.unpackbits(packed, bitorder="little")[begin % 8 :][: end - begin].view(np.bool_)
+
     def id(self, index: int) -> str:
         """The name that the sequence had in its source."""
         shard, local = self._locate(index)
@@ -123,28 +141,30 @@ def verify(path: Path) -> int:
     """
     manifest = _read_manifest(path)
     try:
-        files = _shard_files(path, manifest)
-        expected = [shard["sha256"] for shard in manifest["shards"]]
-        fingerprint = _fingerprint(manifest["tokenizer"]["fingerprint"], expected)
+        checksums = [shard["sha256"] for shard in manifest["shards"]]
+        fingerprint = _fingerprint(manifest["tokenizer"]["fingerprint"], checksums)
         if manifest["fingerprint"] != fingerprint:
             raise UserError(
                 f"{path}: {MANIFEST} was changed: its fingerprint is {manifest['fingerprint']}, that of its shards "
                 f"{fingerprint}; restore it, or prepare it again"
             )
+        expected = dict(zip(_shard_files(path, manifest), checksums, strict=True))
+        if "lengths" in manifest:  # older corpora have none
+            expected[path / LENGTHS] = manifest["lengths"]["sha256"]
     except (KeyError, TypeError) as error:
         raise _damaged(path, error) from error
     broken = []
-    for file, checksum in zip(files, expected, strict=True):
+    for file, checksum in expected.items():
         if not file.is_file():
             broken.append(f"{file.name} (missing)")
         elif file_checksum(file) != checksum:
             broken.append(f"{file.name} (another content)")
     if broken:
         raise UserError(
-            f"{path}: {len(broken)} of {len(files)} shards broken: {', '.join(broken)}; copy the corpus again, or "
+            f"{path}: {len(broken)} of {len(expected)} files broken: {', '.join(broken)}; copy the corpus again, or "
             "prepare it again"
         )
-    return len(files)
+    return len(checksums)
 
 
 def file_checksum(file: Path) -> str:
@@ -154,7 +174,11 @@ def file_checksum(file: Path) -> str:
 
 
 def write_shard(
-    file: Path, ids: Sequence[str], tokens: Sequence[NDArray[np.unsignedinteger]], dtype: np.dtype[Any]
+    file: Path,
+    ids: Sequence[str],
+    tokens: Sequence[NDArray[np.unsignedinteger]],
+    dtype: np.dtype[Any],
+    word_starts: Sequence[NDArray[np.bool_]] = (),
 ) -> str:
     """Write one shard, whole or not at all; the same input gives the same bytes.
 
@@ -163,29 +187,34 @@ def write_shard(
         ids: The names of the sequences.
         tokens: Their ids (with ``<cls>`` and ``<eos>``).
         dtype: The type to store them in.
+        word_starts: Whether a word begins at each id, where words are known.
 
     Returns:
         The file's checksum.
     """
     offsets = np.cumsum([0, *(len(sequence) for sequence in tokens)], dtype=np.int64)
     values = np.concatenate(tokens).astype(dtype, copy=False)
-    return _write_batch(
-        file, pa.record_batch({"id": pa.array(ids, pa.large_string()), "tokens": _lists(offsets, values)})
-    )
+    columns = {"id": pa.array(ids, pa.large_string()), "tokens": _lists(offsets, values)}
+    if word_starts:
+        columns["word_starts"] = _lists(offsets, np.concatenate(word_starts))
+    return _write_batch(file, pa.record_batch(columns))
 
 
-def write_rows(file: Path, keep: NDArray[np.bool_]) -> str:
-    """Write a shard again with some of its sequences only; ``keep`` says of each whether it stays."""
+def write_rows(file: Path, keep: NDArray[np.bool_], to: Path | None = None) -> str:
+    """Write a shard again, ``to`` another file or in its place, with those of its sequences that ``keep`` marks."""
     shard = open_shard(file)
     lengths = np.diff(shard.offsets)
     offsets = np.concatenate([[0], np.cumsum(lengths[keep])])
-    ids = shard.ids.filter(pa.array(keep))
-    tokens = shard.tokens[np.repeat(keep, lengths)]
-    return _write_batch(file, pa.record_batch({"id": ids, "tokens": _lists(offsets, tokens)}))
+    kept = np.repeat(keep, lengths)
+    columns = {"id": shard.ids.filter(pa.array(keep)), "tokens": _lists(offsets, shard.tokens[kept])}
+    if shard.word_starts is not None:
+        word_starts = np.unpackbits(shard.word_starts, count=len(kept), bitorder="little").view(np.bool_)
+        columns["word_starts"] = _lists(offsets, word_starts[kept])
+    return _write_batch(to or file, pa.record_batch(columns))
 
 
-def _lists(offsets: NDArray[np.int64], values: NDArray[np.unsignedinteger]) -> pa.LargeListArray:
-    return pa.LargeListArray.from_arrays(offsets, values)
+def _lists(offsets: NDArray[np.int64], values: NDArray[Any]) -> pa.LargeListArray:
+    return pa.LargeListArray.from_arrays(offsets, pa.array(values))
 
 
 def _write_batch(file: Path, batch: pa.RecordBatch) -> str:
@@ -210,7 +239,7 @@ def write_manifest(
     """Write the manifest, which makes a directory of shards a corpus.
 
     Args:
-        directory: Where the shards are.
+        directory: Where the shards are; the lengths of their sequences are written beside them.
         shards: Of each ``file``, ``num_sequences``, ``num_tokens`` and ``sha256``, in their order.
         tokenizer: What made the ids.
         prepared: How it was made and what was left out, for the record.
@@ -228,12 +257,30 @@ def write_manifest(
             "serialized": tokenizer.serialize(),
         },
         "prepared": prepared,
-        "shards": list(shards),
+        "lengths": {"file": LENGTHS, "sha256": _write_lengths(directory, [shard["file"] for shard in shards])},
+        "shards": [{**shard, "num_bytes": (directory / shard["file"]).stat().st_size} for shard in shards],
     }
     with (directory / MANIFEST).open("w", encoding="utf-8") as file:
         json.dump(manifest, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _write_lengths(directory: Path, files: Sequence[str]) -> str:
+    """Write the lengths of all sequences, and return the file's checksum; in memory is one shard's at a time."""
+    longest = count = 0
+    for file in files:
+        lengths = np.diff(open_shard(directory / file).offsets)
+        longest, count = max(longest, int(lengths.max())), count + len(lengths)
+    dtype = np.min_scalar_type(longest)
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)}
+    with (directory / LENGTHS).open("wb") as sink:
+        np.lib.format.write_array_header_1_0(sink, header)
+        for file in files:
+            sink.write(np.diff(open_shard(directory / file).offsets).astype(dtype).tobytes())
+        sink.flush()
+        os.fsync(sink.fileno())
+    return file_checksum(directory / LENGTHS)
 
 
 def _fingerprint(tokenizer: str, checksums: Sequence[str]) -> str:
@@ -279,4 +326,7 @@ def open_shard(file: Path) -> Shard:
         ids=batch.column("id"),
         offsets=column.offsets.to_numpy(zero_copy_only=True),
         tokens=column.values.to_numpy(zero_copy_only=True),
+        word_starts=np.frombuffer(batch.column("word_starts").values.buffers()[1], np.uint8)
+        if "word_starts" in batch.schema.names
+        else None,
     )

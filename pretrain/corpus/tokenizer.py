@@ -8,13 +8,14 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import override
 
 from pretrain.errors import UserError
+from pretrain.shipped import shipped
 
 if TYPE_CHECKING:
     import tokenizers
@@ -22,6 +23,11 @@ if TYPE_CHECKING:
 SPECIAL_TOKENS = ("<cls>", "<pad>", "<eos>", "<unk>")
 ESM_ALPHABET = (*SPECIAL_TOKENS, *"LAGVSERTIDPKQNFYMHWCXBUZO.-", "<null_1>", "<mask>")
 """The 33 tokens of ESM-1b and ESM-2, in their order (facebookresearch/esm, `esm/data.py`, "ESM-1b")."""
+
+TokenizerKind = Literal["bpe", "wordpiece", "unigram"]
+
+_WORDPIECE_WORD = 100
+"""Bytes: longer words are cut, since matching the longest piece takes the square of a word's length."""
 
 _RESIDUES = "LAGVSERTIDPKQNFYMHWC"
 _NOT_IN_ALPHABET = 255
@@ -74,6 +80,10 @@ class Tokenizer(ABC):
         Raises:
             InvalidSymbolError: If a symbol has no id.
         """
+
+    def encode_words(self, text: bytes) -> tuple[NDArray[np.unsignedinteger], NDArray[np.bool_] | None]:
+        """The same, and whether a word begins at each id; None for a tokenizer that knows no words."""
+        return self.encode(text), None
 
     @abstractmethod
     def serialize(self) -> str:
@@ -156,12 +166,20 @@ class TextTokenizer(Tokenizer):
 
     @override
     def encode(self, text: bytes) -> NDArray[np.unsignedinteger]:
+        return self.encode_words(text)[0]
+
+    @override
+    def encode_words(self, text: bytes) -> tuple[NDArray[np.unsignedinteger], NDArray[np.bool_]]:
         try:
             document = text.decode()
         except UnicodeDecodeError as error:
             raise InvalidSymbolError(repr(text[error.start : error.end]), error.start + 1, "UTF-8 text") from error
-        ids = self.backend.encode(document, add_special_tokens=False).ids
-        return np.array([self.cls_token_id, *ids, self.eos_token_id], self.dtype)
+        encoding = self.backend.encode(document, add_special_tokens=False)
+        ids = np.array([self.cls_token_id, *encoding.ids, self.eos_token_id], self.dtype)
+        word_starts = np.ones(len(ids), np.bool_)
+        words = np.array(encoding.word_ids, np.int64)
+        word_starts[2:-1] = words[1:] != words[:-1]
+        return ids, word_starts
 
     @override
     def serialize(self) -> str:
@@ -169,7 +187,7 @@ class TextTokenizer(Tokenizer):
 
 
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
-    """``esm``, a ``tokenizer.json``, or a directory that holds one (such as a transformers model's).
+    """``esm``, a ``tokenizer.json``, or the directory of a tokenizer that transformers saved, in whichever form.
 
     Raises:
         UserError: If there is no such tokenizer, or it lacks a token that masked language models need.
@@ -177,6 +195,10 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     if str(name_or_path) == ProteinTokenizer.name:
         return ProteinTokenizer()
     path = Path(name_or_path)
+    if not path.exists():
+        path = shipped(str(name_or_path)) or path
+    if path.is_dir() and not (path / "tokenizer.json").is_file() and any(path.glob("*vocab*")):
+        return _from_transformers(path)
     path = path / "tokenizer.json" if path.is_dir() else path
     if not path.is_file():
         raise UserError(
@@ -190,6 +212,22 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     return tokenizer_from_string(serialized, str(path))
 
 
+def _from_transformers(path: Path) -> Tokenizer:
+    """A tokenizer that transformers saved as its vocabulary, before there was a tokenizer.json."""
+    from transformers import AutoTokenizer
+
+    try:
+        loaded = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the library raises many kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: not a tokenizer that transformers reads ({reason})") from error
+    if tuple(loaded.convert_ids_to_tokens(range(len(loaded)))) == ESM_ALPHABET:
+        return ProteinTokenizer()
+    if not getattr(loaded, "backend_tokenizer", None):
+        raise UserError(f"{path}: {type(loaded).__name__} has no tokenizer.json; save its fast version to use it")
+    return TextTokenizer(loaded.backend_tokenizer.to_str(), str(path))
+
+
 def tokenizer_from_string(serialized: str, source: str) -> Tokenizer:
     """What `Tokenizer.serialize` wrote, back to a tokenizer. ``source`` is named in errors."""
     try:
@@ -201,33 +239,56 @@ def tokenizer_from_string(serialized: str, source: str) -> Tokenizer:
     return TextTokenizer(serialized, source)
 
 
-def train_tokenizer(documents: Iterable[str], vocab_size: int) -> TextTokenizer:
-    """Train a byte-level BPE tokenizer: any input can be encoded, nothing is unknown.
+def train_tokenizer(documents: Iterable[str], vocab_size: int, kind: TokenizerKind = "bpe") -> TextTokenizer:
+    """Train a tokenizer on the bytes of text: any input can be encoded, nothing is unknown, and decoding gives it back.
 
-    Special tokens take the same first ids as in ESM's alphabet. ``vocab_size=261`` gives a plain byte tokenizer.
-    Reference: Sennrich et al. 2016; byte-level as in GPT-2 (Radford et al. 2019, section 2.2).
+    Text is first cut into words with the space before them, as GPT-2 does (Radford et al. 2019, section 2.2), and each
+    of their bytes is a symbol; all 256 are in the vocabulary. Special tokens take the same first ids as in ESM's
+    alphabet. ``kind="bpe"`` with ``vocab_size=261`` gives a plain byte tokenizer.
 
     Args:
         documents: The training text.
-        vocab_size: Number of ids in all; at least 261 (256 bytes and 5 special tokens).
-    """
-    from tokenizers import Tokenizer as Backend
-    from tokenizers import decoders, models, pre_tokenizers, trainers
+        vocab_size: Number of ids in all, at most; at least 261 (256 bytes and 5 special tokens), for WordPiece 516.
+        kind: ``bpe`` (Sennrich et al. 2016), ``wordpiece`` (Schuster and Nakajima 2012; the longest piece that fits,
+            ``##`` before those that continue a word) or ``unigram`` (Kudo 2018).
 
-    special = [*SPECIAL_TOKENS, "<mask>"]
-    smallest = 256 + len(special)
+    Raises:
+        UserError: If ``vocab_size`` is too small, or ``kind`` is none of these.
+    """
+    from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as Backend
+
+    if kind not in get_args(TokenizerKind):
+        raise UserError(f"tokenizer kind is '{kind}'; give one of {', '.join(get_args(TokenizerKind))}")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    # A mask in a text takes the place of a word together with the space before it, as in training.
+    special = [*map(AddedToken, SPECIAL_TOKENS), AddedToken("<mask>", lstrip=True)]
+    # A "#" is a word of its own, so it never continues one.
+    inner = [f"##{symbol}" for symbol in alphabet if symbol != "#"] if kind == "wordpiece" else []
+    smallest = len(alphabet) + len(inner) + len(special)
     if vocab_size < smallest:
-        raise UserError(
-            f"vocab size is {vocab_size}; at least {smallest} ids are needed (256 bytes and {len(special)} special)"
+        parts = f"{len(alphabet)} bytes{', again within words' if inner else ''} and {len(special)} special"
+        raise UserError(f"vocab size is {vocab_size}; at least {smallest} ids are needed ({parts})")
+    settings: dict[str, Any] = {"special_tokens": special, "initial_alphabet": alphabet, "show_progress": False}
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if kind == "bpe":
+        backend = Backend(models.BPE())
+        trainer = trainers.BpeTrainer(vocab_size=vocab_size, **settings)
+    elif kind == "unigram":
+        backend = Backend(models.Unigram())
+        trainer = trainers.UnigramTrainer(vocab_size=vocab_size, unk_token="<unk>", **settings)
+    else:
+        backend = Backend(models.WordPiece(unk_token="<unk>", max_input_chars_per_word=_WORDPIECE_WORD))
+        trainer = trainers.WordPieceTrainer(vocab_size=vocab_size - len(inner), **settings)
+    backend.pre_tokenizer, backend.decoder = byte_level, decoders.ByteLevel()
+    if kind == "wordpiece":
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Split("#", "isolated"), byte_level, pre_tokenizers.FixedLength(_WORDPIECE_WORD)]
         )
-    backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=special,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
+        backend.decoder = decoders.Sequence([decoders.Replace(Regex("^##"), ""), decoders.ByteLevel()])
     backend.train_from_iterator(documents, trainer)
+    if kind == "wordpiece":  # the trainer knows only the symbols that it saw within words
+        vocabulary = backend.get_vocab()
+        vocabulary |= {piece: len(vocabulary) + n for n, piece in enumerate(p for p in inner if p not in vocabulary)}
+        backend.model = models.WordPiece(vocabulary, unk_token="<unk>", max_input_chars_per_word=_WORDPIECE_WORD)
     return TextTokenizer(backend.to_str(), "the trained tokenizer")

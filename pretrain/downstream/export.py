@@ -10,15 +10,22 @@ from typing import Any
 import torch
 import yaml
 
-from pretrain.corpus.tokenizer import ESM_ALPHABET, TextTokenizer, Tokenizer, tokenizer_from_string
+from pretrain.corpus.tokenizer import ESM_ALPHABET, Tokenizer, tokenizer_from_string
+from pretrain.downstream.card import CURVES, model_card, settings_at
 from pretrain.downstream.finetune.export import check_exportable, hf_class, verify_fine_tuned, write_fine_tuned
 from pretrain.downstream.finetune.export import model_card as fine_tuned_card
 from pretrain.downstream.finetune.model import is_fine_tuned, load_fine_tuned
+from pretrain.downstream.inspect import inspect
 from pretrain.downstream.load import checkpoint_of, encoder_of
+from pretrain.downstream.tokenizer_files import write_tokenizer
 from pretrain.errors import UserError
 from pretrain.model.encoder import Encoder
 from pretrain.model.hf import to_hf, to_hf_config
+from pretrain.train.logging import METRICS_FILE, read_metrics
 from pretrain.train.run import CONFIG, RESULT
+
+SHARD_SIZE = "5GB"
+"""The largest safetensors file, as the Hub likes them."""
 
 
 def export(run: Path, out: Path) -> str:
@@ -50,12 +57,16 @@ def export(run: Path, out: Path) -> str:
         write_model(encoder, tokenizer, max_length, partial)
         write_tokenizer(tokenizer, max_length, partial)
         result = json.loads((home / RESULT).read_text(encoding="utf-8")) if (home / RESULT).is_file() else {}
-        card = model_card(encoder, checkpoint, settings, result, home.absolute().name)
+        settings, changes = settings_at(settings, home, checkpoint["global_step"])
+        curves = any(name == "train/loss" for _, name, _ in read_metrics(home / METRICS_FILE))
+        if curves:
+            inspect(home, picture=partial / CURVES)
+        card = model_card(encoder, checkpoint, settings, result, home.absolute().name, changes, curves)
         (partial / "README.md").write_text(card, encoding="utf-8")
         difference = verify(encoder, tokenizer, max_length, partial)
     return (
         f"{out}: step {checkpoint['global_step']} of {home}, for transformers' AutoModelForMaskedLM and AutoTokenizer; "
-        f"logits agree within {difference:.1e}"
+        f"logits agree within {difference:.1e}\n  publish it  hf upload ORG/NAME {out}"
     )
 
 
@@ -116,43 +127,12 @@ def _hf_model(encoder: Encoder, tokenizer: Tokenizer, max_length: int) -> Any:
 
 
 def write_model(encoder: Encoder, tokenizer: Tokenizer, max_length: int, out: Path) -> None:
-    """Write ``config.json`` and ``model.safetensors`` into the directory ``out``."""
+    """Write ``config.json`` and ``model.safetensors``, or its shards and their index, into the directory ``out``."""
     model = _hf_model(encoder, tokenizer, max_length)
     for parameter in model.esm.contact_head.parameters():
         torch.nn.init.zeros_(parameter)  # no contact head was trained: better none than a random one
     # Under the names that the model itself and every published ESM-2 have, not those of TensorFlow's times.
-    model.save_pretrained(out, save_original_format=False)
-
-
-def write_tokenizer(tokenizer: Tokenizer, max_length: int, out: Path) -> None:
-    """Write what transformers' ``AutoTokenizer`` loads into the directory ``out``."""
-    from transformers import EsmTokenizer, PreTrainedTokenizerFast
-
-    if isinstance(tokenizer, TextTokenizer):
-        from tokenizers.processors import TemplateProcessing
-
-        cls, eos = (tokenizer.tokens[i] for i in (tokenizer.cls_token_id, tokenizer.eos_token_id))
-        backend = type(tokenizer.backend).from_str(tokenizer.serialize())
-        backend.post_processor = TemplateProcessing(
-            single=f"{cls} $A {eos}",
-            pair=f"{cls} $A {eos} $B {eos}",
-            special_tokens=[(cls, tokenizer.cls_token_id), (eos, tokenizer.eos_token_id)],
-        )
-        backend.encode_special_tokens = False
-        PreTrainedTokenizerFast(
-            tokenizer_object=backend,
-            model_max_length=max_length,
-            cls_token=cls,
-            eos_token=eos,
-            sep_token=eos,
-            pad_token=tokenizer.tokens[tokenizer.pad_token_id],
-            unk_token=tokenizer.tokens[tokenizer.unk_token_id],
-            mask_token=tokenizer.tokens[tokenizer.mask_token_id],
-        ).save_pretrained(out)
-        return
-    vocabulary = out / "vocab.txt"
-    vocabulary.write_text("\n".join(tokenizer.tokens), encoding="utf-8")
-    EsmTokenizer(str(vocabulary), model_max_length=max_length).save_pretrained(out)
+    model.save_pretrained(out, save_original_format=False, max_shard_size=SHARD_SIZE)
 
 
 def verify(encoder: Encoder, tokenizer: Tokenizer, max_length: int, out: Path) -> float:
@@ -175,90 +155,3 @@ def verify(encoder: Encoder, tokenizer: Tokenizer, max_length: int, out: Path) -
     if not difference < 1e-3 * max(1.0, float(ours.abs().max())):
         raise RuntimeError(f"exported logits differ from the run's by {difference}: this is a bug, please report it")
     return difference
-
-
-def model_card(
-    encoder: Encoder, checkpoint: dict[str, Any], settings: dict[str, Any], result: dict[str, Any], name: str
-) -> str:
-    """The README of an exported model: data, steps, loss, licence, and what it was not tested for."""
-    config, model, data = encoder.config, settings["model"], settings["data"]
-    shape = f"{config.num_hidden_layers} layers, {config.hidden_size} wide, {config.num_attention_heads} heads"
-    finished = result.get("steps") == checkpoint["global_step"]
-    figures = result if finished and "val/loss" in result else {}
-    protein = data["tokenizer"] == "esm"
-    sources = data["train"] if isinstance(data["train"], list) else [data["train"]]
-    # UniProt's licence asks for attribution; of other data than what ships with the project nothing is known.
-    uniprot = protein and all(Path(source).parts[-3:] == ("data", "proteins", "train.fasta.gz") for source in sources)
-    header = {
-        "library_name": "transformers",
-        "pipeline_tag": "fill-mask",
-        "license": "cc-by-4.0" if uniprot else "other",
-        "tags": ["esm", "masked-lm", *(["biology", "protein"] if protein else [])],
-    }
-    parameters = sum(p.numel() for p in encoder.parameters())
-    rows = [
-        ("Parameters", f"{parameters:,} ({shape})"),
-        (
-            "Optimizer steps",
-            f"{checkpoint['global_step']:,} of {data['global_batch_tokens']:,} tokens, crops of {data['max_length']}",
-        ),
-        ("Training data", ", ".join(f"`{source}`" for source in sources)),
-        (
-            "Peak learning rate",
-            f"{model['learning_rate']:g}, inverse square root after {model['warmup_steps']:,} steps",
-        ),
-        ("Masking", f"{data['mlm_probability']:.0%} of tokens"),
-    ]
-    if "tokens_seen" in result and finished:
-        rows.insert(2, ("Tokens seen", f"{result['tokens_seen']:,} ({result['epochs']:.1f} epochs)"))
-    if figures:
-        rows += [
-            (
-                "Validation loss",
-                f"{figures['val/loss']:.4f}: perplexity {figures['val/perplexity']:.3f}, "
-                f"accuracy {figures['val/accuracy']:.1%}",
-            ),
-            (
-                "Unigram, bigram perplexity",
-                f"{figures['unigram_perplexity']:.3f}, {figures['bigram_perplexity']:.3f} on the same positions",
-            ),
-        ]
-    else:
-        rows.append(("Validation loss", "not measured at this step"))
-    table = "\n".join(f"| {label} | {value} |" for label, value in rows)
-    licence = (
-        "Trained on UniProt sequences (The UniProt Consortium), which are available under CC BY 4.0."
-        if uniprot
-        else "The licence of the training data decides; state it here before you publish the model."
-    )
-    example = "MKTAYIAKQR<mask>ISFVKSHFSRQ" if protein else "The state of the <mask> is strong."
-    return f"""---
-{yaml.safe_dump(header, sort_keys=False).strip()}
----
-
-# {name}
-
-An ESM-2 style masked language model of {"protein sequences" if protein else "text"}.
-
-| | |
-| --- | --- |
-{table}
-
-Validation positions: 15 % of the held-out tokens, all replaced by the mask token.
-
-```python
-from transformers import AutoModelForMaskedLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("PATH")
-model = AutoModelForMaskedLM.from_pretrained("PATH")
-logits = model(**tokenizer("{example}", return_tensors="pt")).logits
-```
-
-## Limits
-
-Not evaluated on any downstream task. The contact-prediction head is untrained (all zeros).
-
-## Licence
-
-{licence}
-"""

@@ -4,23 +4,28 @@ import re
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
 
-from pretrain.corpus.tokenizer import ESM_ALPHABET, ProteinTokenizer, Tokenizer, load_tokenizer
-from pretrain.downstream.export import new_directory, refuse_existing, verify, write_model, write_tokenizer
+from pretrain.corpus.tokenizer import ProteinTokenizer, Tokenizer
+from pretrain.downstream.export import new_directory, refuse_existing, verify, write_model
+from pretrain.downstream.tokenizer_files import (
+    SPECIAL_TOKENS,
+    TOKENIZER,
+    VOCABULARY,
+    check_special_tokens,
+    read_tokenizer,
+    write_tokenizer,
+)
 from pretrain.errors import UserError
 from pretrain.model.config import BERT_SIZES, ESM2_SIZES, EncoderConfig
 from pretrain.model.encoder import Encoder
 from pretrain.model.hf import DECODER, from_hf_config, published_names, to_hf
-from pretrain.train.pretrained import CONFIG, INDEX, load_tensors, read_config, read_json, read_tensors
+from pretrain.train.pretrained import CONFIG, INDEX, load_tensors, read_config, read_tensors
 
 OVERLAY = "fit.yaml"
-_VOCABULARY, _TOKENIZER = "vocab.txt", "tokenizer.json"
-_SPECIAL_TOKENS = ("tokenizer_config.json", "special_tokens_map.json")
-_FILES = (CONFIG, "*.safetensors", INDEX, _VOCABULARY, _TOKENIZER, *_SPECIAL_TOKENS)
+_FILES = (CONFIG, "*.safetensors", INDEX, VOCABULARY, TOKENIZER, *SPECIAL_TOKENS)
 _HEAD = "lm_head."
 
 
@@ -44,10 +49,11 @@ def import_model(source: str, out: Path, seed: int = 0) -> str:
     directory = _find(source)
     stored = read_config(directory)
     config = from_hf_config(stored)
-    tokenizer = _read_tokenizer(directory, stored)
-    _check_special_tokens(directory, config, tokenizer)
+    tokenizer = read_tokenizer(directory, stored)
+    check_special_tokens(directory, config, tokenizer)
 
     tensors = published_names(read_tensors(directory))
+    config.check_size(sum(tensor.numel() for tensor in tensors.values()))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         encoder = Encoder(config)
@@ -102,44 +108,6 @@ def _find(source: str) -> Path:
         ) from error
 
 
-def _read_tokenizer(directory: Path, stored: dict[str, Any]) -> Tokenizer:
-    vocabulary = directory / _VOCABULARY
-    if (directory / _TOKENIZER).is_file():
-        tokenizer = load_tokenizer(directory / _TOKENIZER)
-        return ProteinTokenizer() if tokenizer.tokens == ESM_ALPHABET else tokenizer
-    if vocabulary.is_file():
-        tokens, where = vocabulary.read_text(encoding="utf-8", errors="replace").split(), str(vocabulary)
-    elif stored.get("vocab_list"):
-        tokens, where = list(stored["vocab_list"]), f"vocab_list in {directory / CONFIG}"
-    else:
-        raise UserError(
-            f"{directory}: has no tokenizer; save it there, too: {_VOCABULARY} with ESM's 33 tokens or a {_TOKENIZER}"
-        )
-    if tuple(tokens) != ESM_ALPHABET:
-        raise UserError(
-            f"{where}: {len(tokens)} tokens, and not ESM's 33 in ESM's order; supported are that alphabet, or any "
-            f"tokenizer as a {_TOKENIZER}"
-        )
-    return ProteinTokenizer()
-
-
-def _check_special_tokens(directory: Path, config: EncoderConfig, tokenizer: Tokenizer) -> None:
-    """Make sure that model, tokenizer files and our tokenizer mean the same ids."""
-    for name in ("vocab_size", "pad_token_id", "mask_token_id"):
-        if (theirs := getattr(config, name)) != (ours := getattr(tokenizer, name)):
-            raise UserError(
-                f"{directory}: {CONFIG} has {name} {theirs}, its tokenizer {ours}; give the tokenizer that the model "
-                "was trained with"
-            )
-    for file in _SPECIAL_TOKENS:
-        settings = read_json(directory / file) if (directory / file).is_file() else {}
-        for role in ("cls", "pad", "eos", "unk", "mask"):
-            given = settings.get(f"{role}_token")
-            token = given.get("content") if isinstance(given, dict) else given
-            if token is not None and token != (ours := tokenizer.tokens[getattr(tokenizer, f"{role}_token_id")]):
-                raise UserError(f"{directory / file}: {role}_token is {token!r}; only {ours!r} is supported here")
-
-
 def _modules(names: Iterable[str]) -> list[str]:
     """The modules that tensors belong to: a head as a whole, others each by its name."""
     modules = set()
@@ -157,7 +125,7 @@ def _overlay(source: str, config: EncoderConfig, tokenizer: Tokenizer, home: Pat
             "encoder": {name: value for name, value in asdict(config).items() if name not in from_tokenizer},
         },
         "data": {
-            "tokenizer": tokenizer.name if isinstance(tokenizer, ProteinTokenizer) else str(home / _TOKENIZER),
+            "tokenizer": tokenizer.name if isinstance(tokenizer, ProteinTokenizer) else str(home / TOKENIZER),
         },
     }
     return (

@@ -1,21 +1,25 @@
 """`pretrain.load`: a trained encoder from a run, a checkpoint or a transformers directory."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pretrain.corpus.tokenizer import ESM_ALPHABET, ProteinTokenizer, Tokenizer, load_tokenizer, tokenizer_from_string
+import torch
+
+from pretrain.corpus.tokenizer import Tokenizer, tokenizer_from_string
 from pretrain.downstream.finetune.lora import merge_lora
+from pretrain.downstream.pretrained_encoder import PretrainedEncoder
+from pretrain.downstream.tokenizer_files import check_special_tokens, read_tokenizer
 from pretrain.errors import UserError
 from pretrain.model.config import EncoderConfig
-from pretrain.model.encoder import Encoder
 from pretrain.model.hf import from_hf_config
 from pretrain.train.checkpoint import newest_checkpoint, read_checkpoint
-from pretrain.train.pretrained import load_tensors, read_config, read_tensors
+from pretrain.train.pretrained import CONFIG, load_tensors, read_config, read_tensors
 from pretrain.train.run import CHECKPOINTS, data_state
 
 
-def load(path: str | Path) -> Encoder:
-    """An `Encoder` in eval mode, on the CPU.
+def load(path: str | Path) -> PretrainedEncoder:
+    """An `Encoder` in eval mode, on the CPU, with its tokenizer: it takes packed ids, and `embed` takes strings.
 
     Args:
         path: A run directory (its newest checkpoint), a ``.ckpt`` file, or a directory that transformers' or
@@ -25,9 +29,28 @@ def load(path: str | Path) -> Encoder:
         UserError: If there is no model at ``path``, or one of another kind than ESM-2.
     """
     path = Path(path)
-    if (path / "config.json").is_file():
-        return _from_transformers(path)
+    if (path / CONFIG).is_file():
+        stored, tensors = read_config(path), read_tensors(path)
+        config = from_hf_config(stored)
+        config.check_size(sum(tensor.numel() for tensor in tensors.values()))
+        longest = stored.get("max_position_embeddings")  # counted from the padding id on, hence the two
+        model = PretrainedEncoder(config, partial(_tokenizer_of_directory, path), longest and max(longest - 2, 1))
+        load_tensors(model, tensors, path)
+        return model.eval()
     return encoder_of(checkpoint_of(path), path)
+
+
+def _tokenizer_of_directory(path: Path) -> Tokenizer:
+    stored = read_config(path)
+    tokenizer = read_tokenizer(path, stored)
+    check_special_tokens(path, from_hf_config(stored), tokenizer)
+    return tokenizer
+
+
+def _tokenizer_of_run(serialized: str | None, source: str) -> Tokenizer:
+    if serialized is None:
+        raise UserError(f"{source}: trained without MLMDataModule, so it holds no tokenizer; give it ids instead")
+    return tokenizer_from_string(serialized, source)
 
 
 def checkpoint_of(path: Path) -> dict[str, Any]:
@@ -44,34 +67,14 @@ def checkpoint_of(path: Path) -> dict[str, Any]:
     return newest[1]
 
 
-def tokenizer_of(path: str | Path) -> Tokenizer | None:
-    """The tokenizer that a model was trained with, where that is on record: a run's, or a transformers directory's.
-
-    Raises:
-        UserError: If there is no model at ``path``, or its vocabulary is one that cannot be read.
-    """
-    path = Path(path)
-    if not (path / "config.json").is_file():
-        state = data_state(checkpoint_of(path))
-        return tokenizer_from_string(state["tokenizer"], str(path)) if state else None
-    if (path / "tokenizer.json").is_file():
-        tokenizer = load_tokenizer(path)
-        return ProteinTokenizer() if tokenizer.tokens == ESM_ALPHABET else tokenizer
-    if (path / "vocab.txt").is_file():
-        tokens = tuple((path / "vocab.txt").read_text(encoding="utf-8", errors="replace").split())
-        if tokens != ESM_ALPHABET:
-            raise UserError(
-                f"{path / 'vocab.txt'}: {len(tokens)} tokens, and not ESM's 33 in ESM's order: another alphabet; give "
-                "a model with that one, or with a tokenizer.json"
-            )
-        return ProteinTokenizer()
-    return None
-
-
-def encoder_of(checkpoint: dict[str, Any], source: Path) -> Encoder:
+def encoder_of(checkpoint: dict[str, Any], source: Path) -> PretrainedEncoder:
     """The encoder of a checkpoint, pre-trained or fine-tuned, in eval mode. ``source`` is named in errors."""
+    data = data_state(checkpoint) or {}
+    find_tokenizer = partial(_tokenizer_of_run, data.get("tokenizer"), str(source))
     try:
-        encoder = Encoder(EncoderConfig(**checkpoint["hyper_parameters"]["encoder"]))
+        config = EncoderConfig(**checkpoint["hyper_parameters"]["encoder"])
+        config.check_size(sum(value.numel() for value in checkpoint["state_dict"].values()))
+        encoder = PretrainedEncoder(config, find_tokenizer, data.get("max_length"))
         prefix = "encoder."
         lora_scale = checkpoint["hyper_parameters"].get("fine_tuning", {}).get("lora_scale")
         state = {
@@ -80,13 +83,20 @@ def encoder_of(checkpoint: dict[str, Any], source: Path) -> Encoder:
             if name.startswith(prefix)
         }
         encoder.load_state_dict(merge_lora(state, lora_scale))
-    except (KeyError, TypeError, RuntimeError) as error:
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{source}: the checkpoint is not one of a run ({reason})") from error
     return encoder.eval()
 
 
-def _from_transformers(path: Path) -> Encoder:
-    encoder = Encoder(from_hf_config(read_config(path)))
-    load_tensors(encoder, read_tensors(path), path)
-    return encoder.eval()
+def choose_device(name: str | None) -> torch.device:
+    """A device by its name, or a GPU if there is one.
+
+    Raises:
+        UserError: If there is no such device.
+    """
+    if name not in (None, "cpu", "cuda"):
+        raise UserError(f"device is '{name}'; give cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device is 'cuda', but PyTorch sees no GPU here; give --device cpu")
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))

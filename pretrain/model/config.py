@@ -80,6 +80,21 @@ class EncoderConfig:
         assert self.intermediate_size is not None
         return self.intermediate_size
 
+    def check_size(self, elements: int) -> None:
+        """Refuse a shape that so many stored numbers cannot fill, before memory is asked for.
+
+        Raises:
+            UserError: If the embedding and the blocks' matrices alone have more elements.
+        """
+        block = 4 * self.hidden_size**2 + 2 * self.hidden_size * self.ffn_size
+        needed = self.vocab_size * self.hidden_size + self.num_hidden_layers * block
+        if needed > elements:
+            raise UserError(
+                f"the config's sizes ({self.num_hidden_layers} layers, {self.hidden_size} wide, {self.vocab_size} ids) "
+                f"need more than {needed:.3g} numbers, the model's tensors hold {elements:,}; give the config that was "
+                "saved with it"
+            )
+
     def training_flops(self, lengths: Sequence[int] | np.ndarray, targets: Sequence[int] | np.ndarray) -> float:
         """Floating-point operations of forward and backward over a pack, as executed: matrix products only.
 

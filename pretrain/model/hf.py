@@ -84,7 +84,10 @@ def from_hf_config(config: dict[str, Any]) -> EncoderConfig:
     if missing := EncoderConfig.__dataclass_fields__.keys() - ours.keys() - {"rope_theta", "initializer_range"}:
         names = ", ".join(sorted(missing))
         raise UserError(f"{names} is missing in the model's config; give the config.json that was saved with it")
-    return EncoderConfig(**ours)
+    try:
+        return EncoderConfig(**ours)
+    except TypeError as error:
+        raise UserError(f"a size in the model's config is no number ({error}); give the one saved with it") from error
 
 
 def to_hf(state: dict[str, Tensor]) -> dict[str, Tensor]:

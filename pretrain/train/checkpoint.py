@@ -4,15 +4,21 @@ import errno
 import hashlib
 import os
 import shutil
+import zipfile
+from collections.abc import Callable, Iterator
 from io import BufferedRandom
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning_fabric.plugins import CheckpointIO
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 from typing_extensions import override
 
 from pretrain.errors import UserError
+
+FORMAT, FORMAT_VERSION = "pretrain_format", 1
 
 _SEAL_SIZE = 64
 _ZIP_END_SIZE = 22  # of the record that ends an archive without a comment
@@ -28,7 +34,7 @@ class AtomicCheckpointIO(CheckpointIO):
         partial = path.with_name(f".{path.name}.partial")
         try:
             with partial.open("w+b") as file:
-                torch.save(checkpoint, file)
+                torch.save({**checkpoint, FORMAT: FORMAT_VERSION}, file)
                 _seal(file)
                 file.flush()
                 os.fsync(file.fileno())
@@ -55,28 +61,73 @@ class AtomicCheckpointIO(CheckpointIO):
 def read_checkpoint(path: Path, mapped: bool = True) -> dict[str, Any]:
     """A checkpoint's content on the CPU. Tensors and plain values only: nothing is executed.
 
-    The checksum that ends the file is compared first, so a damaged file is refused rather than trained on.
+    The checksum that ends the file is compared first, so a damaged file is refused rather than trained on. A file that
+    was made to deceive is refused, too: one that claims to hold more than it does, or names code.
 
     Args:
         path: The file.
         mapped: Read tensors when they are touched, rather than now.
 
     Raises:
-        UserError: If the file is missing or is no complete checkpoint of that kind.
+        UserError: If the file is missing, is no complete checkpoint of that kind, or is of a newer format.
     """
     try:
         _verify(path)
-        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        _check_archive(path)
+        # Mapped in any case: torch's other reader believes what a file says about the size of its tensors.
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if not isinstance(checkpoint, dict) or not {"state_dict", "global_step"} <= checkpoint.keys():
             raise ValueError("it has no state_dict and global_step")
+        _check_content(checkpoint)
+        if not mapped:
+            checkpoint = tree_map_only(Tensor, Tensor.clone, checkpoint)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such checkpoint") from error
     except (
         Exception
     ) as error:  # torch.load raises whatever its readers meet: RuntimeError, UnpicklingError, EOFError ...
-        reason = str(error).strip().split("\n")[0][:120]
+        reason = str(error).strip().split("\n")[0][:120] or type(error).__name__
         raise UserError(f"{path}: not a complete checkpoint of tensors and plain values ({reason})") from error
+    if (version := checkpoint.get(FORMAT, FORMAT_VERSION)) != FORMAT_VERSION:
+        raise UserError(
+            f"{path}: checkpoint format {version!r}, this version of pretrain reads {FORMAT_VERSION}; update it"
+        )
     return checkpoint
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse an archive that would unpack to more than its size: torch stores, and never compresses."""
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    stored = all(e.compress_type == zipfile.ZIP_STORED and e.file_size == e.compress_size for e in entries)
+    if not stored or sum(e.file_size for e in entries) > path.stat().st_size:
+        raise ValueError("it would unpack to more than its size")
+
+
+def _check_content(checkpoint: dict[str, Any]) -> None:
+    """Refuse tensors larger than what stands in the file, and hyper-parameters that Lightning would call as code."""
+    for value in tree_leaves(checkpoint):
+        if isinstance(value, Tensor) and (
+            value.device.type != "cpu"
+            or value.layout is not torch.strided
+            or value.numel() * value.element_size() > value.untyped_storage().nbytes()
+        ):
+            raise ValueError(f"a tensor of shape {list(value.shape)[:4]} is larger than what is stored of it")
+    parameters = checkpoint.get("hyper_parameters", {})
+    for name in _keys(parameters):
+        if name.startswith("_") or name == "class_path":
+            raise ValueError(f"its hyper_parameters name code: {name[:40]!r}")
+
+
+def _keys(value: Any) -> Iterator[str]:
+    """The names in nested dictionaries and lists."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield str(name)
+            yield from _keys(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _keys(inner)
 
 
 def _seal(file: BufferedRandom) -> None:
@@ -110,17 +161,41 @@ def _verify(path: Path) -> None:
             raise ValueError("its checksum is wrong")
 
 
-def newest_checkpoint(directory: Path) -> tuple[Path, dict[str, Any], list[str]] | None:
-    """The newest readable checkpoint of a directory: path, content, and why newer ones were passed over."""
+def newest_checkpoint(
+    directory: Path, usable: Callable[[dict[str, Any]], bool] = lambda checkpoint: True
+) -> tuple[Path, dict[str, Any], list[str]] | None:
+    """The newest readable and usable checkpoint of a directory: path, content, why damaged ones were passed over."""
     problems: list[str] = []
     for path in sorted(directory.glob("step-*.ckpt"), reverse=True):
         try:
-            return path, read_checkpoint(path), problems
+            checkpoint = read_checkpoint(path)
+            if usable(checkpoint):
+                return path, checkpoint, problems
         except UserError as error:
             problems.append(str(error))
     if problems:
         raise UserError(f"{problems[0]}; no other checkpoint is left in {directory}: remove the run to start it again")
     return None
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a small file, whole or not at all, also over a power cut."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
+    sync_directory(path.parent)
+
+
+def link(path: Path, target: str) -> None:
+    """Let a symbolic link point to a file beside it, in one step."""
+    aside = path.with_name(f".{path.name}.partial")
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(target)
+    aside.rename(path)
+    sync_directory(path.parent)
 
 
 def sync_directory(directory: Path) -> None:

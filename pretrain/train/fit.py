@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,26 +20,35 @@ from jsonargparse import ArgumentError, Namespace
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
 from pytorch_lightning.utilities import rank_zero_only
 from torch._dynamo.exc import TorchDynamoException
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from typing_extensions import override
 
 from pretrain.corpus.datamodule import MLMDataModule
 from pretrain.corpus.packed import PackedDataModule
+from pretrain.corpus.store import verify
 from pretrain.corpus.tokenizer import load_tokenizer
-from pretrain.errors import UserError
+from pretrain.errors import CrashError, UserError
+from pretrain.shipped import find_recipes
+from pretrain.train.branch import Branch
 from pretrain.train.checkpoint import AtomicCheckpointIO
 from pretrain.train.hardware import check_hardware, out_of_memory
 from pretrain.train.ledger import Ledger
 from pretrain.train.logging import EventLogger, LearningRateMonitor, MetricsFile, ProgressBar
 from pretrain.train.module import MLMModule
 from pretrain.train.report import execution, final_figures, header, summary
-from pretrain.train.run import CHECKPOINTS, Run
+from pretrain.train.run import CHECKPOINTS, Run, yaml_error
 from pretrain.train.saving import RunInterruptedError, StepCheckpoint
 from pretrain.train.sharding import FullyShardedStrategy
 from pretrain.train.sick import SickSteps
+from pretrain.train.spikes import LossSpikes, RewindError
 from pretrain.train.step import StepModule
 from pretrain.train.throughput import Throughput
+from pretrain.train.watchdog import Watchdog
+
+_MISFIT = "Does not validate against any of the Union subtypes"  # begins jsonargparse's list of what else was tried
 
 CLI = TypeVar("CLI", bound="SettingsCLI")
 
@@ -85,6 +94,13 @@ class SettingsCLI(LightningCLI):
             default=10,
             help="Steps skipped in a row because of a NaN or infinite loss or gradient, after which the run stops.",
         )
+        parser.add_argument(
+            "--hang_timeout_minutes",
+            type=float | None,
+            default=20.0,
+            help="End the job, and say which process hangs, when nothing was done for so long; null to wait for ever.",
+        )
+        parser.add_class_arguments(LossSpikes, "spikes", skip={"run", "skips"}, instantiate=False)
         parser.add_class_arguments(StepCheckpoint, "checkpoint", skip={"directory", "before_save"}, instantiate=False)
         parser.link_arguments("seed_everything", "data.seed")
         self.link_model(parser)
@@ -103,6 +119,9 @@ class SettingsCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse what was given; Lightning's own version warns when that is also what stands in ``sys.argv``."""
+        for given in _config_files(args):
+            if given.is_file() and (problem := yaml_error(given)):
+                raise UserError(problem)
         try:
             self.config = parser.parse_args(args)
         except ArgumentError as error:
@@ -111,6 +130,16 @@ class SettingsCLI(LightningCLI):
             raise UserError(
                 f"trainer.max_steps is {self.config.trainer.max_steps}; say how many optimizer steps the run takes"
             )
+
+    @override
+    def instantiate_classes(self) -> None:
+        """Build what the settings name; a class that refuses one of its own is told in one line."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            if _MISFIT not in str(error):
+                raise
+            raise UserError(_explain(str(error), self.parser)) from error
 
 
 class FitCLI(SettingsCLI):
@@ -123,9 +152,18 @@ class FitCLI(SettingsCLI):
         )
         parser.add_argument(
             "--allow_change",
+            nargs="?",
+            const=True,
             type=bool,
             default=False,
             help="Continue a run with other learning-rate, masking, ... settings.",
+        )
+        parser.add_argument(
+            "--branch_from",
+            type=str | None,
+            default=None,
+            metavar="RUN_OR_CHECKPOINT",
+            help="Begin a new run where another one stands, with other history settings if wanted.",
         )
         super().add_arguments_to_parser(parser)
 
@@ -138,11 +176,20 @@ class FitCLI(SettingsCLI):
         first = Path(config.config[0].relative) if config.config else None
         if config.run is None and first is None:
             raise UserError("no config file and no run directory; give -c CONFIG or --run DIR")
+        self.branch: Branch | None = None
+        if config.branch_from and config.run is None:
+            raise UserError("a branch is a run of its own; say where with --run DIR")
+        if config.branch_from:
+            self.branch = Branch(Path(config.run), Path(config.branch_from))
         self.run = Run(Path(config.run) if config.run else Path("runs") / first.stem)  # type: ignore[union-attr]
+        if self.branch and self.branch.origin:
+            self.run.begin_at(self.branch.origin)
         self.settings = yaml.safe_load(self.parser.dump(config))
-        for name in ("config", "run", "allow_change"):
+        for name in ("config", "run", "allow_change", "branch_from"):
             self.settings.pop(name, None)
-        self.changes = self.run.check(self.settings, config.allow_change)
+        # Where a branch begins, other settings are what it is for.
+        begins = self.branch is not None and self.branch.step in (None, self.run.step)
+        self.changes = self.run.check(self.settings, config.allow_change or begins)
         if self.run.checkpoint:  # which holds the weights: those that the run began with may be gone by now
             config.model.initialize_from = None
 
@@ -159,14 +206,26 @@ class FitCLI(SettingsCLI):
                 *extra,
             ]
         callbacks: list[pl.Callback] = [Throughput(), _ValidateLast()]
+        callbacks += [Watchdog(self.config_init.hang_timeout_minutes)]
         callbacks += [LearningRateMonitor()] if loggers else []
         callbacks += [ProgressBar()] if settings.enable_progress_bar is not False else []
         sick = SickSteps(self.run.directory, self.run.step, self.config_init.max_sick_steps_in_a_row)
         ledger = Ledger(self.run.directory, self.run.step)
         checkpoints = self.run.directory / CHECKPOINTS
+
+        def before_save(trainer: pl.Trainer) -> None:
+            self.run.check_in_place()
+            ledger.write(trainer)
+
+        spikes = LossSpikes(self.run.directory, self.run.skips, **self.config_init.spikes)
         # What else decides at a validation comes before the checkpoint that follows it.
-        callbacks += [*self.callbacks(), sick, ledger]
-        callbacks += [StepCheckpoint(checkpoints, ledger.write, **self.config_init.checkpoint)]
+        callbacks += [
+            *self.callbacks(),
+            sick,
+            spikes,
+            ledger,
+            StepCheckpoint(checkpoints, before_save, **self.config_init.checkpoint),
+        ]
         given = settings.callbacks or []
         plugins = settings.plugins or []
         try:
@@ -185,12 +244,16 @@ class FitCLI(SettingsCLI):
                 f"the trainer's settings do not work here: {message}; change them, for example --trainer.devices, "
                 "--trainer.strategy or --trainer.precision"
             ) from error
-        _check_strategy(trainer.strategy)
+        _check_strategy(trainer.strategy, self.model)
         return trainer
 
     def callbacks(self) -> list[pl.Callback]:
         """What this kind of run has besides."""
         return []
+
+    def check_weights(self) -> None:
+        """Make sure that the checkpoint to continue from is one of this model."""
+        self.run.check_weights(self.model.state_dict(), self.model.hparams["encoder"])
 
     def ready(self) -> None:
         """Called when the data are open, before anything is written."""
@@ -219,12 +282,17 @@ def _check_processes(strategy: Strategy) -> None:
         strategy.cluster_environment.validate_settings(num_devices=devices, num_nodes=strategy.num_nodes)
 
 
-def _check_strategy(strategy: Strategy) -> None:
-    """Refuse strategies under which gradients are clipped, or checkpoints written, in another way."""
+def _check_strategy(strategy: Strategy, module: MLMModule) -> None:
+    """Refuse strategies under which gradients are clipped, checkpoints written or matrices held in another way."""
     if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | FullyShardedStrategy):
         raise UserError(
             f"trainer.strategy is {type(strategy).__name__}, under which gradients are not clipped or checkpoints not "
             "written as a run needs it; add -c configs/ddp.yaml or -c configs/fsdp.yaml"
+        )
+    if module.optimizer_name == "muon" and isinstance(strategy, FullyShardedStrategy):
+        raise UserError(
+            "model.optimizer is muon, which needs whole matrices, and FSDP2 divides them among the processes; train "
+            "with -c configs/ddp.yaml, or with --model.optimizer adamw"
         )
 
 
@@ -254,7 +322,9 @@ def parse(cli: type[CLI], command: str, description: str, arguments: Sequence[st
         UserError: On any mistake in the arguments or the config.
     """
     if not arguments:
-        raise UserError(f"no config; give -c CONFIG, for example `pretrain {command} -c configs/quickstart.yaml`")
+        raise UserError(
+            f"no config; give -c CONFIG, for example `pretrain {command} -c quickstart`; `pretrain recipes` lists them"
+        )
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for pattern in _QUIET:
@@ -273,7 +343,7 @@ def parse(cli: type[CLI], command: str, description: str, arguments: Sequence[st
             "enable_model_summary": False,
         },
         parser_kwargs={"exit_on_error": False, "prog": f"pretrain {command}", "description": description},
-        args=list(arguments),
+        args=find_recipes(arguments),
     )
 
 
@@ -287,12 +357,21 @@ def fit(arguments: Sequence[str]) -> int:
     Raises:
         UserError: On any mistake in the arguments, the config, the data or the run directory.
     """
-    return complete(build(arguments))
+    return complete(build, arguments)
 
 
-def complete(cli: FitCLI) -> int:
-    """Train what was built until it is finished, or a signal ends it; see `fit`."""
+def complete(build: Callable[[Sequence[str]], FitCLI], arguments: Sequence[str]) -> int:
+    """Train what is built of the arguments until it is finished, or a signal ends it; see `fit`."""
+    while True:
+        try:
+            return _fit(build(arguments))
+        except RewindError as rewind:
+            _say(f"\n{rewind}")
+
+
+def _fit(cli: FitCLI) -> int:
     run, trainer, module, data = cli.run, cli.trainer, cli.model, cli.datamodule
+    data.skips = [(skip.first, skip.end) for skip in run.skips]
     for problem in run.problems:
         _say(f"passed over: {problem}")
     if run.step > trainer.max_steps:
@@ -305,6 +384,7 @@ def complete(cli: FitCLI) -> int:
         _say(f"{run.directory}: finished already (step {run.step} of {trainer.max_steps})")
         _say(cli.summary(result))
         return 0
+    cli.check_weights()
     data.prepare_data()
     data.setup("fit")
     if data.validation_corpus is None:
@@ -314,8 +394,42 @@ def complete(cli: FitCLI) -> int:
     data.check_packs(trainer.world_size, trainer.accumulate_grad_batches)
     cli.ready()
     check_hardware(trainer, module, data)
+    _check_schedule(trainer, module, data)
+    if run.checkpoint and trainer.is_global_zero:
+        _verify_what_changed(data.train_corpus.path, run.checkpoint)
+    if cli.branch and trainer.is_global_zero:
+        cli.branch.create()
+        run.reopened()
     with run.locked() if trainer.is_global_zero else nullcontext():
-        return _train(cli)
+        try:
+            return _train(cli)
+        except RewindError:
+            raise
+        except Exception:
+            if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
+                trainer.strategy.launcher.kill(signal.SIGKILL)  # who would wait for this process
+            raise
+
+
+def _verify_what_changed(corpus: Path, checkpoint: Path) -> None:
+    """Compare a corpus with its checksums where a file of it is younger than the checkpoint that was trained on it."""
+    trained = checkpoint.stat().st_mtime
+    if any(file.stat().st_mtime > trained for file in corpus.glob("*.arrow")):
+        verify(corpus)
+
+
+def _check_schedule(trainer: pl.Trainer, module: StepModule, data: PackedDataModule) -> None:
+    """Refuse a schedule that cannot be made, or has nothing to follow."""
+    try:
+        module.max_steps = trainer.max_steps
+        scheduler = module.build_optimizer()[1]
+    except (TypeError, ValueError) as error:
+        raise UserError(f"model.schedule: {error}; see the scheduler's documentation") from error
+    if isinstance(scheduler, ReduceLROnPlateau) and data.validation_corpus is None:
+        raise UserError(
+            "model.schedule is ReduceLROnPlateau, which follows val/loss, and there is no validation; give "
+            "data.validation, or another schedule"
+        )
 
 
 def _train(cli: FitCLI) -> int:
@@ -342,10 +456,31 @@ def _train(cli: FitCLI) -> int:
             f"{run.directory}: model.compile failed ({reason}); install what it asks for, or train with "
             "--model.compile false"
         ) from error
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):  # which Lightning met another one while tidying up after
+            raise error.__context__ from error
+        if problem := _lost_worker(run, str(error)):
+            raise problem from error
+        raise
     result = cli.final_figures()
     rank_zero_only(run.record_result)(result)
     _say(f"\n{run.directory}: finished\n{cli.summary(result)}")
     return 0
+
+
+def _lost_worker(run: Run, reason: str) -> Exception | None:
+    """What to say where training ended because a loader worker did; None where that is not the reason."""
+    if "Bus error" in reason:
+        return UserError(
+            f"{run.directory}: a loader worker met a bus error, as where a corpus file is cut short while it is read; "
+            "compare the corpus by `pretrain inspect CORPUS --verify`"
+        )
+    if "DataLoader worker" in reason:
+        return CrashError(
+            f"{run.directory}: a loader worker was killed, as happens where memory runs out ({reason.strip()[:100]}); "
+            "the same command continues from the newest checkpoint; if it happens again, use fewer --data.num_workers"
+        )
+    return None
 
 
 def _requeue(job: str) -> None:
@@ -359,8 +494,19 @@ def _requeue(job: str) -> None:
         _say(f"job {job} is requeued")
 
 
+def _config_files(arguments: Sequence[str]) -> list[Path]:
+    """What the arguments give as ``-c`` or ``--config``."""
+    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
+    separate = [following for argument, following in pairs if argument in ("-c", "--config")]
+    return [Path(name) for name in separate] + [
+        Path(argument.partition("=")[2]) for argument in arguments if argument.startswith("--config=")
+    ]
+
+
 def _explain(message: str, parser: LightningArgumentParser) -> str:
     """A parser's message in one line, with the key that was probably meant and where the keys are listed."""
+    if _MISFIT in message:
+        message = _of_the_union(message)
     # What a link computes is a UserError's own line; jsonargparse puts its machinery before it.
     message = re.sub(r"^Call to compute_fn of link .* failed: ", "", " ".join(message.split()))
     unknown = re.search(r"(?:'([\w.]+)' does not accept (?:option|nested key)|[Kk]ey) '([\w.]+)'", message)
@@ -371,6 +517,19 @@ def _explain(message: str, parser: LightningArgumentParser) -> str:
             for key in difflib.get_close_matches(given, list(parser.get_defaults().keys()), n=1)
         )
     return f"{message}; `{parser.prog} --help` lists the settings"
+
+
+def _of_the_union(message: str) -> str:
+    """Of what jsonargparse says about a setting of several types, what is wrong with the type that was meant."""
+    key = re.search(r'key "([\w.]+)"', message)
+    tried = re.findall(r"^ *- +(.*(?:\n {8,}.*)*)", message, re.MULTILINE)
+    meant = [text for text in tried if "subclass of" not in text and "NoneType" not in text]
+    reason = " ".join((meant or tried)[0].split())
+    reason = re.sub(r"^Type .* expects a function or a callable class: ", "", reason)
+    if reason.startswith(("Expected a path", "Expected a dot import path")):
+        given = message.rpartition("Given value: ")[2].strip()
+        reason = f"no class '{given}' can be imported; give its import path, or check its name"
+    return f"{key[1]}: {reason}" if key else reason
 
 
 @rank_zero_only

@@ -11,16 +11,18 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from numpy.typing import NDArray
 from typing_extensions import override
 
 from pretrain.corpus.batch import Batch
 from pretrain.corpus.counter import bits
 from pretrain.corpus.datamodule import MLMDataModule
 from pretrain.corpus.packed import PackedDataModule
-from pretrain.corpus.packing import Pack, Position
+from pretrain.corpus.packing import Pack, Position, jump
 from pretrain.errors import UserError
 from pretrain.train.logging import LineFile, step_of_csv
 from pretrain.train.run import CHECKPOINTS, CONFIG, LEDGER, Run
+from pretrain.train.spikes import SKIPS
 
 _HEAD = "step,sequences,sum\n"
 
@@ -121,9 +123,16 @@ def audit(directory: Path, data_class: type[PackedDataModule] = MLMDataModule) -
     lines = _read(directory / LEDGER)
     visits = _Visits(len(corpus))
     position = Position()
+    skips = {skip.first: skip.end for skip in run.skips}
+    skipped = 0
     for step in range(run.step):
-        plan = planner.step(position, data.global_batch_tokens)
-        visits.add(plan)
+        begin = jump(position, skips)
+        if begin != position:
+            left_out = np.arange(position.cursor, begin.cursor)
+            visits.add(*planner.order(left_out))
+            skipped += len(left_out)
+        plan = planner.step(begin, data.global_batch_tokens)
+        visits.add(plan.epochs, plan.indices)
         expected = f"{step},{len(plan.indices)},{pack_sum(plan):016x}"
         found = lines[step] if step < len(lines) else "no such line"
         if found != expected:
@@ -137,9 +146,10 @@ def audit(directory: Path, data_class: type[PackedDataModule] = MLMDataModule) -
             f"{directory}: the checkpoint after step {run.step} stands at sequence {state['cursor']}, the order at "
             f"{position.cursor}; continue from an earlier checkpoint"
         )
+    but = f", but for {skipped:,} that {SKIPS} leaves out" if skipped else ""
     return (
-        f"{directory}: {run.step:,} steps, {position.cursor:,} sequences ({position.epochs:.2f} epochs): "
-        "each epoch's sequences consumed exactly once"
+        f"{directory}: {run.step:,} steps, {position.cursor - skipped:,} sequences ({position.epochs:.2f} epochs): "
+        f"each epoch's sequences consumed exactly once{but}"
     )
 
 
@@ -150,14 +160,14 @@ class _Visits:
         self.epoch = 0
         self._visited = np.zeros(num_sequences, bool)
 
-    def add(self, plan: Pack) -> None:
-        for epoch in np.unique(plan.epochs):
+    def add(self, epochs: NDArray[np.int64], indices: NDArray[np.int64]) -> None:
+        for epoch in np.unique(epochs):
             if epoch != self.epoch:
                 if epoch != self.epoch + 1 or not self._visited.all():
                     raise UserError(f"the order leaves sequences of epoch {self.epoch} out: this version is defective")
                 self.epoch = int(epoch)
                 self._visited[:] = False
-            here = plan.indices[plan.epochs == epoch]
+            here = indices[epochs == epoch]
             if self._visited[here].any() or len(np.unique(here)) < len(here):
                 raise UserError(f"the order repeats sequences within epoch {epoch}: this version is defective")
             self._visited[here] = True

@@ -7,6 +7,7 @@ checkpoint is taken back, since those steps are computed again.
 import csv
 import os
 import sys
+import threading
 import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping
@@ -38,14 +39,21 @@ class EventLogger(TensorBoardLogger):
 
     def __init__(self, run: Path, first_step: int) -> None:
         super().__init__(run, name="", version="", default_hp_metric=False, purge_step=first_step)
+        self._gone = False
+        threading.excepthook = _without_writer
 
     @rank_zero_only
     @override
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        if self._gone:
+            return
         try:
             super().log_metrics(_without_epoch(metrics), step)
         except (OSError, ValueError) as error:
             cause = error.__cause__ or error  # Lightning makes a ValueError of what the writer raises
+            if isinstance(cause, FileNotFoundError):  # the run was removed: a new file would bring it back
+                self._gone = True
+                return
             if not (isinstance(cause, OSError) and disk_is_full(cause)):
                 raise
             # The writer's thread has ended: the next figures go into a new file, which takes back nothing.
@@ -66,8 +74,14 @@ class EventLogger(TensorBoardLogger):
         try:
             super().finalize(status)
         except OSError as error:
-            if not disk_is_full(error):
+            if not (disk_is_full(error) or isinstance(error, FileNotFoundError)):
                 raise
+
+
+def _without_writer(failure: threading.ExceptHookArgs) -> None:
+    """Say nothing of what ended TensorBoard's writing thread: it is raised again where the next figure is logged."""
+    if type(failure.thread).__name__ != "_AsyncWriterThread":
+        threading.__excepthook__(failure)
 
 
 class LineFile:

@@ -1,8 +1,8 @@
 """How much memory training takes on one GPU: arithmetic over the encoder's shape; nothing is allocated.
 
-What autograd keeps follows `Block.forward` line by line, and tests compare it with a real step on the CPU. What remains
-under activation checkpointing, what sharding gathers and the allowance for CUDA are estimates that nothing was compared
-with.
+What autograd keeps follows `Block.forward` line by line, and tests compare it with a real step on the CPU, with and
+without activation checkpointing. What sharding gathers and the allowance for CUDA are estimates that nothing was
+compared with.
 """
 
 from bisect import bisect_right
@@ -42,6 +42,7 @@ class TrainingMemory:
         gradients_in_buckets: Whether DDP sends gradients from where they lie (``gradient_as_bucket_view``), or copies
             them.
         activation_checkpointing: As `Encoder` describes it.
+        muon: Whether the hidden layers' matrices have Muon's one moment instead of AdamW's two.
     """
 
     encoder: Encoder
@@ -51,6 +52,7 @@ class TrainingMemory:
     sharded: bool = False
     gradients_in_buckets: bool = False
     activation_checkpointing: bool = False
+    muon: bool = False
 
     def split(self, tokens: int) -> dict[str, float]:
         """Bytes by what they are for, with packs of ``tokens`` tokens; the values add up to what the GPU must have."""
@@ -60,7 +62,7 @@ class TrainingMemory:
         parts = {
             "weights": share + weight * sum(buffer.numel() for buffer in self.encoder.buffers()),
             "gradients": share,
-            "optimizer state": 2 * share + 4 * len(parameters),  # two moments, and torch's count of steps
+            "optimizer state": self._optimizer_state(share),
         }
         if self.sharded:
             parts["gathered blocks"] = self._gathered()
@@ -72,6 +74,13 @@ class TrainingMemory:
         parts["one block's backward"] = self._backward(tokens)
         parts["CUDA and fragmentation"] = _CONTEXT + _FRAGMENTATION * sum(parts.values())
         return parts
+
+    def _optimizer_state(self, share: float) -> float:
+        """Bytes of AdamW's two moments, each as large as the weights, and torch's count of steps; or less with Muon."""
+        parameters = list(self.encoder.parameters())
+        one_moment = [p for p in parameters if p.ndim == 2 and p is not self.encoder.embedding.weight and self.muon]
+        part = sum(p.numel() for p in one_moment) / sum(p.numel() for p in parameters)
+        return (2 - part) * share + 4 * (len(parameters) - len(one_moment))
 
     def total(self, tokens: int) -> float:
         """Bytes in all, with packs of ``tokens`` tokens."""
@@ -127,7 +136,10 @@ class TrainingMemory:
         matrix = width * config.ffn_size * (compute + weight)  # the largest weight's gradient, before it is added
         block = tokens * (weight * width + max(feed_forward, attention)) + matrix
         if self.activation_checkpointing:
-            block += self._block(tokens, tokens)
+            # The block has been computed again: all that it keeps, but for the GELU's output, is there when the
+            # feed-forward layer's gradients are. Its own input is counted already; the last block's has gone.
+            temporary = max(feed_forward / 2, attention - feed_forward)
+            block = tokens * (temporary - weight * width) + matrix + self._block(tokens, tokens)
         logits = min(self.target_share * tokens * config.vocab_size, MAX_LOGITS) * (8 + 2 * compute)
         return max(block, logits)
 

@@ -1,32 +1,38 @@
 """`MLMModule`: the masked-language-model training step, in any ``pl.Trainer``."""
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
 from torch import Tensor
-from torch.optim import AdamW
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
 from pretrain.corpus.batch import Batch
 from pretrain.model.config import EncoderConfig
 from pretrain.model.encoder import Encoder
-from pretrain.train.optim import build_adamw
+from pretrain.train.optim import build_optimizer
 from pretrain.train.pretrained import load_initial_weights
-from pretrain.train.schedule import InverseSqrtScheduler
+from pretrain.train.schedule import InverseSqrtScheduler, Schedule, ShapedScheduler
 from pretrain.train.step import RunningLoss, StepModule
 
 
 class MLMModule(StepModule):
-    """An ESM-2 encoder, trained to predict masked tokens with AdamW and an inverse-square-root schedule.
+    """An ESM-2 encoder, trained to predict masked tokens; by default with AdamW and an inverse-square-root schedule.
 
     The defaults are ESM-2's (Lin et al. 2023, supplementary A.2), with ESM-1b's schedule.
 
     Args:
         encoder: The encoder's shape.
         learning_rate: Peak learning rate.
-        warmup_steps: Optimizer steps until the peak.
+        warmup_steps: Optimizer steps until the peak; not for a scheduler of torch's own, which starts as it is set to.
         warmup_init_lr: Learning rate before the first step.
+        schedule: What follows the warmup; inverse square root if not given. `LinearDecay`, `CosineDecay`, `Constant`
+            or `WarmupStableDecay`, which end with the run; or any of ``torch.optim.lr_scheduler`` that is made from an
+            optimizer, stepped at every optimizer step. (``ReduceLROnPlateau`` is stepped at every validation.)
+        optimizer: ``adamw``; or ``muon`` for the blocks' and the head's matrices, with AdamW for all else.
         betas: AdamW's decay rates of the two moments.
         eps: AdamW's epsilon.
         weight_decay: Decoupled weight decay.
@@ -45,6 +51,8 @@ class MLMModule(StepModule):
         learning_rate: float = 4e-4,
         warmup_steps: int = 2000,
         warmup_init_lr: float = 0.0,
+        schedule: Schedule | Callable[[Optimizer], LRScheduler] | None = None,
+        optimizer: Literal["adamw", "muon"] = "adamw",
         betas: tuple[float, float] = (0.9, 0.98),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
@@ -61,6 +69,8 @@ class MLMModule(StepModule):
         self.learning_rate = learning_rate
         self.warmup_steps = warmup_steps
         self.warmup_init_lr = warmup_init_lr
+        self.schedule = schedule
+        self.optimizer_name = optimizer
         self.betas = betas
         self.eps = eps
         self.weight_decay = weight_decay
@@ -71,9 +81,16 @@ class MLMModule(StepModule):
         self._validation_loss = RunningLoss()
 
     @override
-    def build_optimizer(self) -> tuple[AdamW, InverseSqrtScheduler]:
-        optimizer = build_adamw(self, self.learning_rate, self.betas, self.eps, self.weight_decay, self.decay)
-        return optimizer, InverseSqrtScheduler(optimizer, self.warmup_steps, warmup_init_lr=self.warmup_init_lr)
+    def build_optimizer(self) -> tuple[Optimizer, LRScheduler]:
+        settings = (self.learning_rate, self.betas, self.eps, self.weight_decay, self.decay)
+        optimizer = build_optimizer(self, self.optimizer_name, *settings)
+        warmup, begin = self.warmup_steps, self.warmup_init_lr
+        if self.schedule is None:
+            return optimizer, InverseSqrtScheduler(optimizer, warmup, warmup_init_lr=begin)
+        if isinstance(self.schedule, Schedule):
+            total = self.max_steps or 0
+            return optimizer, ShapedScheduler(optimizer, self.schedule, warmup, total, warmup_init_lr=begin)
+        return optimizer, self.schedule(optimizer)
 
     @override
     def batch_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:

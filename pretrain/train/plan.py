@@ -14,13 +14,13 @@ from pytorch_lightning.cli import LightningArgumentParser
 from pytorch_lightning.strategies import FSDPStrategy, ModelParallelStrategy, StrategyRegistry
 from typing_extensions import override
 
-from pretrain.corpus.datamodule import MLMDataModule
 from pretrain.errors import UserError
-from pretrain.model.config import EncoderConfig
+from pretrain.shipped import recipe_name
 from pretrain.train.fit import SettingsCLI, parse
 from pretrain.train.memory import ELEMENT_SIZES, GIB, TrainingMemory
 from pretrain.train.module import MLMModule
 from pretrain.train.picture import drawing
+from pretrain.train.schedule import advance
 from pretrain.train.throughput import GPUS
 
 _PRECISIONS = {"None": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}
@@ -76,24 +76,24 @@ class PlanCLI(SettingsCLI):
         precision = _PRECISIONS.get(precision, precision)
         if precision not in ELEMENT_SIZES:
             raise UserError(f"trainer.precision is {precision}; a plan can be made for {', '.join(ELEMENT_SIZES)}")
-        self.datamodule = MLMDataModule(**config.data.as_dict())
+        with torch.device("meta"):
+            built = self.parser.instantiate_classes(config)
+        self.datamodule, self.model = built.data, built.model
         self.datamodule.check_packs(gpus, config.trainer.accumulate_grad_batches)
         length = config.mean_length or config.data.max_length
         if not 1 <= length <= config.data.max_length:
             raise UserError(f"mean_length is {length}; give 1 to data.max_length, which is {config.data.max_length}")
-        settings = config.model.as_dict()
-        with torch.device("meta"):
-            self.model = MLMModule(EncoderConfig(**settings.pop("encoder")), **settings)
         strategy = config.trainer.strategy
         self.plan = Plan(
             memory=TrainingMemory(
                 encoder=self.model.encoder,
                 precision=precision,
-                target_share=config.data.mlm_probability,
+                target_share=self.datamodule.masking.mean_share,
                 gpus=gpus,
                 sharded=_is_sharded(strategy),
                 gradients_in_buckets=bool(_option(strategy, "gradient_as_bucket_view")),
                 activation_checkpointing=self.model.encoder.activation_checkpointing,
+                muon=self.model.optimizer_name == "muon",
             ),
             gpu=config.gpu,
             mfu=config.mfu,
@@ -225,24 +225,24 @@ def plan(arguments: Sequence[str]) -> int:
 
 
 def learning_rates(module: MLMModule, max_steps: int, points: int = 1000) -> dict[int, float]:
-    """The learning rate after some numbers of optimizer steps, from the module's own scheduler.
+    """The learning rate after some numbers of optimizer steps, from the module's own scheduler (of its first group).
+
+    One that follows the validation loss stays at the peak: what it will see is not known.
 
     Args:
         module: Its optimizer and scheduler are built; a module on the meta device will do.
         max_steps: The last of them.
         points: How many to take in the warmup, and as many after it.
     """
-    configured = module.configure_optimizers()
-    scheduler: Any = configured["lr_scheduler"]["scheduler"]  # type: ignore[index]
-    scheduler.optimizer.step()  # without gradients it changes nothing; torch warns of a scheduler that goes first
+    module.max_steps = max_steps
+    scheduler = module.build_optimizer()[1]
     end_of_warmup = min(module.warmup_steps, max_steps)
     steps = {round(end_of_warmup * i / points) for i in range(points + 1)}
     steps |= {end_of_warmup + round((max_steps - end_of_warmup) * i / points) for i in range(points + 1)}
     rates = {}
     for step in sorted(steps):
-        scheduler.last_epoch = step - 1  # a run of half a million steps need not be walked through
-        scheduler.step()
-        rates[step] = scheduler.get_last_lr()[0]
+        advance(scheduler, step)
+        rates[step] = float(scheduler.optimizer.param_groups[0]["lr"])
     return rates
 
 
@@ -251,7 +251,7 @@ def describe(cli: PlanCLI, rates: dict[int, float]) -> str:
     plan, memory = cli.plan, cli.plan.memory
     encoder, config = memory.encoder, memory.encoder.config
     gpu, gpus = GPUS[plan.gpu], memory.gpus
-    configs = " + ".join(str(path.relative) for path in cli.config.config or []) or "options"
+    configs = " + ".join(recipe_name(path.relative) for path in cli.config.config or []) or "options"
     total, embedding, blocks = (
         sum(p.numel() for p in part.parameters()) for part in (encoder, encoder.embedding, encoder.blocks)
     )
@@ -320,16 +320,19 @@ def draw(rates: dict[int, float], warmup_steps: int, picture: Path) -> None:
         axes.annotate(
             f"peak {rates[peak]:.3g} at step {peak:,}",
             (peak, rates[peak]),
-            xytext=(10, 0),
+            xytext=(10, 6),
             textcoords="offset points",
-            va="center",
+            va="bottom",
         )
-        axes.set(xlabel="optimizer step", ylabel="learning rate", xlim=(0, steps[-1]), ylim=(0, 1.1 * rates[peak]))
+        axes.set(xlabel="optimizer step", ylabel="learning rate", xlim=(0, steps[-1]), ylim=(0, 1.15 * rates[peak]))
         axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
         axes.xaxis.set_major_formatter("{x:,.0f}")
         if 0 < warmup_steps < 0.1 * steps[-1]:
             shown = [step for step in steps if step <= 3 * warmup_steps]
-            inset = axes.inset_axes((0.56, 0.45, 0.42, 0.4))
+            # In the corner that the curve leaves free: a rate that falls late leaves the lower left.
+            middle = rates[min(rates, key=lambda step: abs(step - 0.6 * steps[-1]))]
+            corner = (0.56, 0.45) if middle < 0.45 * rates[peak] else (0.08, 0.14)
+            inset = axes.inset_axes((*corner, 0.4, 0.38))
             inset.plot(shown, [rates[step] for step in shown], color="tab:blue")
             inset.plot(peak, rates[peak], "o", color="tab:orange", markersize=4)
             inset.set_title("warmup, enlarged", fontsize="small")

@@ -95,6 +95,6 @@ def read_json(path: Path) -> dict[str, Any]:
             raise ValueError("it is no JSON object")
     except FileNotFoundError as error:
         raise UserError(f"{path}: not found; give a directory that save_pretrained wrote") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: damaged model ({error})") from error
     return content

@@ -25,7 +25,8 @@ def header(run: Run, trainer: pl.Trainer, module: MLMModule, data: MLMDataModule
     runs = execution(trainer)
     hardware = "{processes} x {accelerator}, {strategy}, {precision}, attention by {attention}".format(**runs)
     begin = f"continues after step {run.step} of {trainer.max_steps}" if run.step else f"{trainer.max_steps} steps"
-    start = [f"  weights   from {module.initialized_from}"] if module.initialized_from else []
+    start = [f"  branch    of {origin}"] if (origin := run.origin) else []
+    start += [f"  weights   from {module.initialized_from}"] if module.initialized_from else []
     return "\n".join(
         [
             f"{run.directory}: {begin}",
@@ -85,7 +86,7 @@ def summary(run: Path, result: dict[str, Any]) -> str:
             f"    this run   {model:8.3f}   "
             f"({model / unigram - 1:+.1%} against unigram, {model / bigram - 1:+.1%} against bigram)",
         ]
-    longer = f"--allow_change true --trainer.max_steps {2 * result['steps']}"
+    longer = f"--allow_change --trainer.max_steps {2 * result['steps']}"
     lines += [
         "",
         f"  look at it    {program('tensorboard')} --logdir {run}",

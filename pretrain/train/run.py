@@ -8,19 +8,19 @@ runs/quickstart/
   ledger.csv                  what each step consumed, for `pretrain inspect --audit`
   starts.jsonl                one line a start: time, step, command, changes, versions, hardware, strategy, commit
   sick.jsonl                  steps that were skipped because of NaN or infinity, with their sequences, if there are any
+  origin.json                 the run and the step that it branched off, where it did
+  skips.jsonl                 stretches of the order that were left out after a loss spike, if there are any
   result.json                 the final figures, once the run is finished
   .lock                       held by the process that trains
 """
 
-import fcntl
 import json
-import os
 import platform
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -28,19 +28,25 @@ from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 
 from pretrain.errors import UserError
-from pretrain.train.checkpoint import newest_checkpoint
+from pretrain.train.checkpoint import link, newest_checkpoint, read_checkpoint, write_whole
+from pretrain.train.lock import Lock, locked
+from pretrain.train.spikes import read_skips
 
 CONFIG, CHECKPOINTS, STARTS, RESULT = "config.yaml", "checkpoints", "starts.jsonl", "result.json"
-LEDGER, SICK, LOCK = "ledger.csv", "sick.jsonl", ".lock"
+LEDGER, SICK, ORIGIN, LOCK = "ledger.csv", "sick.jsonl", "origin.json", ".lock"
 
 _IDENTITY = (
     "seed_everything",
     "model.encoder.",
+    "model.optimizer",
+    "model.decay",  # which parameters form a group: the optimizer's state is by groups
     "model.initialize_from",  # the directory is not read again, but what the run grew from cannot change
     "data.tokenizer",
     "data.max_length",
+    "data.long_sequences",
     "data.global_batch_tokens",
     "data.task",
     "model.from_scratch",
@@ -52,8 +58,9 @@ _IDENTITY = (
 _HISTORY = (
     "model.",
     "data.mlm_probability",
-    "data.mask_replace_prob",
+    "data.mask_",
     "data.random_replace_prob",
+    "data.mean_span_length",
     "trainer.max_steps",
     "trainer.gradient_clip_val",
     "trainer.gradient_clip_algorithm",
@@ -68,27 +75,57 @@ class Run:
 
     Args:
         directory: Where it is, or will be.
+        checkpoint: Its checkpoint to begin with, rather than the newest.
 
     Raises:
         UserError: If the directory holds something else, or no checkpoint in it can be read.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, checkpoint: Path | None = None) -> None:
         self.directory = directory
         if directory.exists() and not directory.is_dir():
             raise UserError(f"{directory}: is a file; a run is a directory: choose another with --run")
         self.config: dict[str, Any] | None = None
         if (directory / CONFIG).is_file():
-            self.config = yaml.safe_load((directory / CONFIG).read_text(encoding="utf-8"))
+            self.config = _read_config(directory / CONFIG)
         elif directory.is_dir() and any(not path.name.startswith(".") for path in directory.iterdir()):
             raise UserError(f"{directory}: holds files but no {CONFIG}, so it is no run; choose another with --run")
         self._files = self._checkpoint_files()
-        newest = newest_checkpoint(directory / CHECKPOINTS)
+        self._lock: Lock | None = None
+        chosen = (checkpoint, read_checkpoint(checkpoint), []) if checkpoint else None
+        self.skips = read_skips(directory)
+        newest = chosen or newest_checkpoint(directory / CHECKPOINTS, self._is_of_this_history)
         self.checkpoint: Path | None = newest[0] if newest else None
         self.step: int = newest[1]["global_step"] if newest else 0
         self.data_state: dict[str, Any] | None = data_state(newest[1]) if newest else None
         self.hyper_parameters: dict[str, Any] = newest[1].get("hyper_parameters", {}) if newest else {}
         self.problems = newest[2] if newest else []
+        self._content = _outline(newest[1]) if newest else {}
+
+    def _is_of_this_history(self, checkpoint: dict[str, Any]) -> bool:
+        """Whether no skip that was decided later takes a checkpoint's steps back."""
+        known = (data_state(checkpoint) or {}).get("skips", 0)
+        return all(checkpoint["global_step"] <= skip.step for skip in self.skips[known:])
+
+    def _take_back(self) -> None:
+        """Remove the checkpoints of steps that a skip has taken back."""
+        directory = self.directory / CHECKPOINTS
+        newer = [path for path in directory.glob("step-*.ckpt") if not self.checkpoint or path > self.checkpoint]
+        for path in newer:
+            path.unlink()
+        if newer and self.checkpoint:
+            link(directory / "last.ckpt", self.checkpoint.name)
+        elif newer:
+            (directory / "last.ckpt").unlink(missing_ok=True)
+
+    def begin_at(self, origin: "Run") -> None:
+        """Begin with another run's settings and checkpoint; for a run that has none of its own."""
+        self.config, self.checkpoint, self.step = origin.config, origin.checkpoint, origin.step
+        self.data_state, self._content = origin.data_state, origin._content
+
+    def reopened(self) -> None:
+        """Look at the checkpoints again, once this process has put one there."""
+        self._files = self._checkpoint_files()
 
     def _checkpoint_files(self) -> list[str]:
         return sorted(path.name for path in (self.directory / CHECKPOINTS).glob("step-*.ckpt"))
@@ -97,28 +134,49 @@ class Run:
     def locked(self) -> Iterator[None]:
         """Keep other processes out of the run for as long as this lasts; makes the directory.
 
-        The lock is the process's own and ends with it, however it ends. (A POSIX lock: one by ``flock`` would pass to
-        the loader workers, which outlive a killed parent by some seconds.)
-
         Raises:
             UserError: If another process trains here, or has since this one looked at the checkpoints.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
-        with (self.directory / LOCK).open("a+", encoding="utf-8") as file:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError) as error:
-                file.seek(0)
-                owner = file.read().strip() or "another process"
-                raise UserError(
-                    f"{self.directory}: {owner} trains in this directory; stop it first, or choose another with --run"
-                ) from error
-            if self._checkpoint_files() != self._files:
-                raise UserError(f"{self.directory}: another process has trained here meanwhile; give the command again")
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {platform.node()}\n")
-            file.flush()
-            yield
+        try:
+            with locked(self.directory / LOCK) as self._lock:
+                if self._checkpoint_files() != self._files:
+                    raise UserError(
+                        f"{self.directory}: another process has trained here meanwhile; give the command again"
+                    )
+                if self.skips:
+                    self._take_back()
+                yield
+        except BlockingIOError as error:
+            raise UserError(
+                f"{self.directory}: {error.strerror} trains in this directory; stop it first, or choose another with "
+                "--run"
+            ) from error
+        except OSError as error:  # of a descriptor, it names no file
+            if error.filename is not None or error.errno is None:
+                raise
+            raise OSError(error.errno, error.strerror, str(self.directory)) from error
+
+    def check_in_place(self) -> None:
+        """Make sure that the directory is still there, on the process that holds its lock.
+
+        Raises:
+            UserError: If it was removed, or another one stands in its place: nothing is written there.
+        """
+        if self._lock and not self._lock.in_place():
+            raise UserError(
+                f"{self.directory}: was removed or replaced while training; the run ends here, since what it wrote is "
+                "gone: restore the directory and give the same command, or start again"
+            )
+
+    @property
+    def origin(self) -> str | None:
+        """Where it branched off, for people."""
+        try:
+            origin = json.loads((self.directory / ORIGIN).read_text(encoding="utf-8"))
+            return f"{origin['run']}, after step {origin['step']}"
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     @property
     def result(self) -> dict[str, Any] | None:
@@ -126,7 +184,10 @@ class Run:
         path = self.directory / RESULT
         if not path.is_file():
             return None
-        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:  # damaged: it is made again
+            return None
         return result
 
     def check(self, config: dict[str, Any], allow_change: bool) -> list[str]:
@@ -157,20 +218,46 @@ class Run:
                 history.append(what)
         if history and not allow_change:
             raise UserError(
-                f"{self.directory}: was started with other settings ({'; '.join(history)}); add --allow_change true to "
+                f"{self.directory}: was started with other settings ({'; '.join(history)}); add --allow_change to "
                 "continue with the new ones, or choose another directory with --run"
             )
         return history
+
+    def check_weights(self, weights: Mapping[str, Tensor], encoder: dict[str, Any]) -> None:
+        """Make sure that the newest checkpoint is one of this model, and holds what training continues from.
+
+        Args:
+            weights: The module's.
+            encoder: The encoder's settings.
+
+        Raises:
+            UserError: If it is not, with the first setting or tensor that differs.
+        """
+        if self.checkpoint is None:
+            return
+        remedy = "remove this file to continue from the one before, or choose another directory with --run"
+        needed = {"optimizer_states", "lr_schedulers", "loops"}
+        if not any(name.endswith("DataModule") for name in self._content):
+            needed.add("MLMDataModule")
+        if missing := needed - self._content.keys():
+            raise UserError(
+                f"{self.checkpoint}: holds no {', '.join(sorted(missing))}, so a run cannot continue from it; {remedy}"
+            )
+        theirs = self._content["encoder"]
+        differing = [f"{k} {theirs.get(k)!r}, not {v!r}" for k, v in encoder.items() if theirs.get(k) != v]
+        ours, saved = _shapes(weights), self._content["weights"]
+        for name in sorted(ours.keys() | saved.keys()):
+            if ours.get(name) != saved.get(name):
+                differing.append(f"{name} {saved.get(name)}, not {ours.get(name)}")
+        if differing:
+            raise UserError(f"{self.checkpoint}: is of another model ({differing[0]}); {remedy}")
 
     def record_start(
         self, config: dict[str, Any], config_text: str, changes: list[str], execution: dict[str, Any]
     ) -> None:
         """Write the config, and a line about this start, what runs and the environment it runs in."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        path = self.directory / CONFIG
-        partial = path.with_name(f".{CONFIG}.partial")
-        partial.write_text(config_text, encoding="utf-8")
-        partial.rename(path)
+        write_whole(self.directory / CONFIG, config_text)
         (self.directory / RESULT).unlink(missing_ok=True)
         start = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -188,9 +275,44 @@ class Run:
 
     def record_result(self, result: dict[str, Any]) -> None:
         """Write the final figures."""
-        partial = self.directory / f".{RESULT}.partial"
-        partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        partial.rename(self.directory / RESULT)
+        write_whole(self.directory / RESULT, json.dumps(result, indent=1) + "\n")
+
+
+def yaml_error(path: Path) -> str | None:
+    """Why a file is no YAML, with the line; None if it is."""
+    try:
+        yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        return f"{path}{line}: not YAML ({error.problem})"
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        return f"{path}: not YAML ({' '.join(str(error).split())[:120]})"
+    return None
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    problem = yaml_error(path)
+    config = None if problem else yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(config, dict) or not all(isinstance(config.get(k), dict) for k in ("model", "data", "trainer")):
+        raise UserError(
+            f"{problem or f'{path}: not the settings of a run'}; restore it: `pretrain fit -c CONFIG --print_config` "
+            "prints what belongs there"
+        )
+    return config
+
+
+def _outline(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint holds, and of which model: names and shapes, no numbers."""
+    encoder = checkpoint.get("hyper_parameters", {}).get("encoder")
+    return {
+        **dict.fromkeys(checkpoint),
+        "encoder": encoder if isinstance(encoder, dict) else {},
+        "weights": _shapes(checkpoint["state_dict"]),
+    }
+
+
+def _shapes(weights: Mapping[str, Any]) -> dict[str, list[int] | None]:
+    return {name: list(value.shape) if isinstance(value, Tensor) else None for name, value in weights.items()}
 
 
 def data_state(checkpoint: dict[str, Any]) -> dict[str, Any] | None:

@@ -17,7 +17,7 @@ from pytorch_lightning.callbacks import Checkpoint
 from typing_extensions import override
 
 from pretrain.errors import UserError, disk_is_full
-from pretrain.train.checkpoint import sync_directory
+from pretrain.train.checkpoint import link
 
 LAST, BEST = "last.ckpt", "best.ckpt"
 
@@ -95,7 +95,8 @@ class StepCheckpoint(Checkpoint):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._best = dict(state_dict["best"])
+        best = state_dict["best"].items()
+        self._best = {step: loss for step, loss in best if (self.directory / _name(step)).exists()}
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -137,6 +138,10 @@ class StepCheckpoint(Checkpoint):
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers.clear()
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "fit")
 
     def _due(self, trainer: pl.Trainer) -> bool:
         step = trainer.global_step
@@ -209,9 +214,9 @@ class StepCheckpoint(Checkpoint):
         """Let the links point at the new files, then remove the old ones."""
         if not trainer.is_global_zero:
             return
-        _link(self.directory / LAST, _name(step))
+        link(self.directory / LAST, _name(step))
         if self._best:
-            _link(self.directory / BEST, _name(next(iter(self._best))))
+            link(self.directory / BEST, _name(next(iter(self._best))))
         # What is newer than this step was passed over when the run began, or is about to be written anew.
         files = [path for path in sorted(self.directory.glob("step-*.ckpt")) if path.name <= _name(step)]
         kept = {_name(best) for best in self._best}
@@ -223,11 +228,3 @@ class StepCheckpoint(Checkpoint):
 
 def _name(step: int) -> str:
     return f"step-{step:09d}.ckpt"
-
-
-def _link(link: Path, target: str) -> None:
-    aside = link.with_name(f".{link.name}.partial")
-    aside.unlink(missing_ok=True)
-    aside.symlink_to(target)
-    aside.rename(link)
-    sync_directory(link.parent)

@@ -97,7 +97,7 @@ class SickSteps(pl.Callback):
             raise UserError(
                 f"the loss or its gradient was NaN or infinite in {self.in_a_row} steps in a row, the last of them "
                 f"step {step}; none reached the weights, and the newest checkpoint is good: continue it with a lower "
-                f"--model.learning_rate or --trainer.gradient_clip_val (and --allow_change true), or look at the "
+                f"--model.learning_rate or --trainer.gradient_clip_val (and --allow_change), or look at the "
                 f"sequences in {self.path}"
             )
 
@@ -120,11 +120,12 @@ class SickSteps(pl.Callback):
         )
 
     def _open(self) -> LineFile:
-        self._file = LineFile(self.path, "", self.first_step, _step_of)
+        self._file = LineFile(self.path, "", self.first_step, step_of_json)
         return self._file
 
 
-def _step_of(line: str) -> int:
+def step_of_json(line: str) -> int:
+    """The step that a line of JSON is about; of a damaged line, one beyond any run's end."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):

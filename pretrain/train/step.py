@@ -5,16 +5,18 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pretrain.corpus.batch import Batch
 from pretrain.corpus.packing import Pack
 from pretrain.model.encoder import Encoder
+from pretrain.train.schedule import restore
 from pretrain.train.sharding import shard
 
 
@@ -32,8 +34,12 @@ class StepModule(pl.LightningModule):
 
     Attributes:
         initialized_from: Where the weights are from that training starts with, if they are not random.
+        max_steps: Optimizer steps of the run, for a schedule that ends with it; the Trainer's, once there is one.
+        optimizer_name: Which optimizer `build_optimizer` builds, for what does not go with each.
         sick: 1 where the last step was skipped because its loss or gradient was not finite.
     """
+
+    optimizer_name: str = "adamw"
 
     def __init__(
         self, encoder: Encoder, activation_checkpointing: bool, compile: bool, scheduler_name: str | None
@@ -44,6 +50,7 @@ class StepModule(pl.LightningModule):
         self.initialized_from: str | None = None
         self.compile_blocks = compile
         self.scheduler_name = scheduler_name
+        self.max_steps: int | None = None
         self._train_loss = RunningLoss()
         self._grad_norm: Tensor | float = 0.0
         self.sick = torch.zeros(())
@@ -53,7 +60,7 @@ class StepModule(pl.LightningModule):
         """The loss summed over a batch's targets, and how many of them are predicted best."""
 
     @abstractmethod
-    def build_optimizer(self) -> tuple[Optimizer, LambdaLR]:
+    def build_optimizer(self) -> tuple[Optimizer, LRScheduler]:
         """A new optimizer over the module's parameters, and its schedule by the step."""
 
     def train_figures(self, loss: Tensor) -> dict[str, Tensor]:
@@ -80,13 +87,32 @@ class StepModule(pl.LightningModule):
             shard(self.encoder, self.device_mesh, self.trainer.precision)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """AdamW, and the schedule stepped at every optimizer step."""
+        """The optimizer, and the schedule stepped at every optimizer step."""
+        optimizer, scheduler = self._new_optimizer()
+        # Without "interval": "step" Lightning steps a schedule once an epoch, and the learning rate looks frozen. As a
+        # "reduce_on_plateau" it would step one at every micro-batch, with a validation long past.
+        entry = {"scheduler": scheduler, "interval": "step", "name": self.scheduler_name, "reduce_on_plateau": False}
+        return {"optimizer": optimizer, "lr_scheduler": entry}  # type: ignore[typeddict-item]
+
+    def _new_optimizer(self) -> tuple[Optimizer, LRScheduler]:
+        if self._trainer:
+            self.max_steps = self._trainer.max_steps
         optimizer, scheduler = self.build_optimizer()
-        # Without "interval": "step" Lightning steps a schedule once an epoch, and the learning rate looks frozen.
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": self.scheduler_name},
-        }
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])  # which ReduceLROnPlateau alone does not note
+        return optimizer, scheduler
+
+    def lr_scheduler_step(self, scheduler: LRScheduler, metric: Any) -> None:
+        """Step the schedule; one that follows the validation loss waits for it."""
+        if not isinstance(scheduler, ReduceLROnPlateau):
+            scheduler.step()
+
+    def on_validation_end(self) -> None:
+        """Step a schedule that follows the validation loss."""
+        scheduler = self.lr_schedulers()
+        fitting = self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking
+        if isinstance(scheduler, ReduceLROnPlateau) and fitting:
+            scheduler.step(float(self.trainer.callback_metrics["val/loss"]))
 
     def on_train_start(self) -> None:
         """Forget a window that an earlier run left unfinished: it is computed again from its start."""
@@ -160,16 +186,7 @@ class StepModule(pl.LightningModule):
                 checkpoint["global_step"], self.trainer.accumulate_grad_batches, checkpoint["loops"]["fit_loop"]
             )
         if checkpoint.get("optimizer_states"):
-            self._apply_settings(checkpoint)
-
-    def _apply_settings(self, checkpoint: dict[str, Any]) -> None:
-        optimizer, scheduler = self.build_optimizer()
-        steps = checkpoint["lr_schedulers"][0]["last_epoch"]
-        rates = [base * factor(steps) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
-        saved_groups = checkpoint["optimizer_states"][0]["param_groups"]
-        for saved, group, rate in zip(saved_groups, optimizer.param_groups, rates, strict=True):
-            saved.update({name: value for name, value in group.items() if name != "params"}, lr=rate)
-        checkpoint["lr_schedulers"][0].update(base_lrs=scheduler.base_lrs, _last_lr=rates)
+            restore(checkpoint, *self._new_optimizer())
 
 
 class RunningLoss:

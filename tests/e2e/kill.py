@@ -9,12 +9,13 @@ import pytorch_lightning as pl
 import torch
 
 from pretrain.corpus import shards
+from pretrain.train import spikes
 
 
 class Kill(pl.Callback):
     """Kill at the start or the end of a micro-batch, or this process's n-th time in the middle of something else.
 
-    That is a pack of a validation, the writing of a checkpoint, or of a corpus.
+    That is a pack of a validation, the writing of a checkpoint, of a corpus, or after it decided to go back.
     """
 
     def __init__(self, moment: str, number: int) -> None:
@@ -22,6 +23,8 @@ class Kill(pl.Callback):
         self._count = 0
         if moment == "save":
             self._save, torch.save = torch.save, self._save_half
+        if moment == "rewind":
+            self._append, spikes._append = spikes._append, self._append_and_die
         if moment == "prepare":
             self._write_shard, shards.write_shard = shards.write_shard, self._write_half
 
@@ -45,6 +48,10 @@ class Kill(pl.Callback):
             file.flush()
         self._kill("save", self._count)
         self._save(checkpoint, file)
+
+    def _append_and_die(self, path: Any, line: str) -> None:
+        self._append(path, line)
+        self._kill("rewind", 1)
 
     def _write_half(self, file: Any, *content: Any) -> str:
         checksum = self._write_shard(file, *content)

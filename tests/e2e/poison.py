@@ -1,6 +1,8 @@
 """Callbacks for tests: make numbers sick, wait for ever, fill the disk, send a signal; each at chosen micro-batches."""
 
+import multiprocessing
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -35,6 +37,45 @@ class Poison(pl.Callback):
             next(module.parameters()).grad.view(-1)[0] = float("nan")
 
 
+class Spike(pl.Callback):
+    """Multiplies the loss of the steps in which a place in the order is consumed, wherever the run stands then."""
+
+    def __init__(self, place: int, factor: float = 3.0) -> None:
+        self.place, self.factor = place, factor
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+        vars(module.encoder).pop("loss", None)
+        after = batch.pack.after.cursor
+        sequences = int(after - self.place)
+        if not 0 < sequences <= 12:  # about what a step consumes
+            return
+        loss_of = module.encoder.loss
+
+        def multiplied(*batch: Any) -> Any:
+            loss, correct = loss_of(*batch)
+            return loss * self.factor, correct
+
+        vars(module.encoder)["loss"] = multiplied
+
+
+class SpikeAt(pl.Callback):
+    """Multiplies the loss of one step, whatever data it sees."""
+
+    def __init__(self, step: int, factor: float = 3.0) -> None:
+        self.step, self.factor = step, factor
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+        vars(module.encoder).pop("loss", None)
+        if trainer.global_step == self.step:
+            loss_of = module.encoder.loss
+
+            def multiplied(*batch: Any) -> Any:
+                loss, correct = loss_of(*batch)
+                return loss * self.factor, correct
+
+            vars(module.encoder)["loss"] = multiplied
+
+
 class Pause(pl.Callback):
     """Creates a file before a micro-batch, and waits for ever."""
 
@@ -46,6 +87,21 @@ class Pause(pl.Callback):
             self.file.touch()
             while True:
                 time.sleep(0.1)
+
+
+class Hang(pl.Callback):
+    """Lets one process sleep for ever, or stop dead, before a micro-batch, or die: on the job's first attempt only."""
+
+    def __init__(self, how: str, number: int, rank: int = 1) -> None:
+        self.how, self.number, self.rank = how, number, rank
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+        first_attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+        if (batch_idx, trainer.global_rank) == (self.number, self.rank) and first_attempt:
+            if self.how != "sleeps":
+                os.kill(os.getpid(), signal.SIGSTOP if self.how == "stops" else signal.SIGKILL)
+            while True:
+                time.sleep(1)
 
 
 class Fill(pl.Callback):
@@ -64,6 +120,28 @@ class Fill(pl.Callback):
                     pass
         if batch_idx == self.last:
             self.file.unlink()
+
+
+class Remove(pl.Callback):
+    """Removes a directory after a micro-batch."""
+
+    def __init__(self, number: int, path: str) -> None:
+        self.number, self.path = number, path
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == self.number:
+            shutil.rmtree(self.path)
+
+
+class KillWorker(pl.Callback):
+    """Kills one of the loader's workers, as the kernel does where memory runs out."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == self.number:
+            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
 
 
 class Signal(pl.Callback):

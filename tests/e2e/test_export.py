@@ -21,7 +21,8 @@ import pretrain
 from pretrain.cli import main
 from pretrain.corpus.tokenizer import ESM_ALPHABET, ProteinTokenizer, load_tokenizer, train_tokenizer
 from pretrain.downstream import export as export_module
-from pretrain.downstream.export import export, model_card
+from pretrain.downstream.card import model_card
+from pretrain.downstream.export import export
 from pretrain.errors import UserError
 from pretrain.model.encoder import Encoder
 
@@ -248,6 +249,45 @@ def test_the_card_claims_uniprots_licence_for_the_data_that_ships_only(
     card = model_card(pretrain.load(run), {"global_step": 4}, settings, {}, "x")
     assert yaml.safe_load(card.split("---")[1])["license"] == licence
     assert ("UniProt" in card) == (licence == "cc-by-4.0")
+
+
+def test_the_card_shows_the_curves_and_the_recipe(exported: Path) -> None:
+    card = (exported / "README.md").read_text()
+    assert "](curves.png)" in card
+    assert (exported / "curves.png").read_bytes().startswith(b"\x89PNG")
+    recipe = yaml.safe_load(card.split("```yaml")[1].split("```")[0])
+    assert recipe["model"]["learning_rate"] == 1e-2
+    assert recipe["data"]["global_batch_tokens"] == 600
+    assert "Settings were changed" not in card
+
+
+def test_the_card_tells_each_change_of_settings_with_its_step(copy: Path, tmp_path: Path) -> None:
+    """And the card of a checkpoint before a change tells the settings that it was trained with."""
+    starts = [{"step": 2, "changes": ["model.learning_rate: 0.02 -> 0.01", "trainer.gradient_clip_val: None -> 1.0"]}]
+    with (copy / "starts.jsonl").open("a") as file:
+        file.writelines(json.dumps(start) + "\n" for start in starts)
+    export(copy, tmp_path / "after")
+    card = (tmp_path / "after" / "README.md").read_text()
+    assert "- after step 2: `model.learning_rate: 0.02 -> 0.01`\n" in card
+    assert "- after step 2: `trainer.gradient_clip_val: None -> 1.0`\n" in card
+    assert "| Peak learning rate | 0.01," in card
+    export(copy / "checkpoints" / "step-000000002.ckpt", tmp_path / "before")
+    card = (tmp_path / "before" / "README.md").read_text()
+    assert "after step" not in card
+    assert "| Peak learning rate | 0.02," in card
+
+
+def test_a_large_model_is_written_in_shards_that_everything_reads(
+    run: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export_module, "SHARD_SIZE", "10KB")
+    export(run, tmp_path / "sharded")
+    assert len(list((tmp_path / "sharded").glob("model-*.safetensors"))) > 2
+    input_ids = torch.tensor([0, 20, 15, 32, 4, 2])
+    whole, ours = (logits(pretrain.load(place), input_ids) for place in (exported, tmp_path / "sharded"))
+    assert torch.equal(ours, whole)
+    theirs = AutoModelForMaskedLM.from_pretrained(tmp_path / "sharded")(input_ids[None]).logits[0]
+    torch.testing.assert_close(theirs, whole, rtol=0, atol=1e-5)
 
 
 def test_a_run_given_as_the_current_directory_keeps_its_name(

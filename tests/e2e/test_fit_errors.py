@@ -35,6 +35,10 @@ def write(name: str, content: bytes) -> str:
 
 CASES = {
     "no such config": (lambda tiny: ["-c", "missing.yaml"], ["missing.yaml"]),
+    "no such recipe": (
+        lambda tiny: ["-c", "quikstart"],
+        ["quikstart: no such file, and no recipe of that name; did you mean quickstart? `pretrain recipes` lists"],
+    ),
     "unknown key": (
         lambda tiny: ["-c", tiny(model__lerning_rate=1.0)],
         ["lerning_rate", "did you mean model.learning_rate?"],

@@ -25,8 +25,8 @@ from transformers import (
 import pretrain
 from pretrain.cli import main
 from pretrain.corpus.tokenizer import ESM_ALPHABET, ProteinTokenizer, Tokenizer, train_tokenizer
-from pretrain.downstream.export import write_tokenizer
 from pretrain.downstream.import_model import import_model
+from pretrain.downstream.tokenizer_files import write_tokenizer
 from pretrain.errors import UserError
 from pretrain.model.config import EncoderConfig
 from pretrain.model.hf import to_hf_config

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.cli import main
+from pretrain.train.lock import locked
 from pretrain.train.run import Run
 
 
@@ -40,3 +43,62 @@ def test_a_second_process_is_refused_until_the_first_is_gone_however_it_went(
     with Run(run).locked():  # at once, while the workers live
         pass
     assert fit("-c", config, "--run", run) == 0
+
+
+TRY = """
+import sys
+from pathlib import Path
+from pretrain.train.lock import locked
+try:
+    with locked(Path(sys.argv[1])):
+        print("free")
+except BlockingIOError as error:
+    print(error.strerror)
+"""
+
+
+def seen_by_another_process(path: Path) -> str:
+    command = [sys.executable, "-c", TRY, str(path)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_reading_the_lock_file_does_not_lose_the_lock(tmp_path: Path) -> None:
+    """A POSIX lock is lost when its process closes any descriptor of the file."""
+    path = tmp_path / ".lock"
+    with locked(path):
+        owner = path.read_text().strip()
+        assert owner.startswith(f"process {os.getpid()} on ")
+        assert seen_by_another_process(path) == owner
+    assert seen_by_another_process(path) == "free"
+
+
+def test_a_forked_process_that_lives_on_does_not_keep_the_lock(tmp_path: Path) -> None:
+    """As a loader worker of a killed process does; a bare flock is shared with it."""
+    path = tmp_path / ".lock"
+    read, write = os.pipe()
+    with locked(path):
+        worker = os.fork()
+        if worker == 0:
+            os.write(write, b"x")
+            signal.pause()
+        os.read(read, 1)  # by now it runs Python
+    try:
+        assert seen_by_another_process(path) == "free"
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        os.waitpid(worker, 0)
+
+
+def test_two_locks_in_one_process_exclude_each_other(tmp_path: Path) -> None:
+    with locked(tmp_path / ".lock"), pytest.raises(BlockingIOError), locked(tmp_path / ".lock"):
+        pass
+
+
+def test_a_lock_whose_file_was_removed_or_replaced_is_no_longer_in_place(tmp_path: Path) -> None:
+    path = tmp_path / ".lock"
+    with locked(path) as lock:
+        assert lock.in_place()
+        path.unlink()
+        assert not lock.in_place()
+        path.touch()
+        assert not lock.in_place()

@@ -21,7 +21,7 @@ from pretrain.model.config import EncoderConfig
 from pretrain.model.encoder import Encoder
 from pretrain.model.hf import from_hf, to_hf, to_hf_config
 from pretrain.model.rotary import rotate
-from pretrain.train.optim import build_adamw
+from pretrain.train.optim import build_optimizer
 
 TOLERANCE = 1e-5
 PAD, MASK = 1, 32
@@ -274,7 +274,7 @@ def test_fifty_training_steps_follow_the_same_losses_as_transformers(proteins: P
     encoder, reference = pair(layers=2)
     encoder.train()
     reference.train()
-    optimizer = build_adamw(encoder, 2e-3, (0.9, 0.98), 1e-8, 0.01, "all")
+    optimizer = build_optimizer(encoder, "adamw", 2e-3, (0.9, 0.98), 1e-8, 0.01, "all")
     their_optimizer = torch.optim.AdamW(
         reference.parameters(), lr=2e-3, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.01, foreach=False
     )

@@ -1,7 +1,8 @@
 """Masking: which tokens a step asks about, and what it shows instead."""
 
+import math
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from pretrain.corpus.masking import MAX_TOKENS_PER_SEQUENCE, Masking
+from pretrain.corpus.masking import MAX_TOKENS_PER_SEQUENCE, Crops, Masking
 from pretrain.corpus.tokenizer import ProteinTokenizer
 from pretrain.errors import UserError
 
@@ -32,13 +33,23 @@ def sequence(residues: int, index: int = 0) -> NDArray[np.uint8]:
     return np.array([CLS, *body, EOS], np.uint8)
 
 
+def words(residues: int, index: int = 0) -> NDArray[np.bool_]:
+    """Words of 1 to 6 tokens; the ends are words of their own."""
+    starts = np.zeros(residues + 2, np.bool_)
+    starts[np.cumsum(np.random.default_rng([residues, index, 1]).integers(1, 7, residues)) % (residues + 2)] = True
+    starts[[0, -1]] = True
+    return starts
+
+
 def mask(masking: Masking, sequences: list[NDArray[np.uint8]], epochs: list[int], indices: list[int]) -> list[Masked]:
     """Mask whole sequences as one pack, and take the pack apart again."""
     lengths = np.array([len(tokens) for tokens in sequences])
     begins = np.cumsum(lengths) - lengths
     where = np.array(epochs), np.array(indices)
     counts = masking.target_counts(*where, lengths - 2)
-    inputs, positions, targets = masking.apply(np.concatenate(sequences), begins + 1, lengths - 2, counts, *where)
+    starts = np.concatenate([words(len(tokens) - 2, index) for tokens, index in zip(sequences, indices, strict=True)])
+    crops = Crops(begins + 1, lengths - 2, counts, *where)
+    inputs, positions, targets = masking.apply(np.concatenate(sequences), crops, starts)
     assert (np.diff(positions) > 0).all()
     parts = []
     for begin, length in zip(begins.tolist(), lengths.tolist(), strict=True):
@@ -50,12 +61,26 @@ def mask(masking: Masking, sequences: list[NDArray[np.uint8]], epochs: list[int]
     return parts
 
 
+MODES: list[dict[str, Any]] = [
+    {},
+    {"draws": "independent"},
+    {"unit": "span"},
+    {"unit": "span", "mean_span_length": 1.0},
+    {"unit": "span", "mean_span_length": 20.0},
+    {"unit": "word"},
+    {"unit": "word", "draws": "independent"},
+]
+modes = st.sampled_from(MODES)
+shares = st.floats(0.01, 1) | st.tuples(st.floats(0.01, 0.5), st.floats(0.5, 1))
 maskings = st.builds(
-    lambda p, masked, randomised, seed: Masking(p, masked, (1 - masked) * randomised, MASK, RESIDUES, seed),
-    st.floats(0.01, 1),
+    lambda p, masked, randomised, seed, mode: Masking(
+        p, masked, (1 - masked) * randomised, MASK, RESIDUES, seed, **mode
+    ),
+    shares,
     st.floats(0, 1),
     st.floats(0, 1),
     st.integers(-(2**65), 2**65),
+    modes,
 )
 packs = st.lists(  # (residues, epoch, index) of each sequence
     st.tuples(st.integers(0, 60), st.integers(0, 2**31), st.integers(0, 2**40)),
@@ -108,15 +133,32 @@ def test_as_many_positions_are_chosen_as_were_planned(masking: Masking, pack: li
     residues, epochs, indices = (list(column) for column in zip(*pack, strict=True))
     planned = masking.target_counts(np.array(epochs), np.array(indices), np.array(residues))
     masked = mask(masking, [sequence(n, i) for n, _, i in pack], epochs, indices)
-    assert [len(part.positions) for part in masked] == planned.tolist()
-    assert all(len(set(part.positions)) == len(part.positions) for part in masked)
+    found = np.array([len(part.positions) for part in masked])
+    if masking.draws == "fixed" and masking.unit != "word":
+        assert found.tolist() == planned.tolist()
+    elif masking.draws == "fixed":
+        longest = [int(np.diff(np.flatnonzero(words(n, i)), prepend=0).max()) for n, _, i in pack]
+        assert (np.abs(found - planned) < longest).all()
+    assert (found <= residues).all()
+    assert all(found[row] == n for row, n in enumerate(residues) if planned[row] == n and masking.range[0] == 1)
 
 
-@given(maskings, st.integers(0, 2**20), st.integers(0, 2**40))
+@given(maskings, st.integers(0, 2**17), st.integers(0, 2**40))
 def test_the_count_is_the_share_rounded_up_or_down(masking: Masking, maskable: int, index: int) -> None:
     (count,) = masking.target_counts(np.array([0]), np.array([index]), np.array([maskable]))
-    assert abs(count - masking.mlm_probability * maskable) < 1
+    low, high = masking.range
+    assert low * maskable - 1 < count < high * maskable + 1
     assert 0 <= count <= maskable
+
+
+@given(maskings, packs)
+def test_whole_words_are_masked_or_none_of_them(masking: Masking, pack: list[tuple[int, int, int]]) -> None:
+    draws = masking.draws
+    whole = replace(masking, unit="word", draws=draws, mean_span_length=None)
+    for (residues, _, index), part in zip(pack, mask(whole, *columns(pack)), strict=True):
+        word = np.cumsum(words(residues, index) | (np.arange(residues + 2) == 1))
+        chosen = np.isin(np.arange(residues + 2), part.positions)
+        assert not set(word[chosen]) & set(word[1:-1][~chosen[1:-1]])
 
 
 @pytest.mark.parametrize(
@@ -135,19 +177,22 @@ def test_the_count_is_exact_in_expectation(probability: float, maskable: int) ->
     }
 
 
-@pytest.mark.parametrize("vary", ["epoch", "index", "seed"])
-def test_every_position_is_equally_likely(vary: str) -> None:
-    residues, draws = 20, 6000
-    counts = np.zeros(residues)
+def frequencies(masking: Masking, residues: int, draws: int, vary: str) -> tuple[NDArray[np.float64], list[int]]:
+    """How often each position is a target, and how many there are in each draw."""
     if vary == "seed":
-        draws = 1500
-        drawn = [mask(replace(BERT, seed=seed), [sequence(residues)], [0], [0])[0] for seed in range(draws)]
+        drawn = [mask(replace(masking, seed=seed), [sequence(residues)], [0], [0])[0] for seed in range(draws)]
     else:
         numbers, zeros = list(range(draws)), [0] * draws
         epochs, indices = (numbers, zeros) if vary == "epoch" else (zeros, numbers)
-        drawn = mask(BERT, [sequence(residues)] * draws, epochs, indices)
-    for part in drawn:
-        counts[np.array(part.positions) - 1] += 1
+        drawn = mask(masking, [sequence(residues)] * draws, epochs, indices)
+    positions = np.concatenate([part.positions for part in drawn]).astype(int) - 1
+    return np.bincount(positions, minlength=residues).astype(float), [len(part.positions) for part in drawn]
+
+
+@pytest.mark.parametrize("vary", ["epoch", "index", "seed"])
+def test_every_position_is_equally_likely(vary: str) -> None:
+    residues, draws = 20, 1500 if vary == "seed" else 6000
+    counts, _ = frequencies(BERT, residues, draws, vary)
     chosen = 3  # 0.15 * 20, without a remainder
     assert counts.sum() == draws * chosen
     # Drawn without replacement: the variance of each count is that of a Bernoulli variable times (n - k) / (n - 1).
@@ -155,6 +200,73 @@ def test_every_position_is_equally_likely(vary: str) -> None:
     chi_square *= (residues - 1) / (residues - chosen)
     freedom = residues - 1
     assert chi_square < freedom + 5 * np.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("share", [0.15, 0.6, (0.05, 0.4)])
+def test_every_position_is_equally_likely_in_every_mode(
+    mode: dict[str, Any], share: float | tuple[float, float]
+) -> None:
+    """Also at the ends, whatever the spans; and in words of any length."""
+    residues, draws = 40, 8000
+    masking = replace(BERT, mlm_probability=share, **mode)
+    counts, _ = frequencies(masking, residues, draws, "epoch")  # of one sequence, so with the same words
+    deviation = np.sqrt(draws * masking.mean_share * (1 - masking.mean_share))
+    assert np.abs(counts - draws * masking.mean_share).max() < 4.5 * deviation
+
+
+@pytest.mark.parametrize("share", [0.15, 0.5])
+def test_independent_draws_give_a_binomial_number_of_targets(share: float) -> None:
+    residues, draws = 30, 20_000
+    masking = replace(BERT, mlm_probability=share, draws="independent")
+    _, found = frequencies(masking, residues, draws, "index")
+    observed = np.bincount(found, minlength=residues + 1)
+    expected = np.array(
+        [math.comb(residues, k) * share**k * (1 - share) ** (residues - k) for k in range(residues + 1)]
+    )
+    expected *= draws
+    likely = expected >= 10
+    chi_square = ((observed - expected)[likely] ** 2 / expected[likely]).sum()
+    freedom = likely.sum() - 1
+    assert chi_square < freedom + 5 * np.sqrt(2 * freedom)
+    assert np.mean(found) == pytest.approx(share * residues, rel=0.01)
+
+
+def test_words_drawn_by_themselves_give_a_binomial_number_of_words() -> None:
+    residues, draws, share = 60, 20_000, 0.3
+    masking = replace(BERT, mlm_probability=share, unit="word", draws="independent")
+    first = np.flatnonzero(words(residues) | (np.arange(residues + 2) == 1))[1:-1]
+    drawn = mask(masking, [sequence(residues)] * draws, list(range(draws)), [0] * draws)
+    found = np.array([np.isin(first, part.positions).sum() for part in drawn])
+    assert found.mean() == pytest.approx(share * len(first), rel=0.01)
+    assert found.var() == pytest.approx(share * (1 - share) * len(first), rel=0.05)
+
+
+@pytest.mark.parametrize("mean", [1.0, 3.0, 8.0])
+def test_spans_have_geometric_lengths(mean: float) -> None:
+    residues, draws = 40_000, 6  # long, so that the one span that is cut and the one that wraps count for little
+    masking = replace(BERT, mlm_probability=0.1, unit="span", mean_span_length=mean)
+    drawn = mask(masking, [sequence(residues)] * draws, list(range(draws)), [0] * draws)
+    runs = np.concatenate(
+        [np.diff(np.flatnonzero(np.diff(part.positions, prepend=-9, append=9**9) > 1)) for part in drawn]
+    )
+    # Spans may touch, and are then one run: each of the slots between the other tokens is a span's with this chance.
+    touch = (0.1 / mean) / (0.9 + 0.1 / mean)
+    assert runs.mean() == pytest.approx(mean / (1 - touch), rel=0.05)
+    stop = (1 - touch) / mean  # a geometric number of geometric lengths is geometric
+    for longest in (1, 2, 4):
+        assert (runs > longest).mean() == pytest.approx((1 - stop) ** longest, abs=0.02)
+
+
+def test_the_share_is_drawn_for_each_sequence_and_epoch_from_its_range() -> None:
+    residues, draws = 1000, 4000
+    masking = replace(BERT, mlm_probability=(0.1, 0.4))
+    for vary in ("epoch", "index"):
+        _, found = frequencies(masking, residues, draws, vary)
+        shares = np.sort(found) / residues
+        assert (shares[0], shares[-1]) == (pytest.approx(0.1, abs=0.003), pytest.approx(0.4, abs=0.003))
+        uniform = np.linspace(0.1, 0.4, draws)
+        assert np.abs(shares - uniform).max() < 0.3 * 2 / np.sqrt(draws)  # Kolmogorov and Smirnov
 
 
 def test_pairs_of_positions_are_chosen_independently() -> None:
@@ -171,7 +283,9 @@ def test_pairs_of_positions_are_chosen_independently() -> None:
 
 
 @given(maskings, packs)
-def test_the_ends_are_never_chosen(masking: Masking, pack: list[tuple[int, int, int]]) -> None:
+def test_the_ends_are_never_chosen_and_all_else_at_a_share_of_one(
+    masking: Masking, pack: list[tuple[int, int, int]]
+) -> None:
     masked = mask(replace(masking, mlm_probability=1.0), *columns(pack))
     for (residues, _, _), part in zip(pack, masked, strict=True):
         assert part.positions == list(range(1, residues + 1))
@@ -253,7 +367,10 @@ def test_a_sequence_of_the_greatest_length_is_masked_to_its_end() -> None:
     assert max(part.positions) > residues * 0.999
 
 
-PROBABILITY = "mlm_probability is {0}; give a share above 0 and at most 1, such as 0.15"
+PROBABILITY = (
+    "mlm_probability is {0}; give a share above 0 and at most 1, such as 0.15, or two to draw from for each sequence, "
+    "such as [0.1, 0.3]"
+)
 SHARES = (
     "mask_replace_prob and random_replace_prob are {1} and {2}; give two shares of the targets that add up to at most "
     "1, such as 0.8 and 0.1"
@@ -267,6 +384,8 @@ NAN = float("nan")
         ((0, 0.8, 0.1), PROBABILITY),
         ((1.2, 0.8, 0.1), PROBABILITY),
         ((NAN, 0.8, 0.1), PROBABILITY),
+        (((0.3, 0.1), 0.8, 0.1), PROBABILITY),
+        (((0.0, 0.1), 0.8, 0.1), PROBABILITY),
         ((0.15, 0.8, 0.3), SHARES),
         ((0.15, 1.1, -0.1), SHARES),
         ((0.15, NAN, 0.1), SHARES),
@@ -277,3 +396,29 @@ def test_shares_that_cannot_be_are_refused(shares: tuple[float, float, float], m
     with pytest.raises(UserError) as caught:
         Masking(*shares, MASK, RESIDUES, 0)
     assert str(caught.value) == message.format(*shares)
+
+
+@pytest.mark.parametrize(
+    ("mode", "message"),
+    [
+        ({"unit": "residue"}, "mask_unit is 'residue'; give one of token, span, word"),
+        ({"draws": "bernoulli"}, "mask_draws is 'bernoulli'; give one of fixed, independent"),
+        (
+            {"unit": "span", "draws": "independent"},
+            "mask_unit span goes with mask_draws fixed only: spans share out a fixed number of targets; leave "
+            "mask_draws out, or choose mask_unit token or word",
+        ),
+        (
+            {"mean_span_length": 3},
+            "mean_span_length is 3, but mask_unit is token; leave it out, or set mask_unit to span",
+        ),
+        (
+            {"unit": "span", "mean_span_length": 0.5},
+            "mean_span_length is 0.5; give 1 to 1000 tokens, such as 3",
+        ),
+    ],
+)
+def test_combinations_that_cannot_be_are_refused(mode: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        replace(BERT, **mode)
+    assert str(caught.value) == message

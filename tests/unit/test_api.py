@@ -55,7 +55,7 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
 def test_help_imports_nothing_heavy_and_lists_every_command() -> None:
     printed, heavy = command("--help")
     assert not heavy
-    for name in ("prepare", "tokenizer", "plan", "fit", "inspect", "import", "export"):
+    for name in ("prepare", "tokenizer", "recipes", "plan", "fit", "inspect", "import", "export"):
         assert re.search(rf"^ +{name}\b", printed, re.MULTILINE), name
 
 

@@ -8,6 +8,7 @@ import yaml
 
 from pretrain.corpus.tokenizer import train_tokenizer
 from pretrain.model.config import BERT_SIZES, ESM2_SIZES, EncoderConfig
+from pretrain.shipped import shipped
 from pretrain.train.fit import build
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -24,7 +25,7 @@ RECIPES = {
 def test_every_config_builds_a_run(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     tokenizer = yaml.safe_load(config.read_text()).get("data", {}).get("tokenizer", "esm")
-    if tokenizer != "esm":  # made by a command that the recipe's head gives
+    if tokenizer != "esm" and not shipped(tokenizer):  # made by a command that the recipe's head gives
         Path(tokenizer).parent.mkdir()
         Path(tokenizer).write_text(train_tokenizer(["some text"], 300).serialize())
     before = sorted(tmp_path.rglob("*"))

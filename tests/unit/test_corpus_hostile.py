@@ -201,7 +201,10 @@ MISTAKES: dict[str, tuple[str, Content, str] | tuple[str, Content, str, str]] = 
     "zstd bomb": ("x.txt", zstd(bytes(10**8)), f"{{file}}:1: {ENDLESS}"),
     # text
     "empty gzipped text": ("x.txt.gz", gzip.compress(b""), EMPTY, "text"),
-    "text as protein": ("x.txt", b"MK\nMy text", f"{{file}}:2: record '2' has ' ' at position 3; {PROTEINS}"),
+    "text as protein": (
+        "x.txt", b"MK\nMy text", f"{{file}}:2: record '2' has ' ' at position 3; {PROTEINS}, or, if this is text, "
+        "give its tokenizer: --data.tokenizer FILE (in prepare --tokenizer FILE)",
+    ),
     "text that is not UTF-8": (
         "x.txt", b"one\ntw\xff\n",
         "{file}:2: record '2' has b'\\xff' at position 3; allowed: UTF-8 text; correct or remove it", "text",

@@ -35,6 +35,19 @@ def pairs(request: pytest.FixtureRequest, proteins: Path) -> list[tuple[Batch, B
     return list(zip(plain, padded, strict=True))
 
 
+@pytest.mark.parametrize(
+    "masking", [{"mask_draws": "independent"}, {"mlm_probability": (0.1, 0.5)}, {"mask_unit": "span"}], ids=str
+)
+def test_batches_with_random_numbers_of_targets_fit_the_shapes(proteins: Path, masking: dict[str, Any]) -> None:
+    plain, padded = (batches(proteins, static=static, **masking) for static in (False, True))
+    assert len({(len(batch.input_ids), len(batch.targets)) for batch in padded}) <= 3
+    for batch, filled in zip(plain, padded, strict=True):
+        real = filled.targets != IGNORED
+        assert filled.targets[real].equal(batch.targets)
+        assert filled.target_positions[real].equal(batch.target_positions)
+        assert filled.pack.targets.sum() == batch.pack.targets.sum() == len(batch.targets)
+
+
 def test_real_tokens_come_first_and_unchanged(pairs: list[tuple[Batch, Batch]]) -> None:
     for plain, padded in pairs:
         tokens, rows, bounds = len(plain.input_ids), len(plain.targets), len(plain.cu_seqlens)
@@ -84,8 +97,23 @@ def test_a_batch_that_no_shape_holds_stays_as_it_is(proteins: Path) -> None:
     assert not StaticShape(tokens=100, targets=20, sequences=9, max_length=64).holds(bare_batch([60, 41], [9, 6]))
     assert not StaticShape(tokens=128, targets=14, sequences=9, max_length=64).holds(bare_batch([60, 41], [9, 6]))
     assert not StaticShape(tokens=128, targets=20, sequences=2, max_length=64).holds(bare_batch([60, 41], [9, 6]))
-    assert not StaticShape(tokens=104, targets=20, sequences=9, max_length=64).holds(bare_batch([60, 41], [9, 6]))
     assert StaticShape(tokens=128, targets=20, sequences=3, max_length=64).holds(bare_batch([60, 41], [9, 6]))
+    assert StaticShape(tokens=104, targets=20, sequences=9, max_length=64).holds(bare_batch([60, 41], [9, 6]))
+
+
+@pytest.mark.parametrize("tokens", [101, 103, 128])
+def test_rows_that_padding_has_no_place_for_take_tokens_that_are_no_target(tokens: int) -> None:
+    batch = bare_batch([60, 41], [9, 6])
+    batch.target_positions = torch.arange(0, 90, 6)
+    batch.targets = torch.arange(15)
+    shape = StaticShape(tokens=tokens, targets=24, sequences=9, max_length=64)
+    assert shape.holds(batch)
+    padded = shape.pad(batch, pad_token_id=1)
+    assert len(padded.target_positions) == len(padded.targets) == 24
+    assert (padded.target_positions.diff() > 0).all()
+    real = padded.targets != IGNORED
+    assert padded.target_positions[real].equal(batch.target_positions)
+    assert padded.targets[real].equal(batch.targets)
 
 
 @pytest.mark.parametrize("room", [0, 1, 63, 64, 65, 128, 130])
@@ -102,8 +130,9 @@ def test_padding_of_any_length_is_cut_into_sequences(room: int) -> None:
 def bare_batch(lengths: Any, targets: Any) -> Batch:
     tokens, rows = int(np.sum(lengths)), int(np.sum(targets))
     cu_seqlens = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
-    zeros = torch.zeros(rows, dtype=torch.int64)
-    return Batch(torch.zeros(tokens, dtype=torch.int64), cu_seqlens, zeros, zeros, int(np.max(lengths)), None)  # type: ignore[arg-type]
+    zeros, positions = torch.zeros(rows, dtype=torch.int64), torch.arange(rows)
+    inputs = torch.zeros(tokens, dtype=torch.int64)
+    return Batch(inputs, cu_seqlens, positions, zeros, int(np.max(lengths)), None)  # type: ignore[arg-type]
 
 
 def test_loss_and_gradients_are_those_without_padding(pairs: list[tuple[Batch, Batch]]) -> None:

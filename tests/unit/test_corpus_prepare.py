@@ -352,7 +352,8 @@ def test_what_changes_the_content_changes_the_fingerprint(source: Path, tmp_path
     assert len({corpus.fingerprint for corpus in corpora}) == len(made)
     assert corpora[0].manifest["prepared"] == {
         "kind": None, "document": "line", "text_column": None, "id_column": None, "min_length": None,
-        "max_length": None, "deduplicate": False, "skip_bad": False, "skipped": {},
+        "max_length": None, "deduplicate": False, "skip_bad": False, "windows": None,
+            "skipped": {},
     }  # fmt: skip
 
 

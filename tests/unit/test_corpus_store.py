@@ -202,14 +202,15 @@ def test_a_misspelt_source_shows_before_the_others_are_read(fasta: Path, tmp_pat
 def test_a_corpus_appears_at_its_place_only_when_it_is_complete(
     fasta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, finish, written = tmp_path / "corpus", prepare_module._finish, list[int]()
+    out, finish, written = tmp_path / "corpus", prepare_module.finish, list[int]()
 
-    def watched(directory: Path, *rest: object) -> None:
-        finish(directory, *rest)  # type: ignore[arg-type]
+    def watched(directory: Path, *rest: object) -> Path:
+        made = finish(directory, *rest)  # type: ignore[arg-type]
         assert not out.exists()
-        written.append(directory.stat().st_ino)
+        written.append(made.stat().st_ino)
+        return made
 
-    monkeypatch.setattr(prepare_module, "_finish", watched)
+    monkeypatch.setattr(prepare_module, "finish", watched)
     assert decoded(prepare([fasta], out, ESM)) == PROTEINS
     assert [out.stat().st_ino] == written  # renamed in one act, not copied
     assert {file.name for file in tmp_path.iterdir()} == {"corpus", fasta.name}
@@ -221,7 +222,7 @@ def test_what_a_killed_run_left_is_cleared(fasta: Path, tmp_path: Path) -> None:
     (partial / "shard-00007.arrow").write_bytes(b"half")
     (tmp_path / ".corpus.lock").touch()
     corpus = prepare([fasta], tmp_path / "corpus", ESM)
-    assert set(content(corpus.path)) == {"manifest.json", "shard-00000.arrow"}
+    assert set(content(corpus.path)) == {"lengths.npy", "manifest.json", "shard-00000.arrow"}
     assert {file.name for file in tmp_path.iterdir()} == {"corpus", fasta.name}
 
 
@@ -494,7 +495,7 @@ def test_broken_shards_are_named(four_shards: Path) -> None:
     content[len(content) // 2] ^= 1
     (four_shards / "shard-00001.arrow").write_bytes(content)
     assert quiet_mistake(lambda: verify(four_shards)) == (
-        f"{four_shards}: 2 of 4 shards broken: shard-00001.arrow (another content), shard-00003.arrow (missing); copy "
+        f"{four_shards}: 2 of 5 files broken: shard-00001.arrow (another content), shard-00003.arrow (missing); copy "
         "the corpus again, or prepare it again"
     )
 

@@ -15,6 +15,7 @@ from pretrain.corpus.tokenizer import (
     InvalidSymbolError,
     ProteinTokenizer,
     TextTokenizer,
+    TokenizerKind,
     load_tokenizer,
     tokenizer_from_string,
     train_tokenizer,
@@ -40,6 +41,16 @@ def byte_level() -> TextTokenizer:
 @pytest.fixture(scope="module")
 def bpe() -> TextTokenizer:
     return train_tokenizer(["the cat sat on the mat; the hat of the cat"] * 3, 290)
+
+
+@pytest.fixture(scope="module")
+def wordpiece() -> TextTokenizer:
+    return train_tokenizer(["the cats sat on the mats; the hats of the cats #1 ##2"] * 3, 560, "wordpiece")
+
+
+@pytest.fixture(scope="module")
+def unigram() -> TextTokenizer:
+    return train_tokenizer(["the cats sat on the mats; the hats of the cats"] * 3, 290, "unigram")
 
 
 # --- proteins ---------------------------------------------------------------------------------------------------------
@@ -102,9 +113,11 @@ def test_random_replacements_are_the_twenty_amino_acids() -> None:
 # --- text -------------------------------------------------------------------------------------------------------------
 
 
-@given(text=st.text(max_size=60))
-def test_any_text_survives_encoding_and_decoding(byte_level: TextTokenizer, bpe: TextTokenizer, text: str) -> None:
-    for tokenizer in (byte_level, bpe):
+@given(text=st.text(max_size=60) | st.text("a# \n", max_size=300))
+def test_any_text_survives_encoding_and_decoding(
+    byte_level: TextTokenizer, bpe: TextTokenizer, wordpiece: TextTokenizer, unigram: TextTokenizer, text: str
+) -> None:
+    for tokenizer in (byte_level, bpe, wordpiece, unigram):
         ids = tokenizer.encode(text.encode()).tolist()
         assert (ids[0], ids[-1]) == (tokenizer.cls_token_id, tokenizer.eos_token_id)
         assert tokenizer.unk_token_id not in ids
@@ -114,6 +127,61 @@ def test_any_text_survives_encoding_and_decoding(byte_level: TextTokenizer, bpe:
 @given(text=st.text(max_size=60))
 def test_a_byte_level_tokenizer_has_one_token_a_byte(byte_level: TextTokenizer, text: str) -> None:
     assert len(byte_level.encode(text.encode())) == len(text.encode()) + 2
+
+
+@pytest.mark.parametrize("kind", ["bpe", "wordpiece", "unigram"])
+def test_every_kind_of_tokenizer_learns_frequent_words_and_has_any_byte(kind: TokenizerKind) -> None:
+    text = Path(__file__).read_text(encoding="utf-8")
+    tokenizer = train_tokenizer([text] * 2, 700, kind)
+    assert 600 < tokenizer.vocab_size <= 700
+    assert tokenizer.tokens[:5] == ("<cls>", "<pad>", "<eos>", "<unk>", "<mask>")
+    assert len(tokenizer.encode(b" tokenizer")) <= 4, "a frequent word is one token, or that and a space"
+    everything = "".join(map(chr, range(1, 256))) + "x" * 500 + "日本"
+    ids = tokenizer.encode(everything.encode())[1:-1].tolist()
+    assert tokenizer.unk_token_id not in ids
+    assert tokenizer.backend.decode(ids, skip_special_tokens=False) == everything
+
+
+def test_a_mask_stands_for_a_word_with_the_space_before_it(bpe: TextTokenizer) -> None:
+    """As in training, where the word of which it takes the place begins with that space."""
+    loaded = tokenizer_from_string(bpe.serialize(), "copy").backend
+    loaded.encode_special_tokens = False
+    the, cat, sat = (bpe.backend.encode(word).ids for word in ("the", " cat", " sat"))
+    assert loaded.encode("the <mask> sat").ids == [*the, bpe.mask_token_id, *sat]
+    assert loaded.encode("the cat sat").ids == [*the, *cat, *sat]
+
+
+@given(text=st.text(max_size=60) | st.text("ab ,.'", max_size=60))
+def test_words_begin_where_the_tokenizer_says_so(
+    bpe: TextTokenizer, wordpiece: TextTokenizer, unigram: TextTokenizer, text: str
+) -> None:
+    for tokenizer in (bpe, wordpiece, unigram):
+        ids, starts = tokenizer.encode_words(text.encode())
+        assert ids.tolist() == tokenizer.encode(text.encode()).tolist()
+        words = tokenizer.backend.encode(text, add_special_tokens=False).word_ids
+        expected = [n == 0 or word != words[n - 1] for n, word in enumerate(words)]
+        assert starts.tolist() == [True, *expected, True]
+
+
+def test_proteins_have_no_words() -> None:
+    ids, starts = PROTEIN.encode_words(b"MKV")
+    assert ids.tolist() == PROTEIN.encode(b"MKV").tolist()
+    assert starts is None
+
+
+def test_a_directory_with_a_vocabulary_only_is_understood(tmp_path: Path) -> None:
+    """What transformers saved before there was a tokenizer.json."""
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nthe\ncat\n##s\n,")
+    ids, starts = load_tokenizer(tmp_path).encode_words(b"The cats, the")
+    assert ids.tolist() == [2, 5, 6, 7, 8, 5, 3]
+    assert starts is not None
+    assert starts.tolist() == [True, True, True, False, True, True, True]
+
+
+def test_a_directory_with_the_esm_alphabet_is_the_protein_tokenizer(reference: EsmTokenizer, tmp_path: Path) -> None:
+    reference.save_pretrained(tmp_path)
+    assert load_tokenizer(tmp_path).fingerprint == PROTEIN.fingerprint
 
 
 def test_bpe_merges_what_is_frequent(bpe: TextTokenizer) -> None:
@@ -248,6 +316,19 @@ def test_a_tokenizer_that_is_not_there_is_a_mistake_that_the_user_can_mend(name:
         f"tokenizer '{name}' not found; give 'esm' for proteins, a tokenizer.json, or a directory with one "
         "(`pretrain tokenizer SOURCE --out tokenizer.json` trains one)"
     )
+
+
+def test_a_broken_vocabulary_is_a_mistake_that_the_user_can_mend(tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").write_text("a\nb")
+    with pytest.raises(UserError) as caught:
+        load_tokenizer(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path}: not a tokenizer that transformers reads (")
+
+
+def test_an_unknown_kind_is_a_mistake_that_the_user_can_mend() -> None:
+    with pytest.raises(UserError) as caught:
+        train_tokenizer([], 300, "bbpe")  # type: ignore[arg-type]
+    assert str(caught.value) == "tokenizer kind is 'bbpe'; give one of bpe, wordpiece, unigram"
 
 
 def test_too_small_a_vocabulary_is_a_mistake_that_the_user_can_mend() -> None:

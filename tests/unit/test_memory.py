@@ -98,11 +98,15 @@ class Tracker(TorchDispatchMode):
         return result
 
 
+@pytest.mark.parametrize("recompute", [False, True], ids=["all kept", "activation checkpointing"])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("config", [WIDE, DEEP], ids=["wide", "deep"])
-def test_the_fullest_moment_of_a_step_is_the_planned_one(config: EncoderConfig, precision: str) -> None:
+def test_the_fullest_moment_of_a_step_is_the_planned_one(
+    config: EncoderConfig, precision: str, recompute: bool
+) -> None:
     """The second micro-batch of a step, when gradients are there already; the allowance for CUDA left out."""
     encoder = Encoder(config)
+    encoder.activation_checkpointing = recompute
     optimizer = torch.optim.AdamW(encoder.parameters(), fused=True)
     input_ids, cu_seqlens, positions = batch(8)
 
@@ -115,17 +119,18 @@ def test_the_fullest_moment_of_a_step_is_the_planned_one(config: EncoderConfig, 
     optimizer.step()
     with Tracker() as tracker:
         micro_batch()
-    planned = memory_of(config, precision).split(len(input_ids))
+    planned = memory_of(config, precision, activation_checkpointing=recompute).split(len(input_ids))
     state = sum(planned[name] for name in ("weights", "gradients", "optimizer state"))
     planned_peak = sum(planned.values()) - planned["CUDA and fragmentation"] - state
     assert tracker.peak == pytest.approx(planned_peak, rel=0.15)
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_weights_gradients_and_optimizer_state_are_those_of_a_real_run_to_the_byte(
-    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    cli = build(["-c", str(tiny(trainer__max_steps=1, trainer__logger=False))])
+    cli = build(["-c", str(tiny(trainer__max_steps=1, trainer__logger=False, model__optimizer=name))])
     cli.run.directory.mkdir(parents=True)
     measured = {}
 
@@ -140,7 +145,7 @@ def test_weights_gradients_and_optimizer_state_are_those_of_a_real_run_to_the_by
     (optimizer,) = cli.trainer.optimizers
     measured["weights"] = sum(tensor.nbytes for tensor in [*cli.model.parameters(), *cli.model.buffers()])
     measured["optimizer state"] = sum(v.nbytes for state in optimizer.state.values() for v in state.values())
-    planned = memory_of(cli.model.encoder.config, "32-true").split(512)
+    planned = replace(memory_of(cli.model.encoder.config, "32-true"), muon=name == "muon").split(512)
     assert {name: planned[name] for name in measured} == measured
 
 

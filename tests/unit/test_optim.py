@@ -5,7 +5,7 @@ import torch
 from pretrain.model.config import EncoderConfig
 from pretrain.model.encoder import Encoder
 from pretrain.train.module import MLMModule
-from pretrain.train.optim import build_adamw
+from pretrain.train.optim import build_optimizer
 
 CONFIG = EncoderConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=2)
 
@@ -22,7 +22,7 @@ def test_everything_decays_in_one_group_by_default() -> None:
 
 def test_only_matrices_decay_when_asked() -> None:
     encoder = Encoder(CONFIG)
-    optimizer = build_adamw(encoder, 1e-3, (0.9, 0.98), 1e-8, 0.1, "matrices")
+    optimizer = build_optimizer(encoder, "adamw", 1e-3, (0.9, 0.98), 1e-8, 0.1, "matrices")
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
     decayed, others = ({id(p) for p in group["params"]} for group in optimizer.param_groups)
     for name, parameter in encoder.named_parameters():
@@ -34,7 +34,7 @@ def test_decay_moves_what_decays_and_nothing_else() -> None:
     for decay, bias_moves in (("all", True), ("matrices", False)):
         encoder = Encoder(CONFIG)
         torch.nn.init.ones_(encoder.head.bias)
-        optimizer = build_adamw(encoder, 0.5, (0.9, 0.98), 1e-8, 0.1, decay)  # type: ignore[arg-type]
+        optimizer = build_optimizer(encoder, "adamw", 0.5, (0.9, 0.98), 1e-8, 0.1, decay)  # type: ignore[arg-type]
         before = encoder.head.dense.weight.detach().clone()
         for parameter in encoder.parameters():
             parameter.grad = torch.zeros_like(parameter)
@@ -46,7 +46,7 @@ def test_decay_moves_what_decays_and_nothing_else() -> None:
 def test_adamw_is_fused() -> None:
     """Several times faster on CPU than the default, and what skipping a sick step on the device relies on."""
     for decay in ("all", "matrices"):
-        optimizer = build_adamw(Encoder(CONFIG), 1e-3, (0.9, 0.98), 1e-8, 0.1, decay)  # type: ignore[arg-type]
+        optimizer = build_optimizer(Encoder(CONFIG), "adamw", 1e-3, (0.9, 0.98), 1e-8, 0.1, decay)  # type: ignore[arg-type]
         assert all(group["fused"] for group in optimizer.param_groups)
 
 
@@ -54,7 +54,7 @@ def test_frozen_parameters_are_left_out() -> None:
     encoder = Encoder(CONFIG)
     encoder.embedding.requires_grad_(False)
     for decay in ("all", "matrices"):
-        optimizer = build_adamw(encoder, 1e-3, (0.9, 0.98), 1e-8, 0.1, decay)  # type: ignore[arg-type]
+        optimizer = build_optimizer(encoder, "adamw", 1e-3, (0.9, 0.98), 1e-8, 0.1, decay)  # type: ignore[arg-type]
         assert id(encoder.embedding.weight) not in {id(p) for group in optimizer.param_groups for p in group["params"]}
 
 

@@ -118,13 +118,19 @@ def test_the_fewest_packs_fit_and_one_less_does_not() -> None:
 
 
 @pytest.mark.parametrize("warmup", [0, 3, 50, 400])
-def test_the_curve_is_the_schedule_stepped_all_the_way(warmup: int, tiny: Callable[..., Path]) -> None:
-    module = planned("-c", tiny(model__warmup_steps=warmup, model__warmup_init_lr=1e-3)).model
+@pytest.mark.parametrize("schedule", [None, "CosineDecay", "WarmupStableDecay", "ExponentialLR"])
+def test_the_curve_is_the_schedule_stepped_all_the_way(
+    schedule: str | None, warmup: int, tiny: Callable[..., Path]
+) -> None:
+    options = ["-c", str(tiny(model__warmup_steps=warmup, model__warmup_init_lr=1e-3))]
+    options += ["--model.schedule", schedule] if schedule else []
+    options += ["--model.schedule.gamma", "0.99"] if schedule == "ExponentialLR" else []
+    module = planned(*options).model
     rates = learning_rates(module, 200, points=20)
-    configured = build(["-c", str(tiny(model__warmup_steps=warmup, model__warmup_init_lr=1e-3))])
-    optimizers = configured.model.configure_optimizers()
-    scheduler = optimizers["lr_scheduler"]["scheduler"]  # type: ignore[index]
-    optimizers["optimizer"].step()  # type: ignore[index]
+    stepped_module = build(options).model
+    stepped_module.max_steps = 200
+    optimizer, scheduler = stepped_module.build_optimizer()
+    optimizer.step()
     stepped = []
     for _ in range(201):
         stepped.append(scheduler.get_last_lr()[0])

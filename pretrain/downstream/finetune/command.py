@@ -12,10 +12,8 @@ from typing_extensions import override
 from pretrain.downstream.finetune import report
 from pretrain.downstream.finetune.data import FineTuneDataModule
 from pretrain.downstream.finetune.module import FineTuneModule
-from pretrain.downstream.load import tokenizer_of
 from pretrain.errors import UserError
 from pretrain.train.fit import FitCLI, complete, parse
-from pretrain.train.schedule import check_warmup
 from pretrain.train.sharding import FullyShardedStrategy
 
 _DESCRIPTION = """Fine-tune a pre-trained model on labels as the config says, or continue such a run where it stopped.
@@ -69,9 +67,9 @@ class FineTuneCLI(FitCLI):
             raise UserError("fine-tuning is not sharded; leave configs/fsdp.yaml out, or use configs/ddp.yaml")
         if self.config_init.early_stopping and data.validation_corpus is None:
             raise UserError("early_stopping needs a validation split; give data.validation or a split column")
-        if source := self.model.initialized_from:
-            theirs = tokenizer_of(source)
-            if theirs is not None and theirs.fingerprint != data.tokenizer.fingerprint:
+        if read_tokenizer := self.model.read_tokenizer:
+            theirs, source = read_tokenizer(), self.settings["model"]["initialize_from"]
+            if theirs.fingerprint != data.tokenizer.fingerprint:
                 raise UserError(
                     f"{source}: was trained with tokenizer '{theirs.name}' ({theirs.vocab_size} ids), data.tokenizer "
                     f"is '{data.tokenizer.name}' ({data.tokenizer.vocab_size} ids): another alphabet; set "
@@ -83,8 +81,17 @@ class FineTuneCLI(FitCLI):
                 f"'{data.tokenizer.name}' {data.tokenizer.vocab_size}: another alphabet; set data.tokenizer to the one "
                 "it was trained with"
             )
-        check_warmup(self.model.warmup_steps, self.trainer.max_steps)
+        if not 0 <= self.model.warmup_steps < self.trainer.max_steps:
+            raise UserError(
+                f"model.warmup_steps is {self.model.warmup_steps} of {self.trainer.max_steps} steps in all; give 0 to "
+                f"{self.trainer.max_steps - 1}"
+            )
         self.model.prepare(data)
+        super().check_weights()
+
+    @override
+    def check_weights(self) -> None:
+        """Later, when there is a head."""
 
     @property
     def data(self) -> FineTuneDataModule:
@@ -139,4 +146,4 @@ def finetune(arguments: Sequence[str]) -> int:
     Raises:
         UserError: On any mistake in the arguments, the config, the labels, the model or the run directory.
     """
-    return complete(build(arguments))
+    return complete(build, arguments)

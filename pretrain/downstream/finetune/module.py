@@ -1,5 +1,6 @@
 """`FineTuneModule`: a pre-trained encoder with a head, trained on labels; in any ``pl.Trainer``."""
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -8,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import AdamW
+from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
 from pretrain.corpus.batch import Batch
 from pretrain.corpus.packing import Pack
+from pretrain.corpus.tokenizer import Tokenizer
 from pretrain.downstream.finetune.data import FineTuneDataModule
 from pretrain.downstream.finetune.head import Pooling, build_head, head_outputs
 from pretrain.downstream.finetune.labels import LabelSpec
@@ -21,7 +24,7 @@ from pretrain.downstream.load import load
 from pretrain.errors import UserError
 from pretrain.model.config import EncoderConfig
 from pretrain.model.encoder import Encoder
-from pretrain.train.schedule import LinearScheduler
+from pretrain.train.schedule import LinearDecay, ShapedScheduler
 from pretrain.train.step import RunningLoss, StepModule
 
 
@@ -79,8 +82,9 @@ class FineTuneModule(StepModule):
             raise UserError(f"model.layer_decay is {layer_decay}; give a factor above 0 and at most 1, such as 0.9")
         if lora_rank < 1:
             raise UserError(f"model.lora_rank is {lora_rank}; give 1 or more")
-        net = _start(initialize_from, encoder, from_scratch)
+        net, read_tokenizer = _start(initialize_from, encoder, from_scratch)
         super().__init__(net, activation_checkpointing, compile=False, scheduler_name=scheduler_name)
+        self.read_tokenizer = read_tokenizer
         layers = net.config.num_hidden_layers
         if tune == "last" and not 1 <= last_layers <= layers:
             raise UserError(f"model.last_layers is {last_layers}; the model has {layers}: give 1 to {layers}")
@@ -132,10 +136,11 @@ class FineTuneModule(StepModule):
         self.register_buffer("_weight", None if weight is None else weight.float(), persistent=False)
 
     @override
-    def build_optimizer(self) -> tuple[AdamW, LinearScheduler]:
+    def build_optimizer(self) -> tuple[AdamW, LRScheduler]:
         groups = self._groups()
         optimizer = AdamW(groups, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay, fused=True)
-        return optimizer, LinearScheduler(optimizer, self.warmup_steps, self.trainer.max_steps)
+        steps = self.max_steps or self.trainer.max_steps
+        return optimizer, ShapedScheduler(optimizer, LinearDecay(floor=0.0, end=1.0), self.warmup_steps, steps)
 
     def _groups(self) -> list[dict[str, Any]]:
         """Parameter groups by depth, the head first, each block by `layer_decay` slower than the one above it."""
@@ -201,14 +206,20 @@ class FineTuneModule(StepModule):
         self.log_dict({"val/loss": loss, **figures})
 
 
-def _start(initialize_from: str | None, encoder: EncoderConfig | None, from_scratch: bool) -> Encoder:
+def _start(
+    initialize_from: str | None, encoder: EncoderConfig | None, from_scratch: bool
+) -> tuple[Encoder, Callable[[], Tokenizer] | None]:
+    """The encoder to train, and what reads the tokenizer of the model that it is from."""
     if initialize_from is None:
         if encoder is None:
             raise UserError(
                 "no model to fine-tune; give --from RUN_OR_DIR: a run, or a directory that transformers saved"
             )
-        return Encoder(encoder)
+        return Encoder(encoder), None
     source = load(Path(initialize_from))
     if encoder is not None and encoder != source.config:
         raise UserError(f"model.encoder is not the shape of {initialize_from}; leave it out: the model says its own")
-    return Encoder(source.config) if from_scratch else source.train()
+    net = Encoder(source.config)
+    if not from_scratch:
+        net.load_state_dict(source.state_dict())
+    return net, lambda: source.tokenizer

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.optim import SGD
 
 from pretrain.corpus.batch import Batch
 from pretrain.corpus.packing import Pack, Position
@@ -17,10 +16,8 @@ from pretrain.downstream.finetune.labels import LabelSpec
 from pretrain.downstream.finetune.lora import add_lora, merge_lora
 from pretrain.downstream.finetune.metrics import Answers, bootstrap, metrics
 from pretrain.downstream.finetune.module import FineTuneModule
-from pretrain.errors import UserError
 from pretrain.model.config import EncoderConfig
 from pretrain.model.encoder import Encoder
-from pretrain.train.schedule import LinearScheduler
 
 CONFIG = EncoderConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.3)
 
@@ -98,28 +95,6 @@ def test_learning_rates_fall_from_block_to_block_and_every_parameter_has_one() -
     for part, rate in expected.items():
         assert [rates[id(p)] for p in part.parameters()] == pytest.approx([rate] * len(list(part.parameters())))
     assert len(rates) == sum(p.requires_grad for p in module.parameters())
-
-
-@pytest.mark.parametrize("warmup", [0, 3])
-def test_the_linear_schedule_is_that_of_transformers(warmup: int) -> None:
-    from transformers import get_linear_schedule_with_warmup
-
-    def rates(build: type | object) -> list[float]:
-        optimizer = SGD([nn.Parameter(torch.zeros(1))], lr=0.7)
-        scheduler = build(optimizer, warmup, 10)  # type: ignore[operator]
-        found = []
-        for _ in range(12):
-            found.append(optimizer.param_groups[0]["lr"])
-            optimizer.step()
-            scheduler.step()
-        return found
-
-    assert rates(LinearScheduler) == pytest.approx(rates(get_linear_schedule_with_warmup))
-
-
-def test_a_warmup_that_fills_the_run_is_refused() -> None:
-    with pytest.raises(UserError, match="warmup_steps is 10 of 10 steps in all; give 0 to 9"):
-        LinearScheduler(SGD([nn.Parameter(torch.zeros(1))], lr=1.0), 10, 10)
 
 
 def test_targets_of_residues_are_at_their_places_in_every_crop(tmp_path: Path) -> None:

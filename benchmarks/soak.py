@@ -1,0 +1,175 @@
+"""Train for a while, killing the run at random times, and check that nothing wears out, leaks or is lost.
+
+    python benchmarks/soak.py --minutes 30        (`make soak`)
+
+While the run trains, its anonymous memory and its open files must be flat. At random times it gets a SIGKILL, SIGTERM,
+SIGINT or SIGUSR1, whatever it is doing then; after each, no process of it may be left, and every file of the run must
+be readable. At the end every step must stand once in every curve, and the audit must hold. Exit code 1 if anything is
+found.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ROOT = Path(__file__).parents[1]
+SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+def processes_of(group: int) -> list[int]:
+    """The living processes of a process group."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, pgrp = stat.read_text().rpartition(")")[2].split()[:3]
+        except OSError:  # it has ended meanwhile
+            continue
+        if int(pgrp) == group and state != "Z":
+            found.append(int(stat.parent.name))
+    return found
+
+
+def usage(process: int) -> tuple[int, int] | None:
+    """Anonymous memory in bytes, and open files; None when the process is gone."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+        files = len(os.listdir(f"/proc/{process}/fd"))
+        (line,) = (line for line in status.splitlines() if line.startswith("RssAnon"))
+    except (OSError, ValueError):
+        return None
+    return int(line.split()[1]) * 1024, files
+
+
+def grows(samples: list[tuple[float, int]], allowed: float) -> float:
+    """How much more the last quarter has than the second, where that is more than is allowed; else 0."""
+    if len(samples) < 8:
+        return 0.0
+    values = [value for _, value in samples]
+    quarter = len(values) // 4
+    growth = float(np.median(values[-quarter:]) - np.median(values[quarter : 2 * quarter]))
+    return growth if growth > allowed else 0.0
+
+
+def check_files(run: Path) -> list[str]:
+    """What is wrong with a run's files while nobody trains: unreadable ones, and figures that stand twice."""
+    found = []
+    seen: set[tuple[str, str]] = set()
+    lines = (run / "metrics.csv").read_text().splitlines() if (run / "metrics.csv").exists() else []
+    for line in lines[1:-1]:  # the last one may be half-written by a kill
+        step, name, value = line.split(",")
+        float(value)
+        if (step, name) in seen:
+            found.append(f"metrics.csv has {name} twice for step {step}")
+        seen.add((step, name))
+    try:
+        accumulator = EventAccumulator(str(run), size_guidance={"scalars": 0})
+        accumulator.Reload()
+    except Exception as error:  # whatever the reader meets in a half-written file
+        found.append(f"TensorBoard cannot read the run: {error}")
+    return found
+
+
+def soak(run: Path, minutes: float, workers: int, seed: int) -> list[str]:
+    """Train and kill until the time is over; what was found."""
+    draw, found = random.Random(seed), []
+    pretrain = [sys.executable, "-m", "pretrain"]
+    command = [*pretrain, "fit", "-c", str(ROOT / "configs" / "quickstart.yaml"), "--run", str(run)]
+    command += ["--trainer.max_steps", "1000000", "--validate_every_n_steps", "200", "--checkpoint.every_n_steps", "50"]
+    command += ["--data.num_workers", str(workers), "--trainer.enable_progress_bar", "false"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    end, kills, longest = time.monotonic() + 60 * minutes, 0, 0
+    output = (run.parent / "soak.log").open("ab")
+    while time.monotonic() < end:
+        process = subprocess.Popen(
+            command, env=environment, cwd=ROOT, start_new_session=True, stdout=output, stderr=output
+        )
+        # Now and then long enough to see a leak, mostly short.
+        length = draw.uniform(60, 240) if draw.random() < 0.25 else draw.uniform(8, 40)
+        stop = min(time.monotonic() + length, end + 5)
+        memory: list[tuple[float, int]] = []
+        files: list[tuple[float, int]] = []
+        while time.monotonic() < stop and process.poll() is None:
+            time.sleep(0.5)
+            sample = usage(process.pid)
+            if sample and time.monotonic() > stop - length + 15:  # once it trains
+                memory.append((time.monotonic(), sample[0]))
+                files.append((time.monotonic(), sample[1]))
+        if process.poll() is not None:
+            found.append(f"the run ended by itself with code {process.returncode}; see {output.name}")
+            break
+        number = draw.choice(SIGNALS)
+        process.send_signal(number)
+        code, kills = process.wait(60), kills + 1
+        expected = -number if number == signal.SIGKILL else 128 + number
+        if code not in (expected, -number):  # -number: before it had begun to train
+            found.append(f"{number.name} ended the run with code {code}")
+        deadline = time.monotonic() + 15
+        while (left := processes_of(process.pid)) and time.monotonic() < deadline:
+            time.sleep(0.2)  # loader workers look for their parent every five seconds
+        if left:
+            found.append(f"{len(left)} processes outlived the run by 15 seconds")
+            for orphan in left:
+                os.kill(orphan, signal.SIGKILL)
+        if growth := grows(memory, 16 * 2**20):
+            found.append(f"anonymous memory grew by {growth / 2**20:.0f} MiB in {length:.0f} seconds")
+        if growth := grows(files, 2):
+            found.append(f"open files grew by {growth:.0f} in {length:.0f} seconds")
+        longest = max(longest, len(memory))
+        found += check_files(run)
+        print(f"  {number.name:8} after {length:4.0f} s, {len(found)} found", flush=True)
+        if found:
+            break
+    return found + check_end(run, command, environment, kills, longest)
+
+
+def check_end(run: Path, command: list[str], environment: dict[str, str], kills: int, longest: int) -> list[str]:
+    """Finish the run a few steps on, and look at the whole of it."""
+    found = []
+    checkpoints = sorted((run / "checkpoints").glob("step-*.ckpt"))
+    steps = int(checkpoints[-1].stem[5:]) + 20 if checkpoints else 20
+    last = [*command, "--trainer.max_steps", str(steps), "--allow_change"]
+    done = subprocess.run(last, env=environment, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        found.append(f"the last start ended with code {done.returncode}: {done.stderr[-500:]}")
+    found += check_files(run)
+    accumulator = EventAccumulator(str(run), size_guidance={"scalars": 0})
+    accumulator.Reload()
+    for tag in ("train/loss", "lr-AdamW"):
+        if [event.step for event in accumulator.Scalars(tag)] != list(range(steps)):
+            found.append(f"TensorBoard's {tag} is not one curve with every step once")
+    audit = [sys.executable, "-m", "pretrain", "inspect", str(run), "--audit"]
+    done = subprocess.run(audit, env=environment, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        found.append(f"the audit fails: {done.stderr.strip()}")
+    starts = [json.loads(line) for line in (run / "starts.jsonl").read_text().splitlines()]
+    print(f"{run}: {steps} steps, {len(starts)} starts that trained, {kills} kills, at most {longest} samples a start")
+    return found
+
+
+def main() -> int:
+    """Parse the arguments and soak."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--run", type=Path, default=Path("runs/soak"), help="must not exist")
+    options = parser.parse_args()
+    if options.run.exists():
+        parser.error(f"{options.run} exists; remove it, or choose another with --run")
+    options.run.parent.mkdir(parents=True, exist_ok=True)
+    found = soak(options.run.absolute(), options.minutes, options.workers, options.seed)
+    print("\n".join(f"found: {line}" for line in found) or "nothing found")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

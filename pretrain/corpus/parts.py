@@ -1,0 +1,259 @@
+"""Parts: a corpus prepared by several machines, each of which tokenises every N-th block, and joined without a copy.
+
+part/
+  part.json              which part of how many it is, of which sources and settings, and its shards
+  shard-00001.arrow      the shards, under the numbers that they have in the whole corpus
+  skipped-00001.tsv      the bad records of a block, if some were skipped
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from pretrain.corpus.prepare import check_arguments, cores, finish, is_split
+from pretrain.corpus.shards import (
+    BLOCK_BYTES,
+    JOURNAL,
+    Filters,
+    Journal,
+    Part,
+    Portion,
+    deduplicate,
+    is_intact,
+    make_shards,
+    report_file,
+)
+from pretrain.corpus.sources import PART, SourceOptions, find_sources
+from pretrain.corpus.split import Split
+from pretrain.corpus.store import FORMAT_VERSION, is_corpus, open_shard
+from pretrain.corpus.tokenizer import Tokenizer, tokenizer_from_string
+from pretrain.corpus.whole import make_whole
+from pretrain.errors import UserError
+
+
+@dataclass(frozen=True)
+class PartOfCorpus:
+    """What one machine made.
+
+    Attributes:
+        path: The directory.
+        number: Which part it is, from 1.
+        of: How many there are.
+        num_blocks: Blocks of the sources, in all parts together.
+        layout: How the sources were cut, as a checksum.
+        tokenizer: The tokenizer, serialised.
+        settings: What else the parts must have in common.
+        parts: The shards of its blocks.
+    """
+
+    path: Path
+    number: int
+    of: int
+    num_blocks: int
+    layout: str
+    tokenizer: str
+    settings: dict[str, Any]
+    parts: list[Part]
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences in its shards."""
+        return sum(part.num_sequences for part in self.parts)
+
+
+def prepare_part(
+    sources: Sequence[str | Path],
+    out: Path,
+    tokenizer: Tokenizer,
+    portion: Portion,
+    options: SourceOptions | None = None,
+    filters: Filters | None = None,
+    workers: int | None = None,
+) -> PartOfCorpus:
+    """Prepare one part of a corpus: the sources are read whole, every ``portion.of``-th block of them is tokenised.
+
+    Raises:
+        UserError: As `prepare`; or if duplicates are to be taken out, which is for `merge_parts`.
+    """
+    options, filters = options or SourceOptions(), filters or Filters()
+    if filters.deduplicate:
+        raise UserError(
+            "--deduplicate compares all sequences, and a part has only its own; prepare the parts without it, and give "
+            "it with --merge"
+        )
+    check_arguments(out, workers)
+    found = find_sources(sources, options)
+
+    def fill(partial: Path) -> Path:
+        parts = make_shards(found, partial, tokenizer, options, filters, workers or cores(), portion)
+        content = {
+            "format_version": FORMAT_VERSION,
+            "number": portion.number,
+            "of": portion.of,
+            "num_blocks": portion.num_blocks,
+            "layout": portion.layout,
+            "tokenizer": tokenizer.serialize(),
+            "settings": {"block_bytes": BLOCK_BYTES, **asdict(options), **asdict(filters)},
+            "parts": [part._asdict() for part in parts],
+        }
+        with (partial / PART).open("w", encoding="utf-8") as file:
+            json.dump(content, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        ours = {PART, *(part.file for part in parts), *(report_file(partial, part.number).name for part in parts)}
+        for file_ in sorted(partial.iterdir(), key=lambda file: file.name == JOURNAL):
+            if file_.name not in ours:
+                file_.unlink()
+        return partial
+
+    make_whole(out, is_part, fill)
+    return read_part(out)
+
+
+def is_part(path: Path) -> bool:
+    """Whether `prepare_part` made this directory."""
+    return (path / PART).is_file()
+
+
+def read_part(path: Path) -> PartOfCorpus:
+    """What is in a directory that `prepare_part` made.
+
+    Raises:
+        UserError: If there is no part, or it is damaged.
+    """
+    try:
+        content = json.loads((path / PART).read_text(encoding="utf-8"))
+        if content.pop("format_version") != FORMAT_VERSION:
+            raise UserError(f"{path}: made by another version; prepare this part again")
+        content["parts"] = [Part(**part) for part in content["parts"]]
+        part = PartOfCorpus(path, **content)
+        if not 1 <= part.number <= part.of:
+            raise ValueError(f"part {part.number} of {part.of}")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(
+            f"{path / PART}: not found; --merge joins directories that `pretrain prepare --shard I/N` made"
+        ) from error
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: damaged part ({type(error).__name__}: {error}); prepare it again") from error
+    for made in part.parts:
+        if made.file is not None:
+            _check_shard(path, made)
+    return part
+
+
+def _check_shard(path: Path, part: Part) -> None:
+    file = path / Path(part.file or "").name
+    try:
+        found = len(open_shard(file).offsets) - 1
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{file}: cannot be read ({error}); copy or prepare this part again") from error
+    if found != part.num_sequences:
+        raise UserError(
+            f"{file}: holds {found:,} sequences instead of {part.num_sequences:,}; copy or prepare this part again"
+        )
+
+
+def merge_parts(
+    paths: Sequence[Path],
+    out: Path,
+    deduplicated: bool = False,
+    split: Split | None = None,
+    workers: int | None = None,
+) -> None:
+    """Join all parts of a corpus into the corpus that one machine would have made, byte for byte.
+
+    The shards are linked, not copied (where the file system allows it), and the parts stay as they are.
+
+    Args:
+        paths: The parts, in any order.
+        out: The directory to make.
+        deduplicated: Keep the first of equal sequences, as ``Filters.deduplicate`` on one machine; writes the shards
+            that have others again.
+        split: Make two corpora, as `prepare_split`; writes all shards again.
+        workers: Processes for these two.
+
+    Raises:
+        UserError: If a part is missing, stands there twice, or is of other sources or settings.
+    """
+    check_arguments(out, workers)
+    given = [read_part(path) for path in paths]
+    _check_parts(given)
+    if split:
+        split.check_files()
+    tokenizer = tokenizer_from_string(given[0].tokenizer, str(given[0].path))
+    settings = {name: value for name, value in given[0].settings.items() if name != "block_bytes"}
+    options = SourceOptions(**{name: settings.pop(name) for name in asdict(SourceOptions())})
+    filters = replace(Filters(**settings), deduplicate=deduplicated)
+
+    def fill(partial: Path) -> Path:
+        journal = Journal(partial, {"layout": given[0].layout, **given[0].settings, "deduplicated": deduplicated})
+        parts = []
+        for part, source in sorted((part, each.path) for each in given for part in each.parts):
+            done = journal.parts.get(part.number)
+            if done and is_intact(partial, done):  # an earlier call took its duplicates out
+                parts.append(done)
+            else:
+                parts.append(part)
+                if part.file:
+                    _link(source / part.file, partial / part.file)
+            if part.skipped.get("bad"):
+                _link(report_file(source, part.number), report_file(partial, part.number))
+        if deduplicated:
+            parts = deduplicate(partial, parts, journal, workers or cores())
+        return finish(partial, parts, tokenizer, options, filters, split, workers or cores())
+
+    make_whole(out, is_split if split else is_corpus, fill)
+
+
+def _check_parts(given: Sequence[PartOfCorpus]) -> None:
+    first, seen = given[0], dict[int, PartOfCorpus]()
+    for part in given:
+        if part.of != first.of:
+            raise UserError(
+                f"{part.path}: is part {part.number} of {part.of}, {first.path} part {first.number} of {first.of}; "
+                "parts of one corpus have the same N in --shard I/N: prepare one of them again"
+            )
+        if part.number in seen:
+            raise UserError(
+                f"{part.path}: is part {part.number} of {part.of}, as {seen[part.number].path}; give each part once"
+            )
+        seen[part.number] = part
+        mine, theirs = ({**each.settings, "tokenizer": _fingerprint(each)} for each in (part, first))
+        for name in theirs:
+            if mine.get(name) != theirs[name]:
+                raise UserError(
+                    f"{part.path}: was prepared with {name} {mine.get(name)!r}, {first.path} with {theirs[name]!r}; "
+                    "prepare one of them again"
+                )
+        if part.layout != first.layout:
+            raise UserError(
+                f"{part.path}: was made of other sources than {first.path} ({part.num_blocks:,} blocks, "
+                f"{first.num_blocks:,}), or they changed in between; prepare one of them again"
+            )
+    if missing := [str(number) for number in range(1, first.of + 1) if number not in seen]:
+        shown = ", ".join(missing[:20]) + (", ..." if len(missing) > 20 else "")
+        raise UserError(f"{len(missing)} of {first.of} parts missing: {shown}; prepare and give all of them")
+
+
+def _fingerprint(part: PartOfCorpus) -> str:
+    return tokenizer_from_string(part.tokenizer, str(part.path)).fingerprint
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same file under another name; a copy, where the file system has no links or is another one."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        try:
+            shutil.copyfile(source, target)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(target)) from error

@@ -1,0 +1,191 @@
+"""The model card of an export: what the model is, how it came about, how well it does, and what nobody looked at."""
+
+import ast
+import json
+from collections.abc import Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pretrain.model.encoder import Encoder
+from pretrain.train.run import STARTS
+
+CURVES = "curves.png"
+_RECIPE = {
+    "model": None,
+    "data": (
+        "max_length", "global_batch_tokens", "mlm_probability", "mask_replace_prob", "random_replace_prob", "seed",
+    ),
+    "trainer": ("max_steps", "precision", "gradient_clip_val"),
+}  # fmt: skip
+"""The settings that make a model what it is; none of the machine it was trained on."""
+
+
+def settings_at(settings: dict[str, Any], home: Path, step: int) -> tuple[dict[str, Any], list[tuple[int, str]]]:
+    """A run's settings when it had done ``step`` steps, and how they had changed until then.
+
+    Args:
+        settings: The run's settings now.
+        home: The run directory.
+        step: Optimizer steps.
+
+    Returns:
+        The settings then; and each change, as ``name: old -> new``, with the step that it followed.
+    """
+    settings, made = deepcopy(settings), list[tuple[int, str]]()
+    lines = (home / STARTS).read_text(encoding="utf-8").splitlines() if (home / STARTS).is_file() else []
+    starts = [json.loads(line) for line in lines]
+    for start in reversed(starts):
+        for change in start.get("changes", ()):
+            if start["step"] < step:
+                made.append((start["step"], change))
+                continue
+            name, _, values = change.partition(": ")
+            *parents, last = name.split(".")
+            place = settings
+            for parent in parents:
+                place = place.get(parent) or {}
+            place[last] = ast.literal_eval(values.partition(" -> ")[0])
+    return settings, sorted(made, key=lambda change: change[0])
+
+
+def model_card(
+    encoder: Encoder,
+    checkpoint: dict[str, Any],
+    settings: dict[str, Any],
+    result: dict[str, Any],
+    name: str,
+    changes: Sequence[tuple[int, str]] = (),
+    curves: bool = False,
+) -> str:
+    """The README of an exported model, with the head that the Hub reads.
+
+    Args:
+        encoder: The model.
+        checkpoint: What it was loaded from.
+        settings: The run's settings at that step.
+        result: The run's final figures; of another step they are left out.
+        name: The run's name.
+        changes: How settings changed on the way, with the steps that the changes followed.
+        curves: Whether there is a picture of the curves.
+    """
+    data = settings["data"]
+    protein = data["tokenizer"] == "esm"
+    sources = data["train"] if isinstance(data["train"], list) else [data["train"]]
+    # UniProt's licence asks for attribution; of other data than what ships with the project nothing is known.
+    uniprot = protein and all(Path(source).parts[-3:] == ("data", "proteins", "train.fasta.gz") for source in sources)
+    header = {
+        "library_name": "transformers",
+        "pipeline_tag": "fill-mask",
+        "license": "cc-by-4.0" if uniprot else "other",
+        "tags": ["esm", "masked-lm", *(["biology", "protein"] if protein else [])],
+    }
+    licence = (
+        "Trained on UniProt sequences (The UniProt Consortium), which are available under CC BY 4.0."
+        if uniprot
+        else "The licence of the training data decides; state it here before you publish the model."
+    )
+    example = "MKTAYIAKQR<mask>ISFVKSHFSRQ" if protein else "The state of the <mask> is strong."
+    rows = _rows(encoder, checkpoint, settings, result, sources)
+    table = "\n".join(f"| {label} | {value} |" for label, value in rows)
+    history = "".join(f"\n- after step {step:,}: `{change}`" for step, change in changes)
+    return f"""---
+{yaml.safe_dump(header, sort_keys=False).strip()}
+---
+
+# {name}
+
+An ESM-2 style masked language model of {"protein sequences" if protein else "text"}.
+
+| | |
+| --- | --- |
+{table}
+
+Validation positions: 15 % of the held-out tokens, all replaced by the mask token.
+{f"{chr(10)}![Loss and learning rate, step by step]({CURVES}){chr(10)}" if curves else ""}
+```python
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+model = AutoModelForMaskedLM.from_pretrained("PATH")
+logits = model(**tokenizer("{example}", return_tensors="pt")).logits
+```
+
+## Recipe
+
+{f"Settings were changed during the run:{chr(10)}{history}{chr(10)}{chr(10)}The last ones:" if changes else ""}
+```yaml
+{yaml.safe_dump(_recipe(settings), sort_keys=False).strip()}
+```
+
+## Limits
+
+Not evaluated on any downstream task. The contact-prediction head is untrained (all zeros). Sequences longer than
+{data["max_length"]} tokens are longer than anything that the model was trained on.
+
+## Licence
+
+{licence}
+"""
+
+
+def _rows(
+    encoder: Encoder,
+    checkpoint: dict[str, Any],
+    settings: dict[str, Any],
+    result: dict[str, Any],
+    sources: Sequence[str],
+) -> list[tuple[str, str]]:
+    config, model, data = encoder.config, settings["model"], settings["data"]
+    step = checkpoint["global_step"]
+    finished = result.get("steps") == step
+    rows = [
+        (
+            "Parameters",
+            f"{sum(p.numel() for p in encoder.parameters()):,} ({config.num_hidden_layers} layers, "
+            f"{config.hidden_size} wide, {config.num_attention_heads} heads)",
+        ),
+        ("Optimizer steps", f"{step:,} of {data['global_batch_tokens']:,} tokens, crops of {data['max_length']}"),
+        ("Training data", ", ".join(f"`{source}`" for source in sources)),
+        (
+            "Peak learning rate",
+            f"{model['learning_rate']:g}, {_schedule(model)}",
+        ),
+        ("Masking", f"{data['mlm_probability']:.0%} of tokens"),
+    ]
+    if "tokens_seen" in result and finished:
+        rows.insert(2, ("Tokens seen", f"{result['tokens_seen']:,} ({result['epochs']:.1f} epochs)"))
+    if not finished or "val/loss" not in result:
+        return [*rows, ("Validation loss", "not measured at this step")]
+    return [
+        *rows,
+        (
+            "Validation loss",
+            f"{result['val/loss']:.4f}: perplexity {result['val/perplexity']:.3f}, "
+            f"accuracy {result['val/accuracy']:.1%}",
+        ),
+        (
+            "Unigram, bigram perplexity",
+            f"{result['unigram_perplexity']:.3f}, {result['bigram_perplexity']:.3f} on the same positions",
+        ),
+    ]
+
+
+def _schedule(model: dict[str, Any]) -> str:
+    warmup = f"after {model['warmup_steps']:,} steps"
+    if not (schedule := model.get("schedule")):
+        return f"inverse square root {warmup}"
+    home, _, name = schedule["class_path"].rpartition(".")
+    settings = ", ".join(f"{key} {value}" for key, value in (schedule.get("init_args") or {}).items())
+    said = f"`{name}` ({settings})" if settings else f"`{name}`"
+    return f"{said} {warmup}" if home == "pretrain.train.schedule" else said
+
+
+def _recipe(settings: dict[str, Any]) -> dict[str, Any]:
+    recipe: dict[str, Any] = {"seed_everything": settings.get("seed_everything")}
+    for part, names in _RECIPE.items():
+        given = settings.get(part) or {}
+        recipe[part] = {name: given[name] for name in names or given if given.get(name) is not None}
+    return recipe

@@ -1,0 +1,153 @@
+"""`pretrain fill`: what a model puts in the place of masks."""
+
+import csv
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pretrain.corpus.readers import read_records
+from pretrain.corpus.sources import SourceOptions
+from pretrain.corpus.tokenizer import InvalidSymbolError, TextTokenizer, Tokenizer
+from pretrain.downstream.files import atomic_file
+from pretrain.downstream.load import choose_device, load
+from pretrain.downstream.pretrained_encoder import PretrainedEncoder
+from pretrain.errors import UserError
+
+MASK = "<mask>"
+_BLOCK = 512
+
+
+class Prediction(NamedTuple):
+    """One mask.
+
+    Attributes:
+        position: Its place among the tokens, from 1, ``<cls>`` not counted: of a protein, the residue's number.
+        tokens: The most probable tokens, the best first.
+        probabilities: Theirs, over the whole vocabulary.
+    """
+
+    position: int
+    tokens: list[str]
+    probabilities: list[float]
+
+
+def fill(
+    path: Path,
+    texts: Sequence[str],
+    source: str | None = None,
+    top: int = 5,
+    out: Path | None = None,
+    options: SourceOptions | None = None,
+    device: str | None = None,
+) -> Iterator[str]:
+    """The most probable tokens at each mask, for people or as a CSV file.
+
+    Args:
+        path: The model: a run, a checkpoint or a transformers directory.
+        texts: Strings with ``<mask>`` in them.
+        source: A file of further ones.
+        top: How many tokens for each mask.
+        out: A CSV file to write instead: ``id,mask,position,rank,token,probability``.
+        options: How ``source`` is read.
+        device: ``cpu`` or ``cuda``; by default a GPU if there is one.
+
+    Yields:
+        Lines for people.
+
+    Raises:
+        UserError: If there is no text, one has no mask or an unknown symbol, or ``out`` exists.
+    """
+    if not texts and source is None:
+        raise UserError(f"no text is given; give one with {MASK} in it, or --file SOURCE")
+    if out and out.exists():
+        raise UserError(f"{out}: exists already; choose another name, or remove it first")
+    model = load(path).to(choose_device(device))
+    if not 1 <= top <= model.tokenizer.vocab_size:
+        raise UserError(f"top is {top}; give 1 to {model.tokenizer.vocab_size}, the size of the vocabulary")
+    named = itertools.chain(((f"text {n}", text) for n, text in enumerate(texts, 1)), _read(source, options))
+    filled = ((name, text, masks) for block in _blocks(named) for name, text, masks in _fill(model, block, top))
+    if out is None:
+        for _, text, masks in filled:
+            yield text
+            yield from _lines(masks, model.tokenizer)
+        return
+    with atomic_file(out) as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("id", "mask", "position", "rank", "token", "probability"))
+        count = 0
+        for name, _, masks in filled:
+            for number, mask in enumerate(masks, 1):
+                count += 1
+                for rank, (token, probability) in enumerate(zip(mask.tokens, mask.probabilities, strict=True), 1):
+                    writer.writerow((name, number, mask.position, rank, token, f"{probability:.6g}"))
+    yield f"{out}: {count:,} masks, the best {top} tokens for each"
+
+
+def _read(source: str | None, options: SourceOptions | None) -> Iterator[tuple[str, str]]:
+    for record in read_records(source, options) if source else ():
+        yield record.id, record.text.decode("utf-8", "replace")
+
+
+def _blocks(named: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    named = iter(named)
+    while block := list(itertools.islice(named, _BLOCK)):
+        yield block
+
+
+def _fill(
+    model: PretrainedEncoder, named: Sequence[tuple[str, str]], top: int
+) -> Iterator[tuple[str, str, list[Prediction]]]:
+    tokens = [encode_masked(model.tokenizer, text, name) for name, text in named]
+    places = [np.flatnonzero(ids == model.tokenizer.mask_token_id).tolist() for ids in tokens]
+    for (name, text), where, rows in zip(named, places, model.log_probabilities(tokens, places), strict=True):
+        best = np.argsort(-rows, axis=-1, kind="stable")[:, :top]
+        chances = np.exp(np.take_along_axis(rows, best, -1))
+        masks = [
+            Prediction(place, [_show(model.tokenizer, token) for token in ids], probabilities)
+            for place, ids, probabilities in zip(where, best.tolist(), chances.tolist(), strict=True)
+        ]
+        yield name, text, masks
+
+
+def encode_masked(tokenizer: Tokenizer, text: str, name: str) -> NDArray[np.int64]:
+    """A string's ids, with the mask's where ``<mask>`` (or the tokenizer's own word for it) stands.
+
+    A space before a mask belongs to the word that is looked for, as in RoBERTa: byte-level tokens begin with theirs.
+
+    Raises:
+        UserError: If there is no mask, or a symbol without an id. ``name`` is what it calls the string.
+    """
+    own = tokenizer.tokens[tokenizer.mask_token_id]
+    parts = text.replace(own, MASK).split(MASK)
+    if len(parts) == 1:
+        raise UserError(f"{name} has no {MASK}; put one where a token is to be predicted")
+    if isinstance(tokenizer, TextTokenizer):
+        parts = [*(part.removesuffix(" ") for part in parts[:-1]), parts[-1]]
+    ids = [tokenizer.cls_token_id]
+    for part in parts:
+        try:
+            ids += [*tokenizer.encode(part.encode())[1:-1].tolist(), tokenizer.mask_token_id]
+        except InvalidSymbolError as error:
+            raise UserError(f"{name} has {error.symbol} in {part!r}; allowed: {error.allowed}, {MASK}") from error
+    return np.array([*ids[:-1], tokenizer.eos_token_id])
+
+
+def _show(tokenizer: Tokenizer, token: int) -> str:
+    shown = tokenizer.tokens[token]
+    if isinstance(tokenizer, TextTokenizer) and token in tokenizer.replacement_ids:
+        return str(tokenizer.backend.decode([token]))
+    return shown
+
+
+def _lines(masks: Sequence[Prediction], tokenizer: Tokenizer) -> Iterator[str]:
+    text = isinstance(tokenizer, TextTokenizer)
+    for mask in masks:
+        chances = (
+            f"{repr(token) if text else token} {probability:.1%}"
+            for token, probability in zip(mask.tokens, mask.probabilities, strict=True)
+        )
+        yield f"  {'token' if text else 'residue'} {mask.position:<5} {'   '.join(chances)}"

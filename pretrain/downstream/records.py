@@ -1,0 +1,68 @@
+"""Sources as `pretrain prepare` takes them, to tokens one record at a time: what a model is applied to."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pretrain.corpus.pieces import cut
+from pretrain.corpus.readers import Flaw, parse
+from pretrain.corpus.sources import Source, SourceOptions
+from pretrain.corpus.tokenizer import InvalidSymbolError, Tokenizer
+from pretrain.errors import UserError
+
+
+class Tokens(NamedTuple):
+    """One record.
+
+    Attributes:
+        id: Its name.
+        ids: Its tokens, with ``<cls>`` and, unless it was cropped, ``<eos>``.
+        length: Tokens before it was cropped.
+    """
+
+    id: str
+    ids: NDArray[np.unsignedinteger]
+    length: int
+
+
+def read_tokens(
+    sources: Sequence[Source], tokenizer: Tokenizer, options: SourceOptions, max_length: int | None, crop: bool
+) -> Iterator[Tokens]:
+    """The records of all sources, in order; in memory is a piece of a source at a time.
+
+    Args:
+        sources: From `find_sources`.
+        tokenizer: What makes the ids.
+        options: How the sources are read.
+        max_length: The longest record that is taken whole; None for any.
+        crop: Take the first ``max_length`` tokens of a longer one, rather than refuse it.
+
+    Raises:
+        UserError: If a source is unreadable, or a record is bad, empty or too long; names file and line.
+    """
+    for source in sources:
+        for piece in cut(source, options):
+            for record in parse(piece, options):
+                if isinstance(record, Flaw):
+                    raise UserError(f"{piece.where(record.line)}: {record.reason}")
+                ids = _encode(tokenizer, record.text, f"{piece.where(record.line)}: record '{record.id}'")
+                if max_length is not None and len(ids) > max_length and not crop:
+                    raise UserError(
+                        f"{piece.where(record.line)}: record '{record.id}' has {len(ids):,} tokens, more than "
+                        f"{max_length:,}; give --long crop or --long whole, or another --max_length"
+                    )
+                yield Tokens(record.id, ids[:max_length] if crop else ids, len(ids))
+
+
+def _encode(tokenizer: Tokenizer, text: bytes, name: str) -> NDArray[np.unsignedinteger]:
+    try:
+        ids = tokenizer.encode(text)
+    except InvalidSymbolError as error:
+        raise UserError(
+            f"{name} has {error.symbol} at position {error.position}; allowed: {error.allowed}; correct or remove it"
+        ) from error
+    if len(ids) < 3:  # nothing between <cls> and <eos>, such as a lone stop
+        raise UserError(f"{name} has no residue; correct or remove it")
+    return ids

@@ -1,0 +1,262 @@
+"""Tables of protein variants, as ProteinGym has them: read and checked, row by row."""
+
+import csv
+import io
+import math
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow as pa
+
+from pretrain.corpus.readers import read_records
+from pretrain.corpus.tokenizer import InvalidSymbolError, ProteinTokenizer
+from pretrain.errors import UserError
+
+_WILD_TYPE_COLUMNS = ("target_seq", "wildtype_sequence", "wild_type", "wt_sequence")
+_UNCHANGED = ("", "wt", "_wt")
+_TOKENIZER = ProteinTokenizer()
+_SUBSTITUTION = re.compile(r"([A-Za-z])(-?\d+)([A-Za-z])")
+
+
+@dataclass(frozen=True)
+class VariantColumns:
+    """What a table's columns are called.
+
+    Attributes:
+        mutant: Substitutions such as ``A42G:K50R``.
+        mutated_sequence: The variant as a whole.
+        wild_type: What it is a variant of; by default the first of ``target_seq``, ``wildtype_sequence``, ``wild_type``
+            and ``wt_sequence`` that there is.
+        measured: The measured effect.
+    """
+
+    mutant: str = "mutant"
+    mutated_sequence: str = "mutated_sequence"
+    wild_type: str | None = None
+    measured: str = "DMS_score"
+
+
+class Variant(NamedTuple):
+    """One row.
+
+    Attributes:
+        fields: The row as it is.
+        wild_type: The sequence that was changed; empty if it is not known.
+        substitutions: Places in it, from 0, and the new residues; none for insertions and deletions.
+        mutated: The variant's own sequence.
+        measured: Its measured effect, if there is one.
+    """
+
+    fields: list[str]
+    wild_type: str
+    substitutions: list[tuple[int, str]]
+    mutated: str
+    measured: float | None
+
+
+@dataclass(frozen=True)
+class VariantTable:
+    """A table's header, its rows, and the name of the measured column."""
+
+    header: list[str]
+    rows: list[Variant]
+    measured_column: str
+
+
+@dataclass
+class _Reader:
+    path: Path
+    header: list[str]
+    columns: VariantColumns
+    first_residue: int
+    needs_wild_type: bool
+    wild_type: str | None
+    line: int = 0
+
+    def fail(self, reason: str) -> UserError:
+        return UserError(f"{self.path}:{self.line}: {reason}")
+
+    def get(self, row: list[str], name: str | None) -> str | None:
+        return row[self.header.index(name)].strip() if name in self.header and name is not None else None
+
+    def residues(self, text: str, what: str) -> str:
+        """A sequence in upper case, every letter known."""
+        return _residues(text, f"{self.path}:{self.line}: {what}")
+
+    def substitutions(self, mutant: str) -> list[tuple[str, int, str]]:
+        """Old residue, place from 0, new residue."""
+        if mutant.lower() in _UNCHANGED:
+            return []
+        found = []
+        for part in mutant.split(":"):
+            match = _SUBSTITUTION.fullmatch(part.strip())
+            if not match:
+                raise self.fail(f"'{part}' is no substitution; expected is one such as A42G, several as A42G:K50R")
+            old, number, new = match.groups()
+            found.append((self.residues(old, part), int(number) - self.first_residue, self.residues(new, part)))
+        places = [place for _, place, _ in found]
+        if len(set(places)) < len(places):
+            raise self.fail(f"'{mutant}' changes a residue twice; name each once")
+        return found
+
+    def variant(self, row: list[str]) -> Variant:
+        """A checked row."""
+        mutant = self.get(row, self.columns.mutant)
+        whole = self.get(row, self.columns.mutated_sequence)
+        mutated = self.residues(whole, self.columns.mutated_sequence) if whole else ""
+        changes = self.substitutions(mutant) if mutant is not None else None
+        if changes is None and not mutated:
+            raise self.fail(f"nothing in '{self.columns.mutated_sequence}'; fill it in or remove the row")
+        given = self.get(row, self.columns.wild_type)
+        if given is not None:
+            wild_type = self.residues(given, str(self.columns.wild_type))
+        else:
+            if self.wild_type is None and changes is not None and mutated:
+                self.wild_type = self.revert(mutated, changes)
+            wild_type = self.wild_type or ""
+        if not wild_type:
+            if self.needs_wild_type or not mutated:
+                raise self.fail(
+                    "no wild type: give --sequence or --fasta, or a column "
+                    f"{', '.join(_WILD_TYPE_COLUMNS)} or another with --wild_type_column"
+                )
+            return Variant(row, "", [], mutated, self.measured(row))
+        if changes is None:
+            changes = self.compare(wild_type, mutated)
+        return self.applied(row, wild_type, changes, mutated)
+
+    def revert(self, mutated: str, changes: list[tuple[str, int, str]]) -> str:
+        letters = list(mutated)
+        for old, place, _ in changes:
+            self.check_place(place, len(letters))
+            letters[place] = old
+        return "".join(letters)
+
+    def check_place(self, place: int, length: int) -> None:
+        if not 0 <= place < length:
+            last = self.first_residue + length - 1
+            raise self.fail(
+                f"position {place + self.first_residue} is outside of the wild type, {self.first_residue} to {last}; "
+                "correct it, or give the first residue's number with --first_residue"
+            )
+
+    def compare(self, wild_type: str, mutated: str) -> list[tuple[str, int, str]]:
+        if len(mutated) != len(wild_type):
+            if self.needs_wild_type:
+                raise self.fail(
+                    f"{self.columns.mutated_sequence} has {len(mutated)} residues, the wild type {len(wild_type)}; "
+                    "insertions and deletions have a score by --method pseudo-perplexity only"
+                )
+            return []
+        return [(a, i, b) for i, (a, b) in enumerate(zip(wild_type, mutated, strict=True)) if a != b]
+
+    def applied(self, row: list[str], wild_type: str, changes: list[tuple[str, int, str]], mutated: str) -> Variant:
+        letters = list(wild_type)
+        for old, place, new in changes:
+            self.check_place(place, len(wild_type))
+            if wild_type[place] != old:
+                number = place + self.first_residue
+                raise self.fail(
+                    f"{old}{number}{new} says that residue {number} is {old}, the wild type has {wild_type[place]} "
+                    "there; check the sequence, or give the first residue's number with --first_residue"
+                )
+            letters[place] = new
+        result = "".join(letters)
+        if mutated and len(mutated) == len(wild_type) and mutated != result:
+            place = next(i for i, (a, b) in enumerate(zip(mutated, result, strict=True)) if a != b)
+            raise self.fail(
+                f"{self.columns.mutated_sequence} has {mutated[place]} at {place + self.first_residue}, but the wild "
+                f"type with '{self.columns.mutant}' has {result[place]}; correct one of them"
+            )
+        return Variant(
+            row, wild_type, [(place, new) for _, place, new in changes], mutated or result, self.measured(row)
+        )
+
+    def measured(self, row: list[str]) -> float | None:
+        text = self.get(row, self.columns.measured)
+        if not text:
+            return None
+        try:
+            value = float(text)
+        except ValueError as error:
+            raise self.fail(f"{self.columns.measured} is '{text}'; a number or nothing is expected") from error
+        return value if math.isfinite(value) else None
+
+
+def _residues(text: str, what: str) -> str:
+    try:
+        ids = _TOKENIZER.encode(text.encode())
+    except InvalidSymbolError as error:
+        raise UserError(f"{what} has {error.symbol} at position {error.position}; allowed: {error.allowed}") from error
+    return "".join(_TOKENIZER.tokens[i] for i in ids[1:-1])
+
+
+def read_variants(
+    path: Path, wild_type: str | None, columns: VariantColumns, first_residue: int, needs_wild_type: bool
+) -> VariantTable:
+    """A CSV file (also .gz, .bz2, .zst) with a column of substitutions, of mutated sequences, or with both.
+
+    The wild type is what is given, or else each row's own column; failing that, where there are both columns, what the
+    first row's mutated sequence is without its substitutions. All rows are checked against it.
+
+    Args:
+        path: The file.
+        wild_type: The sequence of all variants, if it is known.
+        columns: What the columns are called.
+        first_residue: The number of the wild type's first residue.
+        needs_wild_type: Whether insertions, deletions and rows without a wild type are errors.
+
+    Raises:
+        UserError: If the file cannot be read, or a row does not fit its wild type; names file and line.
+    """
+    try:
+        with pa.input_stream(str(path)) as stream:
+            text = stream.read().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: cannot be read ({reason}); a CSV file is expected") from error
+    lines = csv.reader(io.StringIO(text, newline=""), strict=True)
+    header = next(lines, [])
+    if columns.mutant not in header and columns.mutated_sequence not in header:
+        raise UserError(
+            f"{path}: no column '{columns.mutant}' or '{columns.mutated_sequence}'; its columns are "
+            f"{', '.join(map(repr, header)) or 'none'}; name one with --mutant_column or --sequence_column"
+        )
+    if columns.wild_type is not None and columns.wild_type not in header:
+        raise UserError(f"{path}: no column '{columns.wild_type}'; its columns are {', '.join(map(repr, header))}")
+    if wild_type is not None:
+        wild_type, columns = _residues(wild_type, "the wild type"), replace(columns, wild_type=None)
+    elif columns.wild_type is None:
+        columns = replace(columns, wild_type=next((name for name in _WILD_TYPE_COLUMNS if name in header), None))
+    reader = _Reader(path, header, columns, first_residue, needs_wild_type, wild_type)
+    rows = []
+    while True:
+        reader.line = lines.line_num + 1
+        try:
+            row = next(lines, None)
+        except csv.Error as error:
+            raise reader.fail(f"not CSV ({error})") from error
+        if row is None:
+            break
+        if not row:
+            continue
+        if len(row) != len(header):
+            raise reader.fail(f"has {len(row)} fields, the header has {len(header)}; correct or remove it")
+        rows.append(reader.variant(row))
+    if not rows:
+        raise UserError(f"{path}: has no variant; at least one row is needed")
+    return VariantTable(header, rows, columns.measured)
+
+
+def read_wild_type(path: Path) -> str:
+    """The one sequence of a FASTA file.
+
+    Raises:
+        UserError: If there are several, or it cannot be read.
+    """
+    records = list(read_records(path))
+    if len(records) != 1:
+        raise UserError(f"{path}: has {len(records)} sequences; the wild type alone is expected")
+    return records[0].text.decode("utf-8", "replace")

@@ -1,0 +1,157 @@
+"""A process that hangs: noticed by the others, named, and ended, so that a launcher can start the job again.
+
+Where one process of several stops, all others wait for it in a collective: each looks as stuck as the one at fault.
+So every process counts what it has done, and a thread of each writes that count, with a pulse, into the store over
+which the processes have found each other. Who hangs is the one whose pulse has stopped, or who has done least.
+"""
+
+import json
+import os
+import platform
+import sys
+import threading
+import time
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import pytorch_lightning as pl
+import torch.distributed
+from torch.distributed.distributed_c10d import _get_default_store
+
+from pretrain.errors import UserError
+
+_LOADING, _FORWARD, _BACKWARD = "loading data", "computing the loss", "computing or adding up gradients"
+_VALIDATING, _SAVING, _STARTING = "validating", "saving", "starting"
+
+
+class _Pulse(NamedTuple):
+    """What a process last wrote of itself."""
+
+    beat: int
+    done: int
+    doing: str
+    name: str
+
+
+class Watchdog(pl.Callback):
+    """Ends the job with exit code 1 and one line when nothing has been done for a while.
+
+    Args:
+        timeout_minutes: For how long; None to wait for ever. Less than the process group's own timeout (Lightning's
+            is 30), which does not say who is at fault.
+
+    Raises:
+        UserError: If the time is not positive.
+    """
+
+    def __init__(self, timeout_minutes: float | None = 20.0) -> None:
+        if timeout_minutes is not None and timeout_minutes <= 0:
+            raise UserError(f"hang_timeout_minutes is {timeout_minutes}; give a positive number, or null for none")
+        self.timeout = None if timeout_minutes is None else 60 * timeout_minutes
+        self._done, self._doing, self._time = 0, _STARTING, time.monotonic()
+        self._ended = threading.Event()
+        self._store: Any = None
+
+    def _tick(self, doing: str) -> None:
+        self._done, self._doing, self._time = self._done + 1, doing, time.monotonic()
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin to watch."""
+        self._tick(_STARTING)
+        if self.timeout is None:
+            return
+        if trainer.world_size > 1:
+            self._store = _get_default_store().clone()  # of its own: the other may be busy waiting
+            self._store.set_timeout(timedelta(seconds=max(1.0, self.timeout / 4)))
+        step = lambda: trainer.global_step  # noqa: E731
+        threading.Thread(target=self._watch, args=(trainer.global_rank, trainer.world_size, step), daemon=True).start()
+
+    def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
+        """The batch is there."""
+        self._tick(_FORWARD)
+
+    def on_before_backward(self, *args: Any, **kwargs: Any) -> None:
+        """The loss is there."""
+        self._tick(_BACKWARD)
+
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        """The gradients have been added up."""
+        self._tick(_LOADING)
+
+    def on_validation_batch_start(self, *args: Any, **kwargs: Any) -> None:
+        """One pack of a validation."""
+        self._tick(_VALIDATING)
+
+    def on_save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """The state is gathered."""
+        self._tick(_SAVING)
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        """What follows is for people to wait for."""
+        self._ended.set()
+
+    def on_exception(self, *args: Any, **kwargs: Any) -> None:
+        """Training has ended."""
+        self._ended.set()
+
+    def _watch(self, rank: int, processes: int, step: Any) -> None:
+        assert self.timeout is not None
+        interval, beat = min(10.0, self.timeout / 6), 0
+        name = f"process {os.getpid()} on {platform.node()}"
+        while not self._ended.wait(interval):
+            beat += 1
+            stands = time.monotonic() - self._time
+            try:
+                self._write(rank, _Pulse(beat, self._done, self._doing, name))
+                if stands > self.timeout:
+                    guilty = self._guilty(processes, interval)
+                    if rank != min(set(range(processes)) - guilty.keys(), default=0):
+                        continue  # one speaks for all; its end is that of the job
+                    _end(step(), stands, processes, guilty, self._doing)
+            except RuntimeError as error:  # the store
+                if stands > self.timeout:
+                    reason = str(error).split("\n")[0][:100]
+                    _end(step(), stands, processes, {0: f"does not answer ({reason})"}, self._doing)
+
+    def _write(self, rank: int, pulse: _Pulse) -> None:
+        if self._store is not None:
+            self._store.set(f"pretrain/pulse/{rank}", json.dumps(pulse))
+
+    def _read(self, processes: int) -> dict[int, _Pulse]:
+        keys = {rank: f"pretrain/pulse/{rank}" for rank in range(processes)}
+        return {r: _Pulse(*json.loads(self._store.get(key))) for r, key in keys.items() if self._store.check([key])}
+
+    def _guilty(self, processes: int, interval: float) -> dict[int, str]:
+        """Who holds the others up, and how; nobody where it cannot be told."""
+        if self._store is None:
+            return {}
+        before = self._read(processes)
+        time.sleep(3 * interval)
+        after = self._read(processes)
+        silent = {
+            rank: f"({after[rank].name}) does not answer" if rank in after else "has not begun"
+            for rank in range(processes)
+            if rank not in after or (rank in before and before[rank].beat == after[rank].beat)
+        }
+        silent.pop(torch.distributed.get_rank(), None)  # this thread does not beat while it looks
+        least = min(pulse.done for pulse in after.values())
+        if silent or all(pulse.done == least for pulse in after.values()):
+            return silent
+        return {rank: f"({p.name}) hangs while {p.doing}" for rank, p in after.items() if p.done == least}
+
+
+def _end(step: int, stands: float, processes: int, guilty: dict[int, str], doing: str) -> None:
+    """Say who hangs, and end this process at once: its main thread may never come back."""
+    if guilty:
+        who = "; ".join(f"rank {rank} of {processes} {how}" for rank, how in guilty.items())
+    elif processes > 1:
+        who = f"all {processes} processes stand at the same place, {doing}: look at the network between them"
+    else:
+        who = f"the process hangs while {doing}"
+    print(
+        f"pretrain: error: nothing was done for {stands:.0f} seconds after step {step}: {who}; the same command "
+        "continues from the newest checkpoint (--hang_timeout_minutes sets how long to wait)",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)

@@ -1,0 +1,146 @@
+"""A loss spike is noticed; by option the run goes back and leaves data out, to the same bits however it is killed."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from test_ledger import audit
+from test_resume import equal, events, figures
+
+from pretrain.cli import main
+from pretrain.train.checkpoint import read_checkpoint
+from pretrain.train.spikes import LossSpikes, read_skips
+
+STEPS = 30
+PLACE = 160  # in the order; a step of the tiny run takes about a dozen sequences
+REWIND = ["--spikes.rewind", "true", "--spikes.margin", "2"]
+
+
+def config(tiny: Callable[..., Path]) -> Path:
+    return tiny(trainer__max_steps=STEPS, validate_every_n_steps=STEPS, spikes={"window": 8, "threshold": 12.0})
+
+
+def spike(place: int) -> list[str]:
+    return ["--trainer.callbacks+=poison.Spike", f"--trainer.callbacks.place={place}"]
+
+
+def final(run: Path) -> dict[str, object]:
+    checkpoint = read_checkpoint(run / "checkpoints" / "last.ckpt")
+    assert checkpoint["global_step"] == STEPS
+    return {name: checkpoint[name] for name in ("state_dict", "optimizer_states", "lr_schedulers", "MLMDataModule")}
+
+
+def skips(run: Path) -> list[dict[str, int]]:
+    path = run / "skips.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def test_a_spike_is_reported_once_and_changes_nothing_by_default(
+    tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert main(["fit", "-c", str(config(tiny)), "--run", str(run), *spike(PLACE)]) == 0
+    (warning,) = (line for line in capsys.readouterr().err.splitlines() if "pretrain: warning" in line)
+    losses = {step: value for (step, name), value in figures(run).items() if name == "train/loss"}
+    highest = max(losses, key=losses.__getitem__)
+    assert f"the loss of step {highest} is " in warning or f"the loss of step {highest - 1} is " in warning
+    assert not skips(run)
+    assert audit(run, capsys)[0] == 0
+
+
+def test_a_run_goes_back_and_leaves_the_stretch_out_with_the_same_bits_however_it_is_killed(
+    tiny: Callable[..., Path], fit: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    command = ("-c", config(tiny), *REWIND)
+    assert fit(*command, "--run", straight, *spike(PLACE)) == 0
+    (skip,) = skips(straight)
+    assert skip["first"] <= PLACE < skip["end"]
+    assert skip["step"] <= skip["spike"] - 2
+    code, message = audit(straight, capsys)
+    assert code == 0, message
+    assert f"but for {skip['end'] - skip['first']} that skips.jsonl leaves out" in message
+    assert [step for step, _ in events(straight, "train/loss")] == list(range(STEPS))
+
+    # Killed before the spike; as soon as the skip is written; and after the run went back.
+    assert fit(*command, "--run", broken, "--trainer.callbacks", _callbacks("batch_end", 2 * skip["spike"] - 3)) == -9
+    assert fit(*command, "--run", broken, "--trainer.callbacks", _callbacks("rewind", 1)) == -9
+    assert [line["end"] for line in skips(broken)] == [skip["end"]]
+    newest = max((broken / "checkpoints").glob("step-*.ckpt"))
+    assert int(newest.stem[5:]) >= skip["step"]
+    assert fit(*command, "--run", broken, "--trainer.callbacks", _callbacks("batch_end", 2 * skip["step"] + 5)) == -9
+    assert fit(*command, "--run", broken, *spike(PLACE)) == 0
+    assert read_skips(straight) == read_skips(broken)
+    assert equal(final(straight), final(broken))
+    assert figures(straight) == figures(broken)
+    assert (straight / "ledger.csv").read_bytes() == (broken / "ledger.csv").read_bytes()
+    assert audit(broken, capsys) == (0, message.replace("straight", "broken"))
+
+
+def _callbacks(moment: str, number: int) -> str:
+    kinds = [
+        {"class_path": "kill.Kill", "init_args": {"moment": moment, "number": number}},
+        {"class_path": "poison.Spike", "init_args": {"place": PLACE}},
+    ]
+    return json.dumps(kinds)
+
+
+def test_without_its_skip_the_audit_fails(
+    tiny: Callable[..., Path], fit: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert fit("-c", config(tiny), "--run", run, *REWIND, *spike(PLACE)) == 0
+    (run / "skips.jsonl").unlink()
+    code, message = audit(run, capsys)
+    assert code == 2
+    assert "differs" in message
+
+
+def test_going_back_that_does_not_help_ends_the_run(
+    tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The loss is high wherever the data goes on: the skip of one stretch only leads to the next."""
+    run = tmp_path / "run"
+    always = ["--trainer.callbacks+=poison.SpikeAt", "--trainer.callbacks.step=14"]
+    limit = ["--spikes.max_rewinds", "2"]
+    assert main(["fit", "-c", str(config(tiny)), "--run", str(run), *REWIND, *limit, *always]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("pretrain: error: the loss of step 14 is ")
+    assert "went back to step 12 2 times: it is not the data" in error
+    assert len(skips(run)) == 2
+
+
+@pytest.mark.slow
+def test_two_processes_go_back_together(
+    tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, here = tmp_path / "run", Path(__file__).parent
+    two = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
+    command = [sys.executable, "-m", "pretrain", "fit", "-c", str(config(tiny)), "--run", str(run), *two, *REWIND]
+    path = os.pathsep.join([str(here), str(here.parents[1])])
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "PYTHONPATH": path}
+    subprocess.run([*command, *spike(PLACE)], check=True, env=environment, timeout=250)
+    assert len(skips(run)) == 1
+    assert audit(run, capsys)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("losses", "loss", "expected"),
+    [
+        ([1.0, 2.0, 3.0, 4.0, 5.0], 3.0, 0.0),
+        ([1.0, 2.0, 3.0, 4.0, 5.0], 3.0 + 1.4826, 1.0),  # the median of the distances from 3 is 1
+        ([1.0, 2.0, 3.0, 4.0, 500.0], 3.0 + 1.4826, 1.0),  # one outlier in the window moves nothing
+        ([1.0, 2.0, 3.0, 4.0], 9.0, None),  # the window is not full
+        ([2.0, 2.0, 2.0, 2.0, 2.0], 9.0, None),  # no spread to compare with
+    ],
+)
+def test_the_score_is_the_distance_from_the_median_in_robust_standard_deviations(
+    losses: list[float], loss: float, expected: float | None, tmp_path: Path
+) -> None:
+    spikes = LossSpikes(tmp_path, [], window=5)
+    spikes._losses.extend(losses)
+    assert spikes._deviations(loss) == (expected if expected is None else pytest.approx(expected))
