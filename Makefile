@@ -3,10 +3,10 @@
 bin := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test faults soak lint types bench bench-gpu
+.PHONY: help install quickstart test faults soak lint types docs test-docs test-image locks drawings bench bench-gpu
 
 help: ## List these commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: .venv/.installed ## Set up .venv with the pinned dependencies (PYTHON=python3.12 picks the interpreter)
 
@@ -30,6 +30,21 @@ lint: install ## Check style, formatting and which package may import which
 
 types: install ## Check the types
 	$(bin)/mypy
+
+docs: install ## Build the documentation as a site, into build/docs
+	$(bin)/mkdocs build --strict
+
+test-docs: install ## Run every command of README and docs, page by page, and build the site (ten minutes)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(bin)/pytest -n 2 -m "slow or not slow" tests/docs
+
+test-image: install ## Build the image without a daemon, train in it, kill it, continue (as root, with buildah and debootstrap)
+	$(bin)/pytest -m "slow or not slow" tests/docker
+
+locks: ## Write the lock files with hashes (CPU_TORCH=folder or page with torch's wheels for the CPU)
+	scripts/lock.sh
+
+drawings: install ## Draw docs/images from the code
+	$(bin)/python scripts/drawings.py
 
 bench: install ## Measure training throughput on this machine
 	$(bin)/python benchmarks/throughput.py

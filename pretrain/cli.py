@@ -40,7 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from pretrain.train.plan import plan
 
             return plan(given[1:])
-        options = _parser().parse_args(given)
+        options, unknown = _parser().parse_known_args(given)
+        if unknown:
+            raise UserError(f"unrecognized arguments: {' '.join(unknown)}; see `pretrain {given[0]} --help`")
         return int(options.command(options))
     except (UserError, CrashError) as error:
         code = 1 if isinstance(error, CrashError) else 2
@@ -135,7 +137,8 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     command = commands.add_parser("inspect", help="look at a corpus or a run: counts, figures, a picture of the curves")
-    command.add_argument("path", type=Path, metavar="RUN_OR_CORPUS")
+    command.add_argument("paths", type=Path, nargs="+", metavar="RUN_OR_CORPUS")
+    command.add_argument("--html", type=Path, metavar="FILE", help="write one page about the runs, side by side")
     command.add_argument(
         "--picture", type=Path, metavar="PNG", help="draw the run's curves, or the corpus, into a file"
     )
@@ -305,13 +308,22 @@ def _recipes(options: argparse.Namespace) -> int:
 def _inspect(options: argparse.Namespace) -> int:
     from pretrain.downstream.inspect import inspect
 
-    if options.audit:
-        from pretrain.downstream.inspect import audit
+    if options.html:
+        from pretrain.downstream.html_report import write_report
 
-        print(audit(options.path))
-        if not options.picture:
-            return 0
-    print(inspect(options.path, options.picture, options.verify))
+        write_report(options.paths, options.html)
+        print(options.html)
+        return 0
+    if options.picture and len(options.paths) > 1:
+        raise UserError("--picture draws one run or corpus; give one, or several runs with --html FILE")
+    for path in options.paths:
+        if options.audit:
+            from pretrain.downstream.inspect import audit
+
+            print(audit(path))
+            if not options.picture:
+                continue
+        print(inspect(path, options.picture, options.verify))
     return 0
 
 

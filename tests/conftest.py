@@ -134,6 +134,7 @@ def write_tiny(proteins: Path) -> Callable[..., Path]:
 
 def _run(arguments: list[str], environment: dict[str, str]) -> None:
     os.environ.update(environment)
+    multiprocessing.set_start_method("fork", force=True)  # how loader workers start, where nobody says otherwise
     sys.path.insert(0, str(Path(__file__).parent / "e2e"))  # callbacks that configs name
     from pretrain.cli import main
 

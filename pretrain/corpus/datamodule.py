@@ -1,10 +1,12 @@
 """`MLMDataModule`: from configured sources to the batches of a training run."""
 
-from typing import Literal
+import re
+from typing import Any, Literal
 
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
+from pretrain.corpus.ahead import bring_ahead, group_size, order_of
 from pretrain.corpus.baselines import Baselines, perplexities
 from pretrain.corpus.batch import Batch, PackDataset
 from pretrain.corpus.masking import MaskDraws, Masking, MaskUnit
@@ -13,6 +15,7 @@ from pretrain.corpus.packed import PackedDataModule
 from pretrain.corpus.packing import Planner, StepPlanner, validation_packs
 from pretrain.corpus.padding import PaddedDataset, static_shapes
 from pretrain.corpus.prepare import open_or_prepare
+from pretrain.corpus.remote import RemoteCorpus
 from pretrain.corpus.tokenizer import ProteinTokenizer
 from pretrain.errors import UserError
 
@@ -28,7 +31,8 @@ class MLMDataModule(PackedDataModule):
     Args:
         train: Source files, patterns or directories (as `pretrain prepare` takes), or one corpus that it made. Sources
             are prepared once, into a cache.
-        validation: The same, for validation; without it there is none.
+        validation: The same, for validation; without it there is none. Or several sets by name, ``{near: a.fasta, far:
+            b.fasta}``, the first of which is the one that ``val/loss`` is about.
         tokenizer: ``esm``, or a ``tokenizer.json``, or a directory that holds one.
         max_length: Tokens of a sequence that one step sees, ``<cls>`` and ``<eos>`` included.
         long_sequences: What becomes of longer ones: ``crop`` shows a random window, another one in each epoch;
@@ -46,6 +50,9 @@ class MLMDataModule(PackedDataModule):
             about ``1 / (6 * hidden_size)``.
         static_shapes: Pad packs to one of a few sizes, for compiled code; they are then made equal in tokens, not cost.
         num_workers: Processes that load ahead of training.
+        group_shards: Shards of the corpus that are shuffled together: a number, or ``all``. By default all, and 32 of a
+            corpus from afar, of which only a group, the next one and the one before are needed at a time.
+        cache_gb: How much of a corpus from afar to keep on the local disk; by default what is in use.
         seed: Seed of order, crops and masks.
 
     Raises:
@@ -55,7 +62,7 @@ class MLMDataModule(PackedDataModule):
     def __init__(
         self,
         train: str | list[str],
-        validation: str | list[str] | None = None,
+        validation: str | list[str] | dict[str, str | list[str]] | None = None,
         tokenizer: str = "esm",
         max_length: int = 1024,
         long_sequences: Literal["crop", "split"] = "crop",
@@ -70,11 +77,16 @@ class MLMDataModule(PackedDataModule):
         attention_cost: float = 0.0005,
         static_shapes: bool = False,
         num_workers: int = 0,
+        group_shards: int | Literal["all"] | None = None,
+        cache_gb: float | None = None,
         seed: int = 0,
     ) -> None:
+        sets = validation if isinstance(validation, dict) else {"": validation} if validation else {}
+        self.validation_sets = {name: [given] if isinstance(given, str) else given for name, given in sets.items()}
+        _check_names(self.validation_sets)
         super().__init__(
             train,
-            validation,
+            [source for sources in self.validation_sets.values() for source in sources],
             tokenizer,
             max_length,
             global_batch_tokens,
@@ -86,7 +98,11 @@ class MLMDataModule(PackedDataModule):
         if long_sequences not in ("crop", "split"):
             raise UserError(f"data.long_sequences is '{long_sequences}'; give crop or split")
         self.windows = max_length if long_sequences == "split" else None
+        if isinstance(group_shards, int) and group_shards < 1:
+            raise UserError(f"data.group_shards is {group_shards}; give at least 1, or all")
         self.static_shapes = static_shapes
+        self.group_shards = group_shards
+        self.cache_bytes = None if cache_gb is None else int(cache_gb * 1e9)
         shares = (mlm_probability, mask_replace_prob, random_replace_prob)
         vocabulary = (self.tokenizer.mask_token_id, self.tokenizer.replacement_ids)
         self.masking = Masking(*shares, *vocabulary, seed, mask_unit, mask_draws, mean_span_length)
@@ -101,23 +117,47 @@ class MLMDataModule(PackedDataModule):
     @override
     def open(self) -> None:
         if not hasattr(self, "train_corpus"):
-            train = open_or_prepare(self.train, self.tokenizer, self.windows)
-            validation = open_or_prepare(self.validation, self.tokenizer, self.windows) if self.validation else None
+            train = open_or_prepare(self.train, self.tokenizer, self.windows, self.cache_bytes)
+            held = {
+                name: open_or_prepare(given, self.tokenizer, self.windows)
+                for name, given in self.validation_sets.items()
+            }
             if self.masking.unit == "word" and not train.has_words:
                 raise UserError(
-                    f"{train.path}: was prepared without the words that data.mask_unit word needs; prepare it again"
+                    f"{train}: was prepared without the words that data.mask_unit word needs; prepare it again"
                 )
-            self.train_corpus, self.validation_corpus = train, validation
+            self.validation_corpora, self.validation_corpus = held, next(iter(held.values()), None)
+            self.train_corpus = train
 
     @override
     def train_planner(self) -> Planner:
-        return Planner(self.train_corpus, Order(len(self.train_corpus), self.seed), self.masking, self.max_length)
+        corpus = self.train_corpus
+        return Planner(corpus, order_of(corpus, self.group_shards, self.seed), self.masking, self.max_length)
 
     @override
-    def validation_planner(self) -> Planner:
-        assert self.validation_corpus is not None
-        order = Order(len(self.validation_corpus), _VALIDATION_SEED)
-        return Planner(self.validation_corpus, order, self.validation_masking, self.max_length)
+    def train_dataloader(self) -> DataLoader[Batch]:
+        loader = super().train_dataloader()
+        assert self._sampler is not None
+        bring_ahead(self._sampler.planner)
+        return loader
+
+    @override
+    def identity(self) -> dict[str, Any]:
+        return {**super().identity(), "group_shards": group_size(self.train_corpus, self.group_shards)}
+
+    @override
+    def validation_planner(self, name: str | None = None) -> Planner:
+        """What plans a validation set, by default the first."""
+        corpus = self.validation_corpus if name is None else self.validation_corpora[name]
+        assert corpus is not None
+        return Planner(corpus, Order(len(corpus), _VALIDATION_SEED), self.validation_masking, self.max_length)
+
+    @override
+    def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
+        for corpus in self.validation_corpora.values():
+            if isinstance(corpus, RemoteCorpus):
+                corpus.bring_all()
+        return [self.validation_loader(self.validation_planner(name)) for name in self.validation_sets]
 
     @override
     def dataset(self, planner: StepPlanner, pack_tokens: float) -> Dataset[Batch]:
@@ -129,9 +169,21 @@ class MLMDataModule(PackedDataModule):
         spread = masking.deviation(pack_tokens, length)
         return PaddedDataset(packs, static_shapes(pack_tokens, length, self.max_length, masking.mean_share, spread))
 
-    def baselines(self) -> Baselines | None:
-        """Unigram and bigram perplexity on the positions that validation asks about; None without validation."""
-        if self.validation_corpus is None:
-            return None
-        (packs,) = validation_packs(self.validation_planner(), self.validation_pack_tokens, 1)
-        return perplexities(self.train_corpus, PackDataset(self.validation_corpus, self.validation_masking), packs)
+    def baselines(self) -> dict[str, Baselines]:
+        """Unigram and bigram perplexity on the positions that validation asks about, for each set."""
+        found = {}
+        for name, corpus in self.validation_corpora.items():
+            (packs,) = validation_packs(self.validation_planner(name), self.validation_pack_tokens, 1)
+            found[name] = perplexities(self.train_corpus, PackDataset(corpus, self.validation_masking), packs)
+        return found
+
+
+def _check_names(sets: dict[str, list[str]]) -> None:
+    for name, sources in sets.items():
+        if (name and not re.fullmatch(r"[\w.-]+", name)) or name in ("loss", "perplexity", "accuracy"):
+            raise UserError(
+                f"data.validation has a set named {name!r}; give letters, digits, - . and _, and none of loss, "
+                "perplexity, accuracy"
+            )
+        if not sources:
+            raise UserError(f"data.validation: the set {name!r} names no source; give files or a corpus")

@@ -40,6 +40,7 @@ class GroupOrder:
         self.seed = seed
         self.group_shards = group_shards
         self.num_sequences = int(self._sizes.sum())
+        self.sizes: tuple[int, ...] = (self.num_sequences,)
         self.groups_per_epoch = -(-len(self._sizes) // group_shards)
         self._first = np.concatenate([[0], np.cumsum(self._sizes)])
         self._epochs: dict[int, _Epoch] = {}
@@ -58,6 +59,10 @@ class GroupOrder:
                 indices[here] = self._within(epoch, group, places[here])
         return epochs, indices
 
+    def places(self, indices: Int64) -> Int64:
+        """What an epoch visits exactly once: the sequences."""
+        return indices
+
     def groups(self, positions: ArrayLike) -> Int64:
         """The group that each position falls in, counted from the run's first group on."""
         n = np.atleast_1d(np.asarray(positions, np.int64))
@@ -72,8 +77,8 @@ class GroupOrder:
     def shards(self, group: int) -> list[int]:
         """The shards of a group that `groups` counts."""
         epoch, number = divmod(group, self.groups_per_epoch)
-        order = self._epoch(epoch).shards
-        return order[number * self.group_shards : (number + 1) * self.group_shards].tolist()
+        order: list[int] = self._epoch(epoch).shards.tolist()
+        return order[number * self.group_shards : (number + 1) * self.group_shards]
 
     def _within(self, epoch: int, group: int, places: Int64) -> Int64:
         """Indices of the sequences at places of an epoch that all fall into one group."""

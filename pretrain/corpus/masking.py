@@ -238,7 +238,7 @@ class Masking:
         else:
             # The units in random order, laid around a ring that is turned at random: those that begin in an arc as long
             # as the planned number. So every unit, however long, has the same chance, and the expectation is exact.
-            order = np.lexsort((draws, owner))
+            order = np.argsort(owner.astype(np.uint64) << np.uint64(44) | draws >> np.uint64(20))
             around = _before(lengths[order], np.bincount(owner, minlength=len(crops.first)))
             turn = below(bits(self._keys(Stream.MASK_TURN, crops), 0), crops.maskable)
             chosen = np.empty(len(begins), np.bool_)
@@ -287,7 +287,8 @@ def _within(sizes: Int64) -> Int64:
 def _before(values: Int64, sizes: Int64) -> Int64:
     """For each value the sum of those before it in its row; the rows, of these sizes, lie end to end."""
     sums = np.concatenate([[0], np.cumsum(values)])
-    return sums[:-1] - np.repeat(sums[np.cumsum(sizes) - sizes], sizes)
+    before: Int64 = sums[:-1] - np.repeat(sums[np.cumsum(sizes) - sizes], sizes)
+    return before
 
 
 @cache

@@ -1,5 +1,7 @@
 """The order: which sequence comes n-th. A pure function of (seed, n): computed, never stored, O(1) to seek."""
 
+from typing import Protocol
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -10,6 +12,24 @@ ORDER_VERSION = 1
 
 _ROUNDS = 8
 _SMALLEST_WIDTH = 5  # bits; narrower networks favour some places: at N = 5, by a tenth
+
+
+class AnyOrder(Protocol):
+    """What the sampler asks of an order, whatever it is made of: sequences, clusters, or several corpora.
+
+    Attributes:
+        seed: The run's seed.
+        sizes: How many visits make an epoch: one number for each part that has epochs of its own.
+    """
+
+    seed: int
+    sizes: tuple[int, ...]
+
+    def __call__(self, positions: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The epoch and the sequence's index in the corpus at each of ``positions`` (any n >= 0)."""
+
+    def places(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """What an epoch visits exactly once, numbered over all parts: the sequence itself, or its cluster."""
 
 
 class Order:
@@ -30,6 +50,7 @@ class Order:
             raise ValueError(f"num_sequences is {num_sequences}; an order needs at least one sequence")
         self.num_sequences = num_sequences
         self.seed = seed
+        self.sizes: tuple[int, ...] = (num_sequences,)
         width = max(_SMALLEST_WIDTH, (num_sequences - 1).bit_length())
         self._low_bits = np.uint64(width // 2)
         self._low_mask = np.uint64(2 ** (width // 2) - 1)
@@ -46,6 +67,10 @@ class Order:
             indices[outside] = self._permute(indices[outside], keys[outside])
             outside = outside[indices[outside] >= self.num_sequences]
         return epochs, indices.astype(np.int64)
+
+    def places(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """What an epoch visits exactly once: the sequences."""
+        return indices
 
     def _permute(self, x: NDArray[np.uint64], keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
         high, low = x >> self._low_bits, x & self._low_mask

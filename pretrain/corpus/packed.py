@@ -142,10 +142,11 @@ class PackedDataModule(pl.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
         """This process's share of the validation corpus, the same at every call; nothing without a corpus."""
-        if self.validation_corpus is None:
-            return []
+        return [] if self.validation_corpus is None else self.validation_loader(self.validation_planner())
+
+    def validation_loader(self, planner: StepPlanner) -> DataLoader[Batch]:
+        """This process's share of all that a planner plans, in epoch 0."""
         trainer = self._trainer()
-        planner = self.validation_planner()
         packs = validation_packs(planner, self.validation_pack_tokens, trainer.world_size)[trainer.global_rank]
         return self._loader(planner, FixedSampler(packs), self.validation_pack_tokens)
 
@@ -202,10 +203,11 @@ class PackedDataModule(pl.LightningDataModule):
                 "tokens; restore that tokenizer, or start another run"
             )
         for field, ours in self.identity().items():
-            if state.get(field) != ours:
+            theirs = state.get(field)  # what an older version did not record, it did not have
+            if theirs != ours:
                 raise UserError(
-                    f"the checkpoint was made with {field} {state.get(field)!r}, this run has {ours!r}: the data would "
-                    "not continue where it stopped; restore that setting, or start another run"
+                    f"the checkpoint was made with {field} {theirs!r}, this run has {ours!r}: the data would not "
+                    "continue where it stopped; restore that setting, or start another run"
                 )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

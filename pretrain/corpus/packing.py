@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from pretrain.corpus.counter import Stream, below, bits, derive_key
 from pretrain.corpus.masking import Masking
-from pretrain.corpus.order import Order
+from pretrain.corpus.order import AnyOrder
 from pretrain.corpus.store import Corpus
 from pretrain.errors import UserError
 
@@ -81,7 +81,7 @@ class StepPlanner(ABC):
         max_length: Tokens in a crop, at most.
     """
 
-    def __init__(self, corpus: Corpus, order: Order, max_length: int) -> None:
+    def __init__(self, corpus: Corpus, order: AnyOrder, max_length: int) -> None:
         self.corpus, self.order, self.max_length = corpus, order, max_length
         self.mean_length = max(1.0, min(corpus.num_tokens / corpus.num_sequences, max_length))
 
@@ -129,7 +129,7 @@ class Planner(StepPlanner):
         max_length: Tokens in a crop, at most.
     """
 
-    def __init__(self, corpus: Corpus, order: Order, masking: Masking, max_length: int) -> None:
+    def __init__(self, corpus: Corpus, order: AnyOrder, masking: Masking, max_length: int) -> None:
         super().__init__(corpus, order, max_length)
         self.masking = masking
 

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.corpus.readers import read_records
+from pretrain.corpus.remote import RemoteCorpus, cache_directory, is_remote
 from pretrain.corpus.shards import JOURNAL, Filters, Part, make_shards, report_file
 from pretrain.corpus.sources import Source, SourceOptions, find_sources
 from pretrain.corpus.split import SIDES, Split, split_parts
@@ -156,7 +157,7 @@ def finish(
         _write_corpus(directory, parts, tokenizer, prepared)
         return directory
     into = directory / "split"
-    sides = split_parts(directory, into, parts, split, workers)
+    sides = split_parts(directory, into, parts, split, workers, filters.windows is not None)
     for name, side in zip(SIDES, sides, strict=True):
         _write_corpus(into / name, side, tokenizer, {**prepared, "split": {"side": name, **asdict(split)}})
     _write_report(directory, into, parts)
@@ -203,7 +204,9 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def open_or_prepare(sources: Sequence[str | Path], tokenizer: Tokenizer, windows: int | None = None) -> Corpus:
+def open_or_prepare(
+    sources: Sequence[str | Path], tokenizer: Tokenizer, windows: int | None = None, cache_bytes: int | None = None
+) -> Corpus:
     """Open a corpus, or prepare raw sources into the cache: once for each content and tokenizer.
 
     The cache is ``$PRETRAIN_CACHE``, or ``pretrain`` in ``$XDG_CACHE_HOME`` (``~/.cache``).
@@ -212,15 +215,20 @@ def open_or_prepare(sources: Sequence[str | Path], tokenizer: Tokenizer, windows
         sources: Raw sources, or one corpus.
         tokenizer: What makes the ids.
         windows: Tokens that longer sequences are cut into, at most; None leaves them whole.
+        cache_bytes: Most bytes of a corpus from afar that are kept here; None for as many as are in use.
 
     Raises:
         UserError: If a corpus was made with another tokenizer than ``tokenizer``, or not cut as ``windows`` says.
     """
-    if len(sources) == 1 and is_corpus(sources[0]):
+    corpus: Corpus | None = None
+    if len(sources) == 1 and is_remote(sources[0]):
+        corpus = RemoteCorpus(str(sources[0]), cache_bytes)
+    elif len(sources) == 1 and is_corpus(sources[0]):
         corpus = Corpus(sources[0])
+    if corpus is not None:
         if corpus.tokenizer.fingerprint != tokenizer.fingerprint:
             raise UserError(
-                f"{corpus.path}: made with tokenizer '{corpus.tokenizer.name}' ({corpus.tokenizer.vocab_size} ids, "
+                f"{corpus}: made with tokenizer '{corpus.tokenizer.name}' ({corpus.tokenizer.vocab_size} ids, "
                 f"{corpus.tokenizer.fingerprint}), the config asks for '{tokenizer.name}' ({tokenizer.vocab_size} ids, "
                 f"{tokenizer.fingerprint}); set data.tokenizer to the corpus's, or prepare the sources again"
             )
@@ -244,7 +252,7 @@ def open_or_prepare(sources: Sequence[str | Path], tokenizer: Tokenizer, windows
         key.update(source.kind.encode())  # the same bytes make another corpus as .txt than as .jsonl
         with Path(source.name).open("rb") as file:
             key.update(hashlib.file_digest(file, "sha256").digest())
-    cached = _cache() / key.hexdigest()[:16]
+    cached = cache_directory() / key.hexdigest()[:16]
     if not is_corpus(cached):
         _prepare_once(found, cached, tokenizer, options, Filters(windows=windows), None)
     return Corpus(cached)
@@ -261,7 +269,7 @@ def open_or_store(ids: Sequence[str], sequences: Sequence[NDArray[np.unsignedint
     key = hashlib.sha256(json.dumps([FORMAT_VERSION, tokenizer.fingerprint, list(ids)]).encode())
     for sequence in sequences:
         key.update(hashlib.sha256(sequence.tobytes()).digest())
-    cached = _cache() / key.hexdigest()[:16]
+    cached = cache_directory() / key.hexdigest()[:16]
 
     def fill(partial: Path) -> Path:
         file = partial / "shard-00000.arrow"
@@ -273,11 +281,6 @@ def open_or_store(ids: Sequence[str], sequences: Sequence[NDArray[np.unsignedint
 
     make_whole(cached, is_corpus, fill)
     return Corpus(cached)
-
-
-def _cache() -> Path:
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("PRETRAIN_CACHE") or home / "pretrain")
 
 
 def _list(skipped: dict[str, int]) -> str:

@@ -1,6 +1,7 @@
 """Which sequences are for validation: chosen by their names, so that growth of the sources moves none of them."""
 
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -18,6 +19,7 @@ from pretrain.errors import UserError
 
 SIDES = ("train", "validation")
 _READ_BYTES = 2**24
+_WINDOW = re.compile(r"#[0-9]+$")
 
 U64 = NDArray[np.uint64]
 
@@ -78,6 +80,7 @@ class _Job(NamedTuple):
     directory: Path
     split: Split
     table: _Table | None
+    windows: bool
 
 
 class _Task(NamedTuple):
@@ -86,7 +89,7 @@ class _Task(NamedTuple):
 
 
 def split_parts(
-    directory: Path, into: Path, parts: Sequence[Part], split: Split, workers: int
+    directory: Path, into: Path, parts: Sequence[Part], split: Split, workers: int, windows: bool = False
 ) -> tuple[list[Part], list[Part]]:
     """Write the shards of ``directory`` again as those of ``into/train`` and ``into/validation``.
 
@@ -96,18 +99,19 @@ def split_parts(
         parts: The shards.
         split: Which sequences go where.
         workers: Processes; the result does not depend on it.
+        windows: Whether long sequences were cut; ``name#n`` is then on the side of ``name``.
 
     Raises:
         UserError: If a list cannot be read, a sequence is in no cluster, or one side would be empty.
     """
     table = _read_clusters(split) if split.clusters else _read_ids(split.ids) if split.ids else None
-    settings: dict[str, Any] = asdict(split)
+    settings: dict[str, Any] = {**asdict(split), "windows": windows}
     if table is not None:
         settings["table"] = hashlib.sha256(table.hashes.tobytes() + table.validation.tobytes()).hexdigest()
     for name in SIDES:
         (into / name).mkdir(parents=True, exist_ok=True)
     journals = [Journal(into / name, settings) for name in SIDES]
-    job = _Job(directory, split, table)
+    job = _Job(directory, split, table, windows)
     tasks = (_Task(part, tuple(journal.parts.get(part.number) for journal in journals)) for part in parts if part.file)
     made: tuple[list[Part], list[Part]] = ([], [])
     for both in in_processes(partial(_split_part, job, into), tasks, workers):
@@ -133,6 +137,8 @@ def _split_part(job: _Job, into: Path, task: _Task) -> tuple[Part, ...]:
         return tuple(old for old in task.previous if old)
     file = job.directory / (part.file or "")
     names = open_shard(file).ids.to_pylist()
+    if job.windows:
+        names = [_WINDOW.sub("", name) for name in names]
     validation = _is_validation(job, names)
     made = []
     for side, keep in zip(sides, (~validation, validation), strict=True):

@@ -50,16 +50,11 @@ class Corpus:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        manifest = _read_manifest(self.path)
+        self.read(_read_manifest(self.path), str(self.path))
         try:
-            self.manifest = manifest
-            self.fingerprint: str = manifest["fingerprint"]
-            self.num_sequences: int = manifest["num_sequences"]
-            self.num_tokens: int = manifest["num_tokens"]
-            self.tokenizer: Tokenizer = tokenizer_from_string(manifest["tokenizer"]["serialized"], str(self.path))
-            self.shards = [open_shard(file) for file in _shard_files(self.path, manifest)]
+            self.shards = [open_shard(file) for file in _shard_files(self.path, self.manifest)]
             sizes = [len(shard.offsets) - 1 for shard in self.shards]
-            if sizes != [shard["num_sequences"] for shard in manifest["shards"]] or sum(sizes) != self.num_sequences:
+            if sizes != [shard["num_sequences"] for shard in self.manifest["shards"]] or sum(sizes) != len(self):
                 raise UserError(
                     f"{self.path}: the shards do not hold the sequences that {MANIFEST} counts; prepare it again"
                 )
@@ -71,8 +66,22 @@ class Corpus:
             raise _damaged(self.path, error) from error
         self._first = np.cumsum([0, *sizes])
 
+    def read(self, manifest: dict[str, Any], where: str) -> None:
+        """Take from the manifest what it says about the whole corpus; ``where`` names it in messages."""
+        try:
+            self.manifest = manifest
+            self.fingerprint: str = manifest["fingerprint"]
+            self.num_sequences: int = manifest["num_sequences"]
+            self.num_tokens: int = manifest["num_tokens"]
+            self.tokenizer: Tokenizer = tokenizer_from_string(manifest["tokenizer"]["serialized"], where)
+        except (KeyError, TypeError) as error:
+            raise _damaged(where, error) from error
+
     def __reduce__(self) -> tuple[type["Corpus"], tuple[Path]]:
         return Corpus, (self.path,)
+
+    def __str__(self) -> str:
+        return str(self.path)
 
     def __len__(self) -> int:
         return self.num_sequences
@@ -122,7 +131,10 @@ class Corpus:
         if not 0 <= index < self.num_sequences:
             raise IndexError(f"sequence {index} of a corpus of {self.num_sequences}")
         number = int(np.searchsorted(self._first, index, side="right")) - 1
-        return self.shards[number], index - int(self._first[number])
+        return self._shard(number), index - int(self._first[number])
+
+    def _shard(self, number: int) -> Shard:
+        return self.shards[number]
 
 
 def is_corpus(path: str | Path) -> bool:
@@ -257,7 +269,7 @@ def write_manifest(
             "serialized": tokenizer.serialize(),
         },
         "prepared": prepared,
-        "lengths": {"file": LENGTHS, "sha256": _write_lengths(directory, [shard["file"] for shard in shards])},
+        "lengths": _write_lengths(directory, [shard["file"] for shard in shards]),
         "shards": [{**shard, "num_bytes": (directory / shard["file"]).stat().st_size} for shard in shards],
     }
     with (directory / MANIFEST).open("w", encoding="utf-8") as file:
@@ -266,8 +278,8 @@ def write_manifest(
         os.fsync(file.fileno())
 
 
-def _write_lengths(directory: Path, files: Sequence[str]) -> str:
-    """Write the lengths of all sequences, and return the file's checksum; in memory is one shard's at a time."""
+def _write_lengths(directory: Path, files: Sequence[str]) -> dict[str, Any]:
+    """Write the lengths of all sequences, and return what the manifest says of the file; a shard at a time."""
     longest = count = 0
     for file in files:
         lengths = np.diff(open_shard(directory / file).offsets)
@@ -280,7 +292,8 @@ def _write_lengths(directory: Path, files: Sequence[str]) -> str:
             sink.write(np.diff(open_shard(directory / file).offsets).astype(dtype).tobytes())
         sink.flush()
         os.fsync(sink.fileno())
-    return file_checksum(directory / LENGTHS)
+    path = directory / LENGTHS
+    return {"file": LENGTHS, "sha256": file_checksum(path), "num_bytes": path.stat().st_size}
 
 
 def _fingerprint(tokenizer: str, checksums: Sequence[str]) -> str:
@@ -291,20 +304,31 @@ def _fingerprint(tokenizer: str, checksums: Sequence[str]) -> str:
 _WHAT_IT_IS = "a corpus is a directory that `pretrain prepare` made"
 
 
-def _damaged(path: Path, error: Exception) -> UserError:
+def _damaged(path: str | Path, error: Exception) -> UserError:
     return UserError(f"{path}: damaged corpus ({type(error).__name__}: {error}); prepare it again")
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
-        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        version = manifest["format_version"]
+        content = (path / MANIFEST).read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{error.filename}: not found; {_WHAT_IT_IS}") from error
+    return parse_manifest(content, path)
+
+
+def parse_manifest(content: bytes, where: str | Path) -> dict[str, Any]:
+    """The manifest of the corpus that is at ``where``, from the file's content.
+
+    Raises:
+        UserError: If it is damaged, or of another format.
+    """
+    try:
+        manifest: dict[str, Any] = json.loads(content)
+        version = manifest["format_version"]
     except (KeyError, TypeError, ValueError) as error:
-        raise _damaged(path, error) from error
+        raise _damaged(where, error) from error
     if version != FORMAT_VERSION:
-        raise UserError(f"{path}: corpus format {version}, this version reads {FORMAT_VERSION}; prepare it again")
+        raise UserError(f"{where}: corpus format {version}, this version reads {FORMAT_VERSION}; prepare it again")
     return manifest
 
 

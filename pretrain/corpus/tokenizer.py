@@ -221,7 +221,7 @@ def _from_transformers(path: Path) -> Tokenizer:
     except Exception as error:  # the library raises many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{path}: not a tokenizer that transformers reads ({reason})") from error
-    if tuple(loaded.convert_ids_to_tokens(range(len(loaded)))) == ESM_ALPHABET:
+    if tuple(loaded.convert_ids_to_tokens(list(range(len(loaded))))) == ESM_ALPHABET:
         return ProteinTokenizer()
     if not getattr(loaded, "backend_tokenizer", None):
         raise UserError(f"{path}: {type(loaded).__name__} has no tokenizer.json; save its fast version to use it")
@@ -271,6 +271,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, kind: TokenizerKi
         raise UserError(f"vocab size is {vocab_size}; at least {smallest} ids are needed ({parts})")
     settings: dict[str, Any] = {"special_tokens": special, "initial_alphabet": alphabet, "show_progress": False}
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer: Any
     if kind == "bpe":
         backend = Backend(models.BPE())
         trainer = trainers.BpeTrainer(vocab_size=vocab_size, **settings)

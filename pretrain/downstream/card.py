@@ -20,7 +20,8 @@ _RECIPE = {
     ),
     "trainer": ("max_steps", "precision", "gradient_clip_val"),
 }  # fmt: skip
-"""The settings that make a model what it is; none of the machine it was trained on."""
+_HOW = ("activation_checkpointing", "compile")
+"""The settings that make a model what it is; none of how and where it was computed."""
 
 
 def settings_at(settings: dict[str, Any], home: Path, step: int) -> tuple[dict[str, Any], list[tuple[int, str]]]:
@@ -90,7 +91,8 @@ def model_card(
     example = "MKTAYIAKQR<mask>ISFVKSHFSRQ" if protein else "The state of the <mask> is strong."
     rows = _rows(encoder, checkpoint, settings, result, sources)
     table = "\n".join(f"| {label} | {value} |" for label, value in rows)
-    history = "".join(f"\n- after step {step:,}: `{change}`" for step, change in changes)
+    history = "".join(f"- after step {step:,}: `{change}`\n" for step, change in changes)
+    history = f"Settings were changed during the run:\n\n{history}\nThe last ones:\n\n" if changes else ""
     return f"""---
 {yaml.safe_dump(header, sort_keys=False).strip()}
 ---
@@ -115,8 +117,7 @@ logits = model(**tokenizer("{example}", return_tensors="pt")).logits
 
 ## Recipe
 
-{f"Settings were changed during the run:{chr(10)}{history}{chr(10)}{chr(10)}The last ones:" if changes else ""}
-```yaml
+{history}```yaml
 {yaml.safe_dump(_recipe(settings), sort_keys=False).strip()}
 ```
 

@@ -126,13 +126,30 @@ def _hf_model(encoder: Encoder, tokenizer: Tokenizer, max_length: int) -> Any:
     return model.eval()
 
 
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep transformers from showing progress bars of what takes a moment."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def write_model(encoder: Encoder, tokenizer: Tokenizer, max_length: int, out: Path) -> None:
     """Write ``config.json`` and ``model.safetensors``, or its shards and their index, into the directory ``out``."""
     model = _hf_model(encoder, tokenizer, max_length)
     for parameter in model.esm.contact_head.parameters():
         torch.nn.init.zeros_(parameter)  # no contact head was trained: better none than a random one
     # Under the names that the model itself and every published ESM-2 have, not those of TensorFlow's times.
-    model.save_pretrained(out, save_original_format=False, max_shard_size=SHARD_SIZE)
+    with _without_bars():
+        model.save_pretrained(out, save_original_format=False, max_shard_size=SHARD_SIZE)
+    for file in out.glob("*.safetensors"):  # written for the owner alone: whoever may read the config may read it, too
+        file.chmod((out / "config.json").stat().st_mode)
 
 
 def verify(encoder: Encoder, tokenizer: Tokenizer, max_length: int, out: Path) -> float:
@@ -149,7 +166,8 @@ def verify(encoder: Encoder, tokenizer: Tokenizer, max_length: int, out: Path) -
     )
     with torch.no_grad():
         ours = encoder(input_ids, torch.tensor([0, len(input_ids)], dtype=torch.int32))
-        model = AutoModelForMaskedLM.from_pretrained(out).eval()
+        with _without_bars():
+            model = AutoModelForMaskedLM.from_pretrained(out).eval()
         theirs = model(input_ids[None], attention_mask=torch.ones_like(input_ids)[None]).logits[0]
     difference = float((ours - theirs).abs().max())
     if not difference < 1e-3 * max(1.0, float(ours.abs().max())):

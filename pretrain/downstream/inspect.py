@@ -67,8 +67,10 @@ def inspect(path: Path, picture: Path | None = None, check: bool = False) -> str
     if run.result:
         told = fine_tuning_summary if "task" in run.result else summary
         return "\n".join([*lines, told(path, run.result)])
+    assert run.config is not None
+    lines[0] += f" of {run.config['trainer']['max_steps']}"
     lines += [f"  {name:32} {values[-1]:.6g}  (step {steps[-1]})" for name, (steps, values) in sorted(curves.items())]
-    return "\n".join(lines)
+    return "\n".join([*lines, f"  continue it   pretrain fit -c {path}/config.yaml --run {path}"])
 
 
 def audit(directory: Path) -> str:

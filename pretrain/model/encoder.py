@@ -127,6 +127,22 @@ class Encoder(nn.Module):
         hidden = self.hidden_states(input_ids, cu_seqlens, max_seqlen, positions)
         return self.head.loss(hidden, self.embedding.weight, targets)
 
+    @torch.no_grad()
+    def score(
+        self,
+        input_ids: Int[Tensor, " T"],
+        cu_seqlens: Int[Tensor, " bounds"],
+        max_seqlen: int | None,
+        positions: Int[Tensor, " M"],
+        targets: Int[Tensor, " M"],
+    ) -> tuple[Float[Tensor, " M"], Int[Tensor, " M"]]:
+        """Each target's cross-entropy, in nats and float32, and the most likely token there; without gradients.
+
+        Arguments as for `loss`; rows of -100 have cross-entropy 0.
+        """
+        hidden = self.hidden_states(input_ids, cu_seqlens, max_seqlen, positions)
+        return self.head.score(hidden, self.embedding.weight, targets)
+
     def trace(self, input_ids: Int[Tensor, " T"], cu_seqlens: Int[Tensor, " bounds"]) -> "Trace":
         """All hidden states and all attention maps, for looking inside.
 
@@ -292,6 +308,18 @@ class MaskedLMHead(nn.Module):
             *(checkpoint(self._loss, h, embedding, t, use_reentrant=False) for h, t in chunks), strict=True
         )
         return torch.stack(losses).sum(), torch.stack(correct).sum()
+
+    def score(
+        self, hidden: Float[Tensor, "M D"], embedding: Float[Tensor, "V D"], targets: Int[Tensor, " M"]
+    ) -> tuple[Float[Tensor, " M"], Int[Tensor, " M"]]:
+        """See `Encoder.score`. With a large vocabulary only some rows' logits exist at a time."""
+        losses, best = [], []
+        rows = max(1, MAX_LOGITS // len(embedding))
+        for part, wanted in zip(hidden.split(rows), targets.split(rows), strict=True):
+            logits = self(part, embedding).float()
+            losses.append(F.cross_entropy(logits, wanted, reduction="none"))
+            best.append(logits.argmax(-1))
+        return torch.cat(losses), torch.cat(best)
 
     def _loss(self, hidden: Tensor, embedding: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         logits = self(hidden, embedding).float()

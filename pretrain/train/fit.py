@@ -41,10 +41,12 @@ from pretrain.train.module import MLMModule
 from pretrain.train.report import execution, final_figures, header, summary
 from pretrain.train.run import CHECKPOINTS, Run, yaml_error
 from pretrain.train.saving import RunInterruptedError, StepCheckpoint
+from pretrain.train.settings_help import asked_for, shown
 from pretrain.train.sharding import FullyShardedStrategy
 from pretrain.train.sick import SickSteps
 from pretrain.train.spikes import LossSpikes, RewindError
 from pretrain.train.step import StepModule
+from pretrain.train.tensorboard import TensorBoardPages
 from pretrain.train.throughput import Throughput
 from pretrain.train.watchdog import Watchdog
 
@@ -122,6 +124,9 @@ class SettingsCLI(LightningCLI):
         for given in _config_files(args):
             if given.is_file() and (problem := yaml_error(given)):
                 raise UserError(problem)
+        if asked_for(args):
+            print(shown(parser.format_help(), args), end="")
+            raise SystemExit(0)
         try:
             self.config = parser.parse_args(args)
         except ArgumentError as error:
@@ -207,7 +212,9 @@ class FitCLI(SettingsCLI):
             ]
         callbacks: list[pl.Callback] = [Throughput(), _ValidateLast()]
         callbacks += [Watchdog(self.config_init.hang_timeout_minutes)]
-        callbacks += [LearningRateMonitor()] if loggers else []
+        if loggers:
+            pages = TensorBoardPages(yaml.safe_dump(self.settings, sort_keys=False))
+            callbacks += [LearningRateMonitor(), pages]
         callbacks += [ProgressBar()] if settings.enable_progress_bar is not False else []
         sick = SickSteps(self.run.directory, self.run.step, self.config_init.max_sick_steps_in_a_row)
         ledger = Ledger(self.run.directory, self.run.step)

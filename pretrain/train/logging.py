@@ -45,10 +45,18 @@ class EventLogger(TensorBoardLogger):
     @rank_zero_only
     @override
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        self._unless_the_disk_is_full(step, lambda: super(EventLogger, self).log_metrics(_without_epoch(metrics), step))
+
+    @rank_zero_only
+    def show(self, step: int, write: Callable[[Any], None]) -> None:
+        """Let ``write`` put something else than figures into the writer (torch's ``SummaryWriter``), at a step."""
+        self._unless_the_disk_is_full(step, lambda: write(self.experiment))
+
+    def _unless_the_disk_is_full(self, step: int | None, write: Callable[[], None]) -> None:
         if self._gone:
             return
         try:
-            super().log_metrics(_without_epoch(metrics), step)
+            write()
         except (OSError, ValueError) as error:
             cause = error.__cause__ or error  # Lightning makes a ValueError of what the writer raises
             if isinstance(cause, FileNotFoundError):  # the run was removed: a new file would bring it back

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -11,12 +11,15 @@ from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
 from pretrain.corpus.batch import Batch
+from pretrain.corpus.datamodule import MLMDataModule
+from pretrain.corpus.tokenizer import ProteinTokenizer
 from pretrain.model.config import EncoderConfig
 from pretrain.model.encoder import Encoder
 from pretrain.train.optim import build_optimizer
 from pretrain.train.pretrained import load_initial_weights
 from pretrain.train.schedule import InverseSqrtScheduler, Schedule, ShapedScheduler
-from pretrain.train.step import RunningLoss, StepModule
+from pretrain.train.step import StepModule
+from pretrain.train.validation import Findings, Tally
 
 
 class MLMModule(StepModule):
@@ -43,6 +46,10 @@ class MLMModule(StepModule):
         initialize_from: A directory with ``config.json`` and safetensors, as `pretrain import` or transformers'
             ``save_pretrained`` writes it, whose weights training starts from instead of random ones; its shape must be
             ``encoder``'s.
+
+    Attributes:
+        findings: What the last validation found, by the name of the set ("" where it has none).
+        sample: The first pack of the last validation, and what was predicted at its targets.
     """
 
     def __init__(
@@ -78,7 +85,8 @@ class MLMModule(StepModule):
         # Plain values only, so that checkpoints load with weights_only=True. The encoder's shape is what a checkpoint
         # must tell to be loaded; the rest comes from the run's config.
         self.hparams["encoder"] = asdict(encoder)
-        self._validation_loss = RunningLoss()
+        self.findings: dict[str, Findings] = {}
+        self.sample: tuple[Batch, Tensor] | None = None
 
     @override
     def build_optimizer(self) -> tuple[Optimizer, LRScheduler]:
@@ -104,14 +112,35 @@ class MLMModule(StepModule):
 
     def on_validation_epoch_start(self) -> None:
         """Begin to count."""
-        self._validation_loss.reset()
+        self._tallies: list[Tally] = []
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add up a validation pack's loss and its correct predictions."""
-        loss, correct = self.batch_loss(batch)
-        self._validation_loss.add(loss, correct, batch)
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Add up what is found in a pack of a validation set."""
+        losses, predictions = self.encoder.score(
+            batch.input_ids, batch.cu_seqlens, batch.max_seqlen, batch.target_positions, batch.targets
+        )
+        if dataloader_idx == len(self._tallies):
+            self._tallies.append(Tally(self.encoder.config.vocab_size))
+        self._tallies[dataloader_idx].add(batch, losses, predictions)
+        if batch_idx == dataloader_idx == 0:
+            self.sample = batch, predictions
 
     def on_validation_epoch_end(self) -> None:
-        """Log the mean over all targets of all processes: exact, however the packs were divided."""
-        loss, accuracy = self._validation_loss.collect(self.trainer)
-        self.log_dict({"val/loss": loss, "val/perplexity": loss.exp(), "val/accuracy": accuracy})
+        """Log the means over all targets of all processes: exact, however the packs were divided.
+
+        Those of the first set are ``val/loss``, ...; where sets have names, ``val/<name>/loss``, ... of each.
+        """
+        given = getattr(self.trainer, "datamodule", None)
+        data = given if isinstance(given, MLMDataModule) else None
+        names = list(data.validation_sets) if data else ["", *map(str, range(1, len(self._tallies)))]
+        self.findings = {name: tally.collect(self.trainer) for name, tally in zip(names, self._tallies, strict=True)}
+        figures: dict[str, Any] = {}
+        for number, (name, found) in enumerate(self.findings.items()):
+            loss = found.loss
+            values = {"loss": loss, "perplexity": loss.exp(), "accuracy": found.accuracy}
+            for prefix in ["val"] * (number == 0) + [f"val/{name}"] * bool(name):
+                figures |= {f"{prefix}/{figure}": value for figure, value in values.items()}
+        if data and isinstance(data.tokenizer, ProteinTokenizer):
+            by_class = self.findings[names[0]].class_accuracies(data.tokenizer.tokens)
+            figures |= {f"val/accuracy/{name}": value for name, value in by_class.items()}
+        self.log_dict(figures)

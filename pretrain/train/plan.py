@@ -288,6 +288,8 @@ def describe(cli: PlanCLI, rates: dict[int, float]) -> str:
             f"  precision    {memory.precision}: attention over packs needs bfloat16 or float16 on a GPU; "
             "add -c configs/gpu.yaml"
         ]
+    if not plan.fits:
+        return "\n".join(lines + ([f"  picture      {cli.config.picture}"] if cli.config.picture else []))
     lines += [
         f"  time         {_duration(plan.hours)} at {_short(plan.tokens_per_second)} tokens/s: {plan.mfu:.0%} of "
         f"{gpu.bf16_flops / 1e12:,.0f} TFLOP/s a GPU (datasheet, bfloat16)",
@@ -373,4 +375,6 @@ def _duration(hours: float) -> str:
         return f"{3600 * hours:.2g} seconds"
     if hours < 1:
         return f"{60 * hours:.1f} minutes"
-    return f"{hours:.1f} hours" if hours < 48 else f"{hours / 24:.1f} days"
+    if hours < 48:
+        return f"{hours:.1f} hours"
+    return f"{hours / 24:,.1f} days" if hours < 2 * 365 * 24 else f"{hours / 24 / 365:,.1f} years"

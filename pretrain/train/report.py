@@ -1,5 +1,6 @@
 """What a run tells people: what will run, before it starts; how it went, once it is finished."""
 
+import math
 import os
 import shutil
 import sys
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 
+from pretrain.corpus.baselines import Baselines
 from pretrain.corpus.datamodule import MLMDataModule
 from pretrain.train.module import MLMModule
 from pretrain.train.run import Run
@@ -18,8 +20,9 @@ def header(run: Run, trainer: pl.Trainer, module: MLMModule, data: MLMDataModule
     """Model, data, hardware and where the run begins, in a few lines."""
     config = module.encoder.config
     parameters = sum(p.numel() for p in module.parameters())
-    corpus, validation = data.train_corpus, data.validation_corpus
-    held_out = f", {validation.num_sequences:,} for validation" if validation else ", no validation"
+    corpus = data.train_corpus
+    sets = [f"{len(held):,}{f' ({name})' * bool(name)}" for name, held in data.validation_corpora.items()]
+    held_out = f", {' and '.join(sets)} for validation" if sets else ", no validation"
     shape = f"{config.num_hidden_layers} layers, {config.hidden_size} wide, {config.num_attention_heads} heads"
     rate, source = peak_flops(trainer.strategy.root_device)
     runs = execution(trainer)
@@ -63,27 +66,53 @@ def final_figures(trainer: pl.Trainer, module: MLMModule, data: MLMDataModule) -
         "train_sequences": len(data.train_corpus),
         "train_corpus": data.train_corpus.fingerprint,
     }
-    if (baselines := data.baselines()) and data.validation_corpus:
-        result["validation_sources"] = [str(source) for source in data.validation]
-        result["validation_sequences"] = len(data.validation_corpus)
-        result |= {
-            name: float(trainer.callback_metrics[name]) for name in ("val/loss", "val/perplexity", "val/accuracy")
-        }
-        result |= {"unigram_perplexity": baselines.unigram, "bigram_perplexity": baselines.bigram}
+    sets = {name: _validation(name, baselines, module, data) for name, baselines in data.baselines().items()}
+    if sets:
+        first = next(iter(sets))
+        result["validation_sources"] = [str(source) for source in data.validation_sets[first]]
+        result["validation_sequences"] = len(data.validation_corpora[first])
+        for name in ("unigram_perplexity", "bigram_perplexity"):
+            result[name] = sets[first][name]
+        for name, found in sets.items():
+            for prefix in ["val"] * (name == first) + [f"val/{name}"] * bool(name):
+                result |= {f"{prefix}/{figure}": found[figure] for figure in ("loss", "perplexity", "accuracy")}
+        result["validation"] = sets
     return result
+
+
+def _validation(name: str, baselines: Baselines, module: MLMModule, data: MLMDataModule) -> dict[str, Any]:
+    """What the last validation found on a set, beside the baselines; an alphabet's tokens one by one."""
+    found = module.findings[name]
+    loss = float(found.loss)
+    perplexities = {"unigram": baselines.unigram, "bigram": baselines.bigram, "model": math.exp(loss)}
+    figures: dict[str, Any] = {
+        "sources": [str(source) for source in data.validation_sets[name]],
+        "sequences": len(data.validation_corpora[name]),
+        "loss": loss,
+        "perplexity": math.exp(loss),
+        "accuracy": float(found.accuracy),
+        "unigram_perplexity": baselines.unigram,
+        "bigram_perplexity": baselines.bigram,
+        "bits_per_token": {model: math.log2(perplexity) for model, perplexity in perplexities.items()},
+        "by_length": found.by_length(),
+    }
+    if by_token := found.by_token(data.tokenizer.tokens):
+        figures["by_token"] = by_token
+    return figures
 
 
 def summary(run: Path, result: dict[str, Any]) -> str:
     """The end of a run: perplexity beside the numbers to beat, and what to do next."""
     lines = [f"  {result['steps']:,} steps, {result['tokens_seen']:,} tokens, {result['epochs']:.1f} epochs"]
-    if "val/perplexity" in result:
-        model, unigram, bigram = (result[k] for k in ("val/perplexity", "unigram_perplexity", "bigram_perplexity"))
+    for name, found in result.get("validation", {}).items():
+        model, unigram, bigram = (found[k] for k in ("perplexity", "unigram_perplexity", "bigram_perplexity"))
+        bits = found["bits_per_token"]
         lines += [
             "",
-            "  perplexity on the masked validation positions (lower is better)",
-            f"    unigram    {unigram:8.3f}",
-            f"    bigram     {bigram:8.3f}",
-            f"    this run   {model:8.3f}   "
+            f"  perplexity on the masked validation positions{f' of {name}' * bool(name)} (lower is better), and bits",
+            f"    unigram    {unigram:8.3f} {bits['unigram']:8.4f}",
+            f"    bigram     {bigram:8.3f} {bits['bigram']:8.4f}",
+            f"    this run   {model:8.3f} {bits['model']:8.4f}   "
             f"({model / unigram - 1:+.1%} against unigram, {model / bigram - 1:+.1%} against bigram)",
         ]
     longer = f"--allow_change --trainer.max_steps {2 * result['steps']}"

@@ -136,4 +136,5 @@ def shard(encoder: Encoder, mesh: DeviceMesh, precision: str) -> None:
         again = block is not encoder.blocks[-1]
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=again)
     fully_shard(encoder, mesh=mesh)
-    register_fsdp_forward_method(encoder, "loss")  # gathers as a call of the encoder does
+    for method in ("loss", "score"):
+        register_fsdp_forward_method(encoder, method)  # gathers as a call of the encoder does

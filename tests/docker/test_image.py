@@ -1,7 +1,7 @@
 """The image is built without a daemon on a bare Debian, trains as its user, is killed, and continues.
 
 Needs root, buildah and debootstrap (Debian: apt-get install buildah debootstrap), a Debian mirror and a package index;
-no mirror with ``PRETRAIN_DEBIAN`` naming a Debian root that has python3 and python3-venv. Ten minutes, 8 GB in ``TMPDIR``.
+no mirror with ``PRETRAIN_DEBIAN`` naming a Debian root with python3 and python3-venv. Ten minutes, 8 GB in ``TMPDIR``.
 """
 
 import os

@@ -164,7 +164,7 @@ def test_an_export_holds_safetensors_only_under_published_names(exported: Path) 
     """The names of facebook/esm2_*; transformers 5 by itself writes TensorFlow's (gamma, beta) and a literal ``*``."""
     names = {path.name for path in exported.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer_config.json", "vocab.txt", "README.md"} <= names
-    assert {Path(name).suffix for name in names} <= {".json", ".safetensors", ".txt", ".md"}
+    assert {Path(name).suffix for name in names} <= {".json", ".safetensors", ".txt", ".md", ".png"}
     state = load_file(exported / "model.safetensors")
     layer = "esm.encoder.layer.1"
     assert {f"{layer}.attention.LayerNorm.weight", f"{layer}.LayerNorm.bias", "lm_head.dense.bias"} <= state.keys()

@@ -133,11 +133,22 @@ def test_another_config_in_the_same_run_is_refused_by_class_of_setting(
     assert "model.encoder.hidden_size 16, this config has 32" in error_of(
         capsys, "fit", "-c", tiny(), *continued, "--model.encoder.hidden_size", 32, "--allow_change", "true"
     )
+    assert "data.long_sequences 'crop', this config has 'split'" in error_of(
+        capsys, "fit", "-c", tiny(), *continued, "--data.long_sequences", "split", "--allow_change", "true"
+    )
     assert "seed_everything 7" in error_of(capsys, "fit", "-c", tiny(seed_everything=8), *continued)
     # history: only when allowed
     message = error_of(capsys, "fit", "-c", tiny(), *continued, "--model.learning_rate", 0.5)
     assert "model.learning_rate: 0.01 -> 0.5; trainer.max_steps: 10 -> 12" in message
     assert "--allow_change true" in message
+    masking = ("--data.mlm_probability", "[0.1,0.3]", "--data.mask_unit", "span", "--data.mean_span_length", 5)
+    message = error_of(capsys, "fit", "-c", tiny(), *continued, *masking)
+    for change in (
+        "mlm_probability: 0.15 -> [0.1, 0.3]",
+        "mask_unit: 'token' -> 'span'",
+        "mean_span_length: None -> 5.0",
+    ):
+        assert f"data.{change}" in message
     assert Path("run/config.yaml").read_bytes() == kept
     # free: always
     assert fit("-c", tiny(), "--run", Path("run").absolute(), "--trainer.accumulate_grad_batches", 1) == 0

@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from pretrain import EncoderConfig, MLMDataModule, MLMModule
 from pretrain.train.logging import read_metrics
+from pretrain.train.validation import RESIDUE_CLASSES
 
 NAMES = {
     "train/loss",
@@ -21,6 +22,7 @@ NAMES = {
     "val/loss",
     "val/perplexity",
     "val/accuracy",
+    *(f"val/accuracy/{name}" for name in RESIDUE_CLASSES),
     "throughput/tokens_per_second",
     "throughput/mfu",
     "throughput/data_wait",
@@ -139,3 +141,16 @@ def test_a_run_without_logger_trains_without_monitor(
 ) -> None:
     assert fit("-c", tiny(), "--run", tmp_path / "run", "--trainer.logger", "false") == 0
     assert not list((tmp_path / "run").glob("events.*"))
+
+
+def test_another_of_lightnings_loggers_has_the_same_figures_beside_the_runs_own(
+    tiny: Callable[..., Path], fit: Callable[..., int], tmp_path: Path
+) -> None:
+    csv = {"class_path": "pytorch_lightning.loggers.CSVLogger", "init_args": {"save_dir": str(tmp_path / "csv")}}
+    assert fit("-c", tiny(trainer__logger=csv), "--run", tmp_path / "run") == 0
+    (path,) = (tmp_path / "csv").rglob("metrics.csv")
+    head, *rows = path.read_text().splitlines()
+    assert {"lr-AdamW", "train/loss", "val/loss"} <= set(head.split(","))
+    place = head.split(",").index("train/loss")
+    theirs = [float(row.split(",")[place]) for row in rows if row.split(",")[place]]
+    assert theirs == pytest.approx([value for _, value in scalars(tmp_path / "run")["train/loss"]], rel=1e-5)

@@ -53,6 +53,7 @@ def outcome(errors: Path, *arguments: object, prepare: Callable[[], None] | None
 def _run(arguments: list[str], errors: str, environment: dict[str, str], prepare: Callable[[], None] | None) -> None:
     sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))  # callbacks that configs name
     os.environ.update(environment)
+    multiprocessing.set_start_method("fork", force=True)  # how loader workers start, where nobody says otherwise
     with Path(errors).open("w", buffering=1) as file:
         os.dup2(file.fileno(), 2)
         sys.stderr = file

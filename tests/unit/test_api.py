@@ -125,3 +125,8 @@ def test_an_unknown_command_ends_the_process_with_code_2() -> None:
     process = python("import runpy; runpy.run_module('pretrain', run_name='__main__', alter_sys=True)", "trian")
     assert process.returncode == 2
     assert len(process.stderr.splitlines()) == 1
+
+
+def test_an_unknown_option_points_to_the_commands_own_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prepare", "x.fasta", "--out", "y", "--min_lenght", "3"]) == 2
+    assert "unrecognized arguments: --min_lenght 3; see `pretrain prepare --help`" in capsys.readouterr().err

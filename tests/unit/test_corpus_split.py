@@ -126,6 +126,14 @@ def test_duplicates_are_taken_out_before_the_split(source: Path, tmp_path: Path)
     assert sides[0].skipped["duplicate"] >= 600
 
 
+def test_the_windows_of_a_long_sequence_stay_on_one_side(source: Path, tmp_path: Path) -> None:
+    sides = prepare_split([source], tmp_path / "two", ESM, Split(share=0.3), filters=Filters(windows=10))
+    train, validation = ({name.partition("#")[0] for name in names(corpus)} for corpus in sides)
+    assert sum(len(corpus) for corpus in sides) > 2 * len(NAMES)
+    assert train | validation == set(NAMES)
+    assert not train & validation
+
+
 # --- any number of processes, continued after a kill ------------------------------------------------------------------
 
 

@@ -171,6 +171,7 @@ def test_validation_asks_the_same_question_in_every_run(proteins: Path) -> None:
         "seed": 8,
         "mlm_probability": 0.4,
         "mask_replace_prob": 0.5,
+        "mask_draws": "independent",
         "global_batch_tokens": 4096,
         "validation_pack_tokens": 99,
     }
@@ -181,7 +182,7 @@ def test_validation_asks_the_same_question_in_every_run(proteins: Path) -> None:
 def test_without_a_validation_source_there_is_no_validation(proteins: Path) -> None:
     data = attach(make(proteins))
     assert data.val_dataloader() == []
-    assert data.baselines() is None
+    assert data.baselines() == {}
 
 
 # --- text -------------------------------------------------------------------------------------------------------------
@@ -237,6 +238,7 @@ def test_a_checkpoint_holds_the_position_and_what_identifies_the_order(proteins:
         "corpus": data.train_corpus.fingerprint,
         "max_length": 64,
         "global_batch_tokens": 512,
+        "group_shards": None,
         "tokenizer": data.tokenizer.serialize(),  # so that an export needs nothing but the checkpoint
     }
 

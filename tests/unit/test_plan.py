@@ -188,3 +188,11 @@ def test_help_lists_the_options_of_a_plan_and_of_a_run(capsys: pytest.CaptureFix
     for option in ("--gpus", "--gpu", "--mfu", "--price", "--mean_length", "--picture", "--data.max_length"):
         assert f"\n  {option} " in printed
     assert "--allow_change" not in printed
+
+
+def test_what_does_not_fit_has_no_time_and_no_cost(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "-c", "esm2_15B", "-c", "gpu", "--price", "2"]) == 0
+    output = capsys.readouterr().out
+    assert "does not fit; try" in output
+    assert "time " not in output
+    assert "cost " not in output

@@ -1,0 +1,71 @@
+"""Training ahead of the download: in which order a corpus is read, and what must be there when."""
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from pretrain.corpus.groups import GroupOrder
+from pretrain.corpus.order import AnyOrder, Order
+from pretrain.corpus.packing import StepPlanner
+from pretrain.corpus.remote import RemoteCorpus
+from pretrain.corpus.store import Corpus
+
+GROUP_SHARDS = 32
+"""Shards that are shuffled together, where nothing else is said: about a gigabyte."""
+
+Int64 = NDArray[np.int64]
+
+
+class Ahead:
+    """A group order that has the shards brought before they are read; the same order otherwise.
+
+    Args:
+        order: The order.
+        corpus: The corpus that it is of.
+    """
+
+    def __init__(self, order: GroupOrder, corpus: RemoteCorpus) -> None:
+        self.order, self.corpus = order, corpus
+        self.seed, self.sizes = order.seed, order.sizes
+
+    def __call__(self, positions: ArrayLike) -> tuple[Int64, Int64]:
+        """As the order, once the shards that hold these sequences are there."""
+        n = np.atleast_1d(np.asarray(positions, np.int64))
+        self.corpus.bring(self.order, n)
+        return self.order(n)
+
+    def places(self, indices: Int64) -> Int64:
+        """As the order."""
+        return self.order.places(indices)
+
+
+def group_size(corpus: Corpus, wanted: int | str | None) -> int | None:
+    """Shards in a group, for a setting that may be ``all`` or left out; None if all are one group."""
+    shards = len(corpus.manifest["shards"])
+    if wanted is None:
+        wanted = GROUP_SHARDS if isinstance(corpus, RemoteCorpus) else "all"
+    return int(wanted) if wanted != "all" and int(wanted) < shards else None
+
+
+def order_of(corpus: Corpus, group_shards: int | str | None, seed: int) -> AnyOrder:
+    """The order of a corpus, shuffled as a whole or within groups of so many shards."""
+    size = group_size(corpus, group_shards)
+    if size is None:
+        return Order(len(corpus), seed)
+    return GroupOrder([shard["num_sequences"] for shard in corpus.manifest["shards"]], size, seed)
+
+
+def bring_ahead(planner: StepPlanner) -> None:
+    """Have the shards of a planner's corpus brought before they are read, if they are far away.
+
+    Raises:
+        UserError: If the cache has no room for what is needed at a time, or the shards cannot be had.
+    """
+    corpus, order = planner.corpus, planner.order
+    if not isinstance(corpus, RemoteCorpus):
+        return
+    if isinstance(order, GroupOrder):
+        corpus.check_cache(order.group_shards)
+        planner.order = Ahead(order, corpus)
+    else:
+        corpus.check_cache(None)
+        corpus.bring_all()

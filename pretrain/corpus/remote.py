@@ -1,0 +1,169 @@
+"""A corpus from afar: its manifest and lengths first, its shards when they are needed."""
+
+import os
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import ArrayLike, NDArray
+from typing_extensions import override
+
+from pretrain.corpus.cache import Cache, RemoteFile, read_remote
+from pretrain.corpus.groups import GroupOrder
+from pretrain.corpus.store import LENGTHS, MANIFEST, Corpus, Shard, open_shard, parse_manifest
+from pretrain.errors import UserError
+
+Int64 = NDArray[np.int64]
+
+
+def is_remote(name: str | Path) -> bool:
+    """Whether a name is the address of a file or corpus from afar, and no Hub dataset."""
+    return "://" in str(name) and not str(name).startswith("hf://")
+
+
+class RemoteCorpus(Corpus):
+    """A corpus at an fsspec URL, as `Corpus` for a directory. Pickled it is its address.
+
+    Args:
+        url: The directory's address, such as ``s3://bucket/corpora/uniref50``.
+        cache_bytes: How much of it to keep on the local disk; by default what is in use.
+
+    Raises:
+        UserError: If there is no corpus, it cannot be reached, or it is damaged or of another format.
+    """
+
+    def __init__(self, url: str, cache_bytes: int | None = None) -> None:
+        self.url, self.cache_bytes = url.rstrip("/"), cache_bytes
+        self.path = Path(self.url)
+        content = read_remote(f"{self.url}/{MANIFEST}")
+        self.read(parse_manifest(content, self.url), self.url)
+        try:
+            self._files = [
+                RemoteFile(shard["file"], shard["sha256"], shard["num_bytes"]) for shard in self.manifest["shards"]
+            ]
+            self._sizes = [shard["num_sequences"] for shard in self.manifest["shards"]]
+            entry = self.manifest["lengths"]
+            lengths = RemoteFile(LENGTHS, entry["sha256"], entry["num_bytes"])
+        except KeyError as error:
+            raise UserError(
+                f"{self.url}: made by a version that read no corpora from afar; prepare it again, or copy it here"
+            ) from error
+        if any(Path(file.name).name != file.name for file in self._files):
+            raise UserError(f"{self.url}: {MANIFEST} names a shard outside of the corpus; prepare it again")
+        self._first = np.cumsum([0, *self._sizes])
+        self._cache = Cache(self.url, cache_directory() / "remote" / self.fingerprint, cache_bytes)
+        self._lengths = self._open_lengths(lengths)
+        self._open: OrderedDict[int, Shard] = OrderedDict()
+        self.max_open = len(self._files)
+        self._window: tuple[int, int] | None = None
+
+    @override
+    def __reduce__(self) -> tuple[type["RemoteCorpus"], tuple[str, int | None]]:  # type: ignore[override]
+        return RemoteCorpus, (self.url, self.cache_bytes)
+
+    def __str__(self) -> str:
+        return self.url
+
+    @property
+    @override
+    def shards(self) -> Iterable[Shard]:  # type: ignore[override]
+        """The shards, one after the other: each is fetched when its turn comes."""
+        return _Shards(self)
+
+    @property
+    @override
+    def has_words(self) -> bool:
+        return self._shard(0).word_starts is not None
+
+    @override
+    def lengths(self, indices: ArrayLike) -> Int64:
+        return self._lengths[np.asarray(indices, np.int64)].astype(np.int64)
+
+    def bring_all(self) -> None:
+        """Fetch the whole corpus, and keep it."""
+        self._bring(list(range(len(self._files))), [], [])
+
+    def bring(self, order: GroupOrder, positions: Int64) -> None:
+        """Fetch what the order needs at these positions, and then, in the background, the group after them."""
+        groups = order.groups(positions)
+        first, last = int(groups.min()), int(groups.max())
+        if self._window == (first, last):
+            return
+        needed = [shard for group in range(first, last + 1) for shard in order.shards(group)]
+        self.max_open = max(len(set(needed)), order.group_shards)
+        self._bring(needed, order.shards(last + 1), order.shards(first - 1) if first else [])
+        self._window = (first, last)
+
+    def check_cache(self, group_shards: int | None) -> None:
+        """Make sure that the cache has room for what is needed at a time: a group, and those before and behind it.
+
+        Raises:
+            UserError: If not.
+        """
+        sizes = sorted((file.num_bytes for file in self._files), reverse=True)
+        least = sum(sizes if group_shards is None else sizes[: 3 * group_shards])
+        if self.cache_bytes is not None and self.cache_bytes < least:
+            what = "the whole corpus" if group_shards is None else f"three groups of {group_shards} shards"
+            raise UserError(
+                f"data.cache_gb is {self.cache_bytes / 1e9:g}, {what} take up to {least / 1e9:.3g}; give at least "
+                "that, or a smaller data.group_shards"
+            )
+
+    def _bring(self, needed: list[int], next_ones: list[int], before: list[int]) -> None:
+        self._cache.bring(*([self._files[number] for number in some] for some in (needed, next_ones, before)))
+
+    def _open_lengths(self, file: RemoteFile) -> NDArray[np.unsignedinteger]:
+        path = self._cache.fetch(file)
+        lengths: NDArray[np.unsignedinteger] = np.load(path, mmap_mode="r", allow_pickle=False)
+        if len(lengths) != self.num_sequences:
+            raise UserError(
+                f"{self.url}: {LENGTHS} does not hold the sequences that {MANIFEST} counts; prepare it again"
+            )
+        return lengths
+
+    @override
+    def _shard(self, number: int) -> Shard:
+        self._cache.after_fork()
+        if number not in self._open:
+            for _ in range(3):
+                fetched = not (self._cache.directory / self._files[number].name).exists()
+                try:
+                    shard = open_shard(self._cache.fetch(self._files[number]))
+                    break
+                except FileNotFoundError:  # evicted in between
+                    continue
+                except pa.ArrowException as error:
+                    raise UserError(
+                        f"{self._files[number].name}: damaged ({error}); remove it from the cache"
+                    ) from error
+            else:
+                raise UserError(
+                    f"{self._cache.directory}: {self._files[number].name} vanishes as soon as it is there; give each "
+                    "program its own $PRETRAIN_CACHE"
+                )
+            self._open[number] = shard
+            while len(self._open) > self.max_open:
+                self._open.popitem(last=False)
+            if fetched:
+                self._cache.evict()
+        self._open.move_to_end(number)
+        return self._open[number]
+
+
+class _Shards:
+    def __init__(self, corpus: RemoteCorpus) -> None:
+        self._corpus = corpus
+
+    def __len__(self) -> int:
+        return len(self._corpus.manifest["shards"])
+
+    def __iter__(self) -> Iterator[Shard]:
+        return map(self._corpus._shard, range(len(self)))
+
+
+def cache_directory() -> Path:
+    """Where prepared sources and copies of corpora from afar are kept."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("PRETRAIN_CACHE") or home / "pretrain")

@@ -1,0 +1,109 @@
+"""Several validation sets, and what is told of each: exact, whatever the processes and packs."""
+
+import json
+import math
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from test_logging import scalars
+
+from pretrain import EncoderConfig, MLMDataModule, MLMModule
+from pretrain.cli import main
+from pretrain.train.validation import LENGTHS, RESIDUE_CLASSES
+
+
+@pytest.fixture
+def far(tmp_path: Path) -> Path:
+    generator = random.Random(1)
+    path = tmp_path / "far.fasta"
+    path.write_text("".join(f">{n}\n{''.join(generator.choices('LAGVSE', k=20 + 3 * n))}\n" for n in range(60)))
+    return path
+
+
+def test_every_set_has_its_figures_and_the_first_is_the_one_that_counts(
+    tiny: Callable[..., Path], fit: Callable[..., int], tmp_path: Path, proteins: Path, far: Path
+) -> None:
+    config = tiny(data__validation={"far": [str(far)], "near": str(proteins)}, trainer__max_steps=4)
+    assert fit("-c", config, "--run", tmp_path / "run") == 0
+    assert fit("-c", tiny(trainer__max_steps=4), "--run", tmp_path / "alone") == 0
+    logged, on_its_own = scalars(tmp_path / "run"), scalars(tmp_path / "alone")
+    for figure in ("loss", "perplexity", "accuracy"):
+        assert logged[f"val/{figure}"] == logged[f"val/far/{figure}"]
+        assert logged[f"val/near/{figure}"] == on_its_own[f"val/{figure}"]
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["val/loss"] == result["val/far/loss"] == result["validation"]["far"]["loss"]
+    for found in result["validation"].values():
+        for group in (found["by_length"], found["by_token"].values()):
+            targets = sum(part["targets"] for part in group)
+            assert sum(part["targets"] * part["loss"] for part in group) / targets == pytest.approx(found["loss"])
+            assert sum(part["targets"] * part["accuracy"] for part in group) / targets == pytest.approx(
+                found["accuracy"]
+            )
+        assert found["bits_per_token"]["model"] == pytest.approx(found["loss"] / math.log(2))
+    assert set(result["validation"]["far"]["by_token"]) == set("LAGVSE")
+
+
+def validated(module: MLMModule, data: MLMDataModule) -> pl.Trainer:
+    options = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = pl.Trainer(accelerator="cpu", logger=False, max_steps=1, **options)  # type: ignore[arg-type]
+    trainer.validate(module, data, verbose=False)
+    return trainer
+
+
+@pytest.mark.parametrize("static_shapes", [False, True])
+def test_what_is_found_is_what_one_sequence_at_a_time_gives(proteins: Path, far: Path, static_shapes: bool) -> None:
+    torch.manual_seed(0)
+    module = MLMModule(EncoderConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2))
+    with torch.no_grad():
+        module.encoder.embedding.weight.mul_(50)  # so that predictions differ
+    sets = {"near": str(proteins), "far": str(far)}
+    data = MLMDataModule(str(proteins), sets, max_length=256, validation_pack_tokens=900, static_shapes=static_shapes)
+    trainer = validated(module, data)
+    for name, loader in zip(sets, data.val_dataloader(), strict=True):
+        size = data.tokenizer.vocab_size
+        confusion, token_losses = torch.zeros(size, size), torch.zeros(size)
+        lengths = torch.zeros(len(LENGTHS) + 1, 3, dtype=torch.float64)
+        for batch in loader:
+            logits = module.encoder(batch.input_ids, batch.cu_seqlens).detach()
+            for place, target in zip(batch.target_positions.tolist(), batch.targets.tolist(), strict=True):
+                if target < 0:
+                    continue
+                (first,) = [i for i, (a, b) in enumerate(batch.cu_seqlens.unfold(0, 2, 1).tolist()) if a <= place < b]
+                length = int(batch.cu_seqlens.diff()[first])
+                loss, best = float(F.cross_entropy(logits[place], torch.tensor(target))), int(logits[place].argmax())
+                confusion[target, best] += 1
+                token_losses[target] += loss
+                row = next((i for i, bound in enumerate(LENGTHS) if length <= bound), len(LENGTHS))
+                lengths[row] += torch.tensor([loss, target == best, 1.0], dtype=torch.float64)
+        found = module.findings[name]
+        assert torch.equal(found.confusion.float(), confusion)
+        assert torch.allclose(found.token_losses.float(), token_losses, rtol=1e-4)
+        assert torch.allclose(found.lengths, lengths, rtol=1e-4)
+        assert float(trainer.callback_metrics[f"val/{name}/loss"]) == pytest.approx(float(found.loss))
+    tokens = data.tokenizer.tokens
+    by_class = module.findings["near"].class_accuracies(tokens)
+    assert set(by_class) == set(RESIDUE_CLASSES)
+    rows = [tokens.index(residue) for residue in "DE"]
+    right = sum(float(module.findings["near"].confusion[row, row]) for row in rows)
+    assert by_class["negative"] == pytest.approx(right / float(module.findings["near"].confusion[rows].sum()))
+
+
+def test_every_residue_has_one_class() -> None:
+    assert sorted("".join(RESIDUE_CLASSES.values())) == sorted("LAGVSERTIDPKQNFYMHWC")
+
+
+@pytest.mark.parametrize(
+    ("sets", "said"),
+    [({"a/b": "x.fasta"}, "a set named 'a/b'"), ({"loss": "x.fasta"}, "'loss'"), ({"near": []}, "names no source")],
+)
+def test_a_set_that_cannot_be_named_is_a_mistake(
+    tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], sets: dict[str, object], said: str
+) -> None:
+    assert main(["fit", "-c", str(tiny(data__validation=sets)), "--run", str(tmp_path / "run")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
