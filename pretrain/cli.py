@@ -32,6 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from pretrain.train.fit import fit
 
             return fit(given[1:])
+        if given[:1] == ["finetune"]:
+            from pretrain.downstream.finetune.command import finetune
+
+            return finetune(given[1:])
         if given[:1] == ["plan"]:
             from pretrain.train.plan import plan
 
@@ -132,6 +136,9 @@ def _parser() -> argparse.ArgumentParser:
 
     commands.add_parser("plan", help="what a run needs: memory, hours, cost: pretrain plan -c CONFIG", add_help=False)
     commands.add_parser("fit", help="train, or continue a run: pretrain fit -c CONFIG [--run DIR]", add_help=False)
+    commands.add_parser(
+        "finetune", help="train on labels: pretrain finetune -c CONFIG --from RUN_OR_DIR", add_help=False
+    )
 
     command = commands.add_parser("inspect", help="look at a corpus or a run: counts, figures, a picture of the curves")
     command.add_argument("paths", type=Path, nargs="+", metavar="RUN_OR_CORPUS")
@@ -148,6 +155,20 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", required=True, type=Path, metavar="DIR", help="the directory to write")
     command.add_argument("--seed", type=int, default=0, help="of the masked-LM head, if it has none (default 0)")
     command.set_defaults(command=_import)
+
+    command = commands.add_parser("predict", help="a fine-tuned model's predictions for new sequences")
+    command.add_argument(
+        "run", type=Path, metavar="RUN", help="a fine-tuning run (its best checkpoint), or a checkpoint"
+    )
+    command.add_argument("source", metavar="FILE", help="sequences: FASTA, CSV, Parquet, ..., as for prepare")
+    command.add_argument("--out", required=True, type=Path, metavar="FILE", help="the .csv or .parquet to write")
+    command.add_argument(
+        "--text_column", metavar="NAME", help="column with the sequences (default: text, sequence, ...)"
+    )
+    command.add_argument("--id_column", metavar="NAME", help="column with their names (default: id, if there is one)")
+    command.add_argument("--pack_tokens", type=int, default=16_384, metavar="N", help="tokens in a forward pass")
+    command.add_argument("--device", choices=["cpu", "cuda"], help="default: the GPU, where there is one")
+    command.set_defaults(command=_predict)
 
     command = commands.add_parser("export", help="write a directory that transformers loads")
     command.add_argument("run", type=Path, metavar="RUN", help="a run, or one of its checkpoints")
@@ -305,7 +326,7 @@ def _inspect(options: argparse.Namespace) -> int:
         raise UserError("--picture draws one run or corpus; give one, or several runs with --html FILE")
     for path in options.paths:
         if options.audit:
-            from pretrain.train.ledger import audit
+            from pretrain.downstream.inspect import audit
 
             print(audit(path))
             if not options.picture:
@@ -325,6 +346,15 @@ def _export(options: argparse.Namespace) -> int:
     from pretrain.downstream.export import export
 
     print(export(options.run, options.out))
+    return 0
+
+
+def _predict(options: argparse.Namespace) -> int:
+    from pretrain.corpus.sources import SourceOptions
+    from pretrain.downstream.finetune.predict import predict
+
+    columns = SourceOptions(text_column=options.text_column, id_column=options.id_column)
+    print(predict(options.run, options.source, options.out, columns, options.pack_tokens, options.device))
     return 0
 
 

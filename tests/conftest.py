@@ -132,29 +132,29 @@ def write_tiny(proteins: Path) -> Callable[..., Path]:
     return write
 
 
-def _fit(arguments: list[str], environment: dict[str, str]) -> None:
+def _run(arguments: list[str], environment: dict[str, str]) -> None:
     os.environ.update(environment)
     multiprocessing.set_start_method("fork", force=True)  # how loader workers start, where nobody says otherwise
     sys.path.insert(0, str(Path(__file__).parent / "e2e"))  # callbacks that configs name
     from pretrain.cli import main
 
-    raise SystemExit(main(["fit", *arguments]))
+    raise SystemExit(main(arguments))
 
 
 @pytest.fixture(scope="session")
 def fit() -> Callable[..., int]:
-    """``pretrain fit`` in a process of its own; returns its exit code, -9 if it was killed.
+    """``pretrain fit`` (or another ``command``) in a process of its own; returns its exit code, -9 if it was killed.
 
     With ``processes``, in several, as torchrun starts them; they talk over the loopback only.
     """
 
-    def run(*arguments: object, processes: int = 1) -> int:
+    def run(*arguments: object, processes: int = 1, command: str = "fit") -> int:
         environments = [{"PRETRAIN_CACHE": os.environ["PRETRAIN_CACHE"]} for _ in range(processes)]
         if processes > 1:
             group = torchrun_environment(processes)
             environments = [{**e, **group, "RANK": str(i), "LOCAL_RANK": str(i)} for i, e in enumerate(environments)]
-        given = [str(argument) for argument in arguments]
-        started = [_PROCESSES.Process(target=_fit, args=(given, environment)) for environment in environments]
+        given = [command, *(str(argument) for argument in arguments)]
+        started = [_PROCESSES.Process(target=_run, args=(given, environment)) for environment in environments]
         for process in started:
             process.start()
         for process in started:

@@ -161,7 +161,7 @@ def make(source, out, work):
     for name in CLASSES:
         ranked = iter(sorted((a for a in kept if records[a][0] == name), key=order))
         for split, most in SPLITS.items():
-            split_of |= {accession: split for accession, _ in zip(ranked, range(most))}
+            split_of |= {accession: split for accession, _ in zip(ranked, range(most), strict=False)}
     for later, earlier in (("test", ("train", "validation")), ("validation", ("train",))):
         queries = sorted(a for a, split in split_of.items() if split == later)
         targets = sorted(a for a, split in split_of.items() if split in earlier)

@@ -10,13 +10,26 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pretrain.corpus.clusters import check_table, write_clusters
 from pretrain.corpus.readers import read_records
 from pretrain.corpus.remote import RemoteCorpus, cache_directory, is_remote
 from pretrain.corpus.shards import JOURNAL, Filters, Part, make_shards, report_file
 from pretrain.corpus.sources import Source, SourceOptions, find_sources
 from pretrain.corpus.split import SIDES, Split, split_parts
-from pretrain.corpus.store import CLUSTERS, FORMAT_VERSION, LENGTHS, MANIFEST, REPORT, Corpus, is_corpus, write_manifest
+from pretrain.corpus.store import (
+    CLUSTERS,
+    FORMAT_VERSION,
+    LENGTHS,
+    MANIFEST,
+    REPORT,
+    Corpus,
+    is_corpus,
+    write_manifest,
+    write_shard,
+)
 from pretrain.corpus.tokenizer import Tokenizer, TokenizerKind, train_tokenizer
 from pretrain.corpus.whole import make_whole
 from pretrain.errors import UserError
@@ -257,6 +270,31 @@ def open_or_prepare(
     cached = cache_directory() / key.hexdigest()[:16]
     if not is_corpus(cached):
         _prepare_once(found, cached, tokenizer, options, Filters(windows=windows), None)
+    return Corpus(cached)
+
+
+def open_or_store(ids: Sequence[str], sequences: Sequence[NDArray[np.unsignedinteger]], tokenizer: Tokenizer) -> Corpus:
+    """A corpus of sequences that are tokenised already, in the cache: once for each content.
+
+    Args:
+        ids: Their names.
+        sequences: Their ids, with ``<cls>`` and ``<eos>``.
+        tokenizer: What made the ids.
+    """
+    key = hashlib.sha256(json.dumps([FORMAT_VERSION, tokenizer.fingerprint, list(ids)]).encode())
+    for sequence in sequences:
+        key.update(hashlib.sha256(sequence.tobytes()).digest())
+    cached = cache_directory() / key.hexdigest()[:16]
+
+    def fill(partial: Path) -> Path:
+        file = partial / "shard-00000.arrow"
+        checksum = write_shard(file, ids, sequences, tokenizer.dtype)
+        tokens = sum(map(len, sequences))
+        shard = {"file": file.name, "num_sequences": len(ids), "num_tokens": tokens, "sha256": checksum}
+        write_manifest(partial, [shard], tokenizer, {})
+        return partial
+
+    make_whole(cached, is_corpus, fill)
     return Corpus(cached)
 
 

@@ -12,6 +12,9 @@ import yaml
 
 from pretrain.corpus.tokenizer import ESM_ALPHABET, Tokenizer, tokenizer_from_string
 from pretrain.downstream.card import CURVES, model_card, settings_at
+from pretrain.downstream.finetune.export import check_exportable, hf_class, verify_fine_tuned, write_fine_tuned
+from pretrain.downstream.finetune.export import model_card as fine_tuned_card
+from pretrain.downstream.finetune.model import is_fine_tuned, load_fine_tuned
 from pretrain.downstream.inspect import inspect
 from pretrain.downstream.load import checkpoint_of, encoder_of
 from pretrain.downstream.tokenizer_files import write_tokenizer
@@ -44,6 +47,8 @@ def export(run: Path, out: Path) -> str:
     if not (home / CONFIG).is_file():
         raise UserError(f"{home}: has no {CONFIG}; give a run directory, or a checkpoint inside one")
     settings = yaml.safe_load((home / CONFIG).read_text(encoding="utf-8"))
+    if is_fine_tuned(checkpoint):
+        return _export_fine_tuned(run, home, settings, out)
     encoder = encoder_of(checkpoint, run)
     tokenizer = tokenizer_from_string(checkpoint["MLMDataModule"]["tokenizer"], str(run))
     max_length = settings["data"]["max_length"]
@@ -62,6 +67,22 @@ def export(run: Path, out: Path) -> str:
     return (
         f"{out}: step {checkpoint['global_step']} of {home}, for transformers' AutoModelForMaskedLM and AutoTokenizer; "
         f"logits agree within {difference:.1e}\n  publish it  hf upload ORG/NAME {out}"
+    )
+
+
+def _export_fine_tuned(run: Path, home: Path, settings: dict[str, Any], out: Path) -> str:
+    model = load_fine_tuned(run)
+    check_exportable(model, run)
+    with new_directory(out) as partial:
+        write_fine_tuned(model, partial)
+        write_tokenizer(model.tokenizer, model.max_length, partial)
+        result = json.loads((home / RESULT).read_text(encoding="utf-8")) if (home / RESULT).is_file() else {}
+        card = fine_tuned_card(model, settings, result if result.get("best_step") == model.step else {}, out.name)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        difference = verify_fine_tuned(model, partial)
+    return (
+        f"{out}: step {model.step} of {home}, for transformers' {hf_class(model.spec)} and AutoTokenizer; logits agree "
+        f"within {difference:.1e}"
     )
 
 

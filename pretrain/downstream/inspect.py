@@ -4,10 +4,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 
+from pretrain.corpus.datamodule import MLMDataModule
 from pretrain.corpus.store import REPORT, Corpus, is_corpus, verify
+from pretrain.downstream.finetune.data import FineTuneDataModule
+from pretrain.downstream.finetune.report import summary as fine_tuning_summary
 from pretrain.errors import UserError
+from pretrain.train import ledger
 from pretrain.train.logging import METRICS_FILE, read_metrics
 from pretrain.train.picture import drawing
 from pretrain.train.report import summary
@@ -57,14 +62,22 @@ def inspect(path: Path, picture: Path | None = None, check: bool = False) -> str
     if picture:
         if "train/loss" not in curves:
             raise UserError(f"{path}: no train/loss in {METRICS_FILE} yet; nothing to draw")
-        _draw(curves, picture)
+        _draw(curves, picture, "task" in ((run.config or {}).get("data") or {}))
     lines = [f"{path}: newest checkpoint after step {run.step}"]
     if run.result:
-        return "\n".join([*lines, summary(path, run.result)])
+        told = fine_tuning_summary if "task" in run.result else summary
+        return "\n".join([*lines, told(path, run.result)])
     assert run.config is not None
     lines[0] += f" of {run.config['trainer']['max_steps']}"
     lines += [f"  {name:32} {values[-1]:.6g}  (step {steps[-1]})" for name, (steps, values) in sorted(curves.items())]
     return "\n".join([*lines, f"  continue it   pretrain fit -c {path}/config.yaml --run {path}"])
+
+
+def audit(directory: Path) -> str:
+    """What `pretrain.train.ledger.audit` finds, of a run of either kind; its errors are the same."""
+    path = directory / CONFIG
+    config = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return ledger.audit(directory, FineTuneDataModule if "task" in config.get("data", {}) else MLMDataModule)
 
 
 class _Statistics(NamedTuple):
@@ -163,7 +176,7 @@ def _plot_corpus(corpus: Corpus, statistics: _Statistics, above: Any, below: Any
     below.set(xlabel="token" if len(names) < 40 else "token (the 40 most frequent)", ylabel="% of the tokens")
 
 
-def _draw(curves: dict[str, tuple[list[int], list[float]]], picture: Path) -> None:
+def _draw(curves: dict[str, tuple[list[int], list[float]]], picture: Path, fine_tuning: bool) -> None:
     # The learning rate stands under the name that the user gave the scheduler: the one metric without a room's prefix.
     rates = [name for name in curves if "/" not in name or name.startswith("lr-")]
     with drawing(picture, (10, 3.6), columns=2) as (left, right):
@@ -178,8 +191,13 @@ def _draw(curves: dict[str, tuple[list[int], list[float]]], picture: Path) -> No
             label=f"train (mean of {window} steps)" if window > 1 else "train",
         )
         if "val/loss" in curves:
-            left.plot(*curves["val/loss"], "o-", color="tab:orange", label="validation (all <mask>)")
-        left.set(xlabel="optimizer step", ylabel="loss (nats per masked token)")
+            left.plot(
+                *curves["val/loss"],
+                "o-",
+                color="tab:orange",
+                label="validation" if fine_tuning else "validation (all <mask>)",
+            )
+        left.set(xlabel="optimizer step", ylabel="loss" if fine_tuning else "loss (nats per masked token)")
         left.legend(frameon=False)
         for name in rates:
             right.plot(*curves[name], label=name)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from pretrain.corpus.tokenizer import Tokenizer, tokenizer_from_string
+from pretrain.downstream.finetune.lora import merge_lora
 from pretrain.downstream.pretrained_encoder import PretrainedEncoder
 from pretrain.downstream.tokenizer_files import check_special_tokens, read_tokenizer
 from pretrain.errors import UserError
@@ -14,7 +15,7 @@ from pretrain.model.config import EncoderConfig
 from pretrain.model.hf import from_hf_config
 from pretrain.train.checkpoint import newest_checkpoint, read_checkpoint
 from pretrain.train.pretrained import CONFIG, load_tensors, read_config, read_tensors
-from pretrain.train.run import CHECKPOINTS
+from pretrain.train.run import CHECKPOINTS, data_state
 
 
 def load(path: str | Path) -> PretrainedEncoder:
@@ -67,23 +68,24 @@ def checkpoint_of(path: Path) -> dict[str, Any]:
 
 
 def encoder_of(checkpoint: dict[str, Any], source: Path) -> PretrainedEncoder:
-    """The encoder of an `MLMModule` checkpoint, in eval mode. ``source`` is named in errors."""
-    data = checkpoint.get("MLMDataModule", {})
+    """The encoder of a checkpoint, pre-trained or fine-tuned, in eval mode. ``source`` is named in errors."""
+    data = data_state(checkpoint) or {}
     find_tokenizer = partial(_tokenizer_of_run, data.get("tokenizer"), str(source))
     try:
         config = EncoderConfig(**checkpoint["hyper_parameters"]["encoder"])
         config.check_size(sum(value.numel() for value in checkpoint["state_dict"].values()))
         encoder = PretrainedEncoder(config, find_tokenizer, data.get("max_length"))
         prefix = "encoder."
+        lora_scale = checkpoint["hyper_parameters"].get("fine_tuning", {}).get("lora_scale")
         state = {
             name.removeprefix(prefix): value
             for name, value in checkpoint["state_dict"].items()
             if name.startswith(prefix)
         }
-        encoder.load_state_dict(state)
+        encoder.load_state_dict(merge_lora(state, lora_scale))
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{source}: the checkpoint is not one of an MLMModule ({reason})") from error
+        raise UserError(f"{source}: the checkpoint is not one of a run ({reason})") from error
     return encoder.eval()
 
 

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +27,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from typing_extensions import override
 
 from pretrain.corpus.datamodule import MLMDataModule
+from pretrain.corpus.packed import PackedDataModule
 from pretrain.corpus.store import verify
 from pretrain.corpus.tokenizer import load_tokenizer
 from pretrain.errors import CrashError, UserError
@@ -44,6 +45,7 @@ from pretrain.train.settings_help import asked_for, shown
 from pretrain.train.sharding import FullyShardedStrategy
 from pretrain.train.sick import SickSteps
 from pretrain.train.spikes import LossSpikes, RewindError
+from pretrain.train.step import StepModule
 from pretrain.train.tensorboard import TensorBoardPages
 from pretrain.train.throughput import Throughput
 from pretrain.train.watchdog import Watchdog
@@ -70,7 +72,15 @@ queue.
 
 
 class SettingsCLI(LightningCLI):
-    """The settings of a run: a model, data, a trainer, checkpoints; links between values that must agree."""
+    """The settings of a run: a model, data, a trainer, checkpoints; links between values that must agree.
+
+    Attributes:
+        module_class: What is trained.
+        data_class: What gives it batches.
+    """
+
+    module_class: type[StepModule] = MLMModule
+    data_class: type[PackedDataModule] = MLMDataModule
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -95,6 +105,10 @@ class SettingsCLI(LightningCLI):
         parser.add_class_arguments(LossSpikes, "spikes", skip={"run", "skips"}, instantiate=False)
         parser.add_class_arguments(StepCheckpoint, "checkpoint", skip={"directory", "before_save"}, instantiate=False)
         parser.link_arguments("seed_everything", "data.seed")
+        self.link_model(parser)
+
+    def link_model(self, parser: LightningArgumentParser) -> None:
+        """Settings of the model that follow from others."""
         parser.link_arguments(
             "data.tokenizer", "model.encoder.vocab_size", lambda name: load_tokenizer(name).vocab_size
         )
@@ -187,8 +201,6 @@ class FitCLI(SettingsCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """A Trainer with the run's checkpoints, loggers, monitor and progress bar."""
         settings: Namespace = self.config_init.trainer
-        if not self.datamodule.validation:
-            kwargs["limit_val_batches"] = 0
         logger: Any = settings.logger
         loggers: list[Any] = []
         if logger is not False:
@@ -213,7 +225,14 @@ class FitCLI(SettingsCLI):
             ledger.write(trainer)
 
         spikes = LossSpikes(self.run.directory, self.run.skips, **self.config_init.spikes)
-        callbacks += [sick, spikes, ledger, StepCheckpoint(checkpoints, before_save, **self.config_init.checkpoint)]
+        # What else decides at a validation comes before the checkpoint that follows it.
+        callbacks += [
+            *self.callbacks(),
+            sick,
+            spikes,
+            ledger,
+            StepCheckpoint(checkpoints, before_save, **self.config_init.checkpoint),
+        ]
         given = settings.callbacks or []
         plugins = settings.plugins or []
         try:
@@ -234,6 +253,33 @@ class FitCLI(SettingsCLI):
             ) from error
         _check_strategy(trainer.strategy, self.model)
         return trainer
+
+    def callbacks(self) -> list[pl.Callback]:
+        """What this kind of run has besides."""
+        return []
+
+    def check_weights(self) -> None:
+        """Make sure that the checkpoint to continue from is one of this model."""
+        self.run.check_weights(self.model.state_dict(), self.model.hparams["encoder"])
+
+    def ready(self) -> None:
+        """Called when the data are open, before anything is written."""
+
+    def finished(self, result: dict[str, Any]) -> bool:
+        """Whether the run that left this result stands where the config wants it."""
+        return bool(self.run.step == self.config.trainer.max_steps)
+
+    def header(self) -> str:
+        """What will run."""
+        return header(self.run, self.trainer, self.model, self.datamodule)
+
+    def final_figures(self) -> dict[str, Any]:
+        """What ``result.json`` holds."""
+        return final_figures(self.trainer, self.model, self.datamodule)
+
+    def summary(self, result: dict[str, Any]) -> str:
+        """How it went."""
+        return summary(self.run.directory, result)
 
 
 def _check_processes(strategy: Strategy) -> None:
@@ -291,8 +337,8 @@ def parse(cli: type[CLI], command: str, description: str, arguments: Sequence[st
     for pattern in _QUIET:
         warnings.filterwarnings("ignore", pattern)
     return cli(
-        MLMModule,
-        MLMDataModule,
+        cli.module_class,
+        cli.data_class,
         run=False,
         save_config_callback=None,
         load_from_checkpoint_support=False,
@@ -318,6 +364,11 @@ def fit(arguments: Sequence[str]) -> int:
     Raises:
         UserError: On any mistake in the arguments, the config, the data or the run directory.
     """
+    return complete(build, arguments)
+
+
+def complete(build: Callable[[Sequence[str]], FitCLI], arguments: Sequence[str]) -> int:
+    """Train what is built of the arguments until it is finished, or a signal ends it; see `fit`."""
     while True:
         try:
             return _fit(build(arguments))
@@ -335,17 +386,20 @@ def _fit(cli: FitCLI) -> int:
             f"{run.directory}: stands at step {run.step}, beyond trainer.max_steps {trainer.max_steps}; give at least "
             f"{run.step}, or choose another directory with --run"
         )
-    finished = run.step == trainer.max_steps and run.result
-    if finished and run.config and run.config["data"]["train"] == cli.settings["data"]["train"]:
+    result = run.result
+    if result and cli.finished(result) and run.config and run.config["data"]["train"] == cli.settings["data"]["train"]:
         _say(f"{run.directory}: finished already (step {run.step} of {trainer.max_steps})")
-        _say(summary(run.directory, finished))
+        _say(cli.summary(result))
         return 0
-    run.check_weights(module.state_dict(), module.hparams["encoder"])
+    cli.check_weights()
     data.prepare_data()
     data.setup("fit")
+    if data.validation_corpus is None:
+        trainer.limit_val_batches = 0
     if run.data_state:
         data.check_identity(run.data_state)
     data.check_packs(trainer.world_size, trainer.accumulate_grad_batches)
+    cli.ready()
     check_hardware(trainer, module, data)
     _check_schedule(trainer, module, data)
     if run.checkpoint and trainer.is_global_zero:
@@ -371,14 +425,14 @@ def _verify_what_changed(corpus: Path, checkpoint: Path) -> None:
         verify(corpus)
 
 
-def _check_schedule(trainer: pl.Trainer, module: MLMModule, data: MLMDataModule) -> None:
+def _check_schedule(trainer: pl.Trainer, module: StepModule, data: PackedDataModule) -> None:
     """Refuse a schedule that cannot be made, or has nothing to follow."""
     try:
         module.max_steps = trainer.max_steps
         scheduler = module.build_optimizer()[1]
     except (TypeError, ValueError) as error:
         raise UserError(f"model.schedule: {error}; see the scheduler's documentation") from error
-    if isinstance(scheduler, ReduceLROnPlateau) and not data.validation:
+    if isinstance(scheduler, ReduceLROnPlateau) and data.validation_corpus is None:
         raise UserError(
             "model.schedule is ReduceLROnPlateau, which follows val/loss, and there is no validation; give "
             "data.validation, or another schedule"
@@ -389,7 +443,7 @@ def _train(cli: FitCLI) -> int:
     run, trainer, module, data = cli.run, cli.trainer, cli.model, cli.datamodule
     config_text = yaml.safe_dump(cli.settings, sort_keys=False)
     rank_zero_only(run.record_start)(cli.settings, config_text, cli.changes, execution(trainer))
-    _say(header(run, trainer, module, data))
+    _say(cli.header())
     for change in cli.changes:
         _say(f"  changed   {change}")
     try:
@@ -415,9 +469,9 @@ def _train(cli: FitCLI) -> int:
         if problem := _lost_worker(run, str(error)):
             raise problem from error
         raise
-    result = final_figures(trainer, module, data)
+    result = cli.final_figures()
     rank_zero_only(run.record_result)(result)
-    _say(f"\n{run.directory}: finished\n{summary(run.directory, result)}")
+    _say(f"\n{run.directory}: finished\n{cli.summary(result)}")
     return 0
 
 

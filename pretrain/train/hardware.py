@@ -3,14 +3,14 @@
 import pytorch_lightning as pl
 import torch
 
-from pretrain.corpus.datamodule import MLMDataModule
+from pretrain.corpus.packed import PackedDataModule
 from pretrain.errors import UserError
-from pretrain.train.module import MLMModule
+from pretrain.train.step import StepModule
 
 _OLDEST_CAPABILITY = (8, 0)  # Ampere: the first with bfloat16, and with the flash kernels behind varlen_attn
 
 
-def check_hardware(trainer: pl.Trainer, module: MLMModule, data: MLMDataModule) -> None:
+def check_hardware(trainer: pl.Trainer, module: StepModule, data: PackedDataModule) -> None:
     """Refuse what could only fail later, or run slowly without a word.
 
     Raises:
@@ -37,7 +37,7 @@ def check_hardware(trainer: pl.Trainer, module: MLMModule, data: MLMDataModule) 
         )
 
 
-def out_of_memory(trainer: pl.Trainer, data: MLMDataModule) -> str:
+def out_of_memory(trainer: pl.Trainer, data: PackedDataModule) -> str:
     """What to do about a pack that the GPU cannot hold."""
     packs = trainer.world_size * trainer.accumulate_grad_batches
     return (

@@ -18,6 +18,7 @@ from pretrain.corpus.batch import Batch
 from pretrain.corpus.counter import bits
 from pretrain.corpus.datamodule import MLMDataModule
 from pretrain.corpus.order import AnyOrder
+from pretrain.corpus.packed import PackedDataModule
 from pretrain.corpus.packing import Pack, Position, jump
 from pretrain.corpus.store import Corpus
 from pretrain.errors import UserError
@@ -91,8 +92,12 @@ class Ledger(pl.Callback):
             self._file.flush(sync=True)
 
 
-def audit(directory: Path) -> str:
+def audit(directory: Path, data_class: type[PackedDataModule] = MLMDataModule) -> str:
     """Compare a run's ledger with the corpus and the order, from the first step to the newest checkpoint.
+
+    Args:
+        directory: The run.
+        data_class: What gave it its batches.
 
     Returns:
         What was found, when all is well.
@@ -107,7 +112,8 @@ def audit(directory: Path) -> str:
     state = run.data_state
     if state is None:
         raise UserError(f"{directory}: no checkpoint in {CHECKPOINTS} yet, so there is nothing to audit")
-    data = MLMDataModule(**{**run.config["data"], "validation": None}, seed=run.config["seed_everything"])
+    settings = {**run.config["data"], "seed": run.config["seed_everything"]}
+    data = data_class(**({**settings, "validation": None} if data_class is MLMDataModule else settings))
     data.setup("fit")
     corpus = data.train_corpus
     if corpus.fingerprint != state["corpus"]:

@@ -279,9 +279,13 @@ class ProgressBar(callbacks.ProgressBar):
         if self._bar is not None:
             self._bar.set_description_str()
             figures = trainer.callback_metrics
-            if not self._bar.disable and "val/perplexity" in figures:
-                text = f"validation after step {trainer.global_step}: perplexity {figures['val/perplexity']:.3f}"
-                self._bar.write(f"  {text}, accuracy {figures['val/accuracy']:.1%}")
+            if not self._bar.disable and "val/loss" in figures:
+                names = ("val/perplexity", "val/accuracy")  # of fine-tuning, whatever the task has
+                shown = [
+                    name for name in figures if name.startswith("val/") and (names[0] not in figures or name in names)
+                ]
+                text = ", ".join(f"{name.removeprefix('val/')} {figures[name]:.3f}" for name in shown)
+                self._bar.write(f"  validation after step {trainer.global_step}: {text}")
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

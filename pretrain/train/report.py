@@ -144,14 +144,14 @@ def summary(run: Path, result: dict[str, Any]) -> str:
     longer = f"--allow_change --trainer.max_steps {2 * result['steps']}"
     lines += [
         "",
-        f"  look at it    {_program('tensorboard')} --logdir {run}",
-        f"  continue it   {_program('pretrain')} fit -c {run}/config.yaml --run {run} {longer}",
-        f"  export it     {_program('pretrain')} export {run} --out {run.name}-export",
+        f"  look at it    {program('tensorboard')} --logdir {run}",
+        f"  continue it   {program('pretrain')} fit -c {run}/config.yaml --run {run} {longer}",
+        f"  export it     {program('pretrain')} export {run} --out {run.name}-export",
     ]
     return "\n".join(lines)
 
 
-def _program(name: str) -> str:
+def program(name: str) -> str:
     """How to call a program of this environment from here: by name, or by path where it is not on the PATH."""
     path = Path(sys.executable).with_name(name)
     if shutil.which(name) or not path.exists():

@@ -48,6 +48,12 @@ _IDENTITY = (
     "data.max_length",
     "data.long_sequences",
     "data.global_batch_tokens",
+    "data.task",
+    "model.from_scratch",
+    "model.pooling",
+    "model.tune",
+    "model.last_layers",
+    "model.lora_rank",
 )
 _HISTORY = (
     "model.",
@@ -91,13 +97,14 @@ class Run:
         newest = chosen or newest_checkpoint(directory / CHECKPOINTS, self._is_of_this_history)
         self.checkpoint: Path | None = newest[0] if newest else None
         self.step: int = newest[1]["global_step"] if newest else 0
-        self.data_state: dict[str, Any] | None = newest[1].get("MLMDataModule") if newest else None
+        self.data_state: dict[str, Any] | None = data_state(newest[1]) if newest else None
+        self.hyper_parameters: dict[str, Any] = newest[1].get("hyper_parameters", {}) if newest else {}
         self.problems = newest[2] if newest else []
         self._content = _outline(newest[1]) if newest else {}
 
     def _is_of_this_history(self, checkpoint: dict[str, Any]) -> bool:
         """Whether no skip that was decided later takes a checkpoint's steps back."""
-        known = checkpoint.get("MLMDataModule", {}).get("skips", 0)
+        known = (data_state(checkpoint) or {}).get("skips", 0)
         return all(checkpoint["global_step"] <= skip.step for skip in self.skips[known:])
 
     def _take_back(self) -> None:
@@ -229,7 +236,10 @@ class Run:
         if self.checkpoint is None:
             return
         remedy = "remove this file to continue from the one before, or choose another directory with --run"
-        if missing := {"optimizer_states", "lr_schedulers", "loops", "MLMDataModule"} - self._content.keys():
+        needed = {"optimizer_states", "lr_schedulers", "loops"}
+        if not any(name.endswith("DataModule") for name in self._content):
+            needed.add("MLMDataModule")
+        if missing := needed - self._content.keys():
             raise UserError(
                 f"{self.checkpoint}: holds no {', '.join(sorted(missing))}, so a run cannot continue from it; {remedy}"
             )
@@ -303,6 +313,11 @@ def _outline(checkpoint: dict[str, Any]) -> dict[str, Any]:
 
 def _shapes(weights: Mapping[str, Any]) -> dict[str, list[int] | None]:
     return {name: list(value.shape) if isinstance(value, Tensor) else None for name, value in weights.items()}
+
+
+def data_state(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
+    """The data position in a checkpoint, which Lightning keeps under the name of the data module's class."""
+    return next((state for name, state in checkpoint.items() if name.endswith("DataModule")), None)
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from pretrain.corpus.batch import Batch
-from pretrain.corpus.datamodule import MLMDataModule
+from pretrain.corpus.packed import PackedDataModule
 from pretrain.errors import UserError, disk_is_full
 from pretrain.train.logging import LineFile
 from pretrain.train.run import SICK
@@ -102,7 +102,7 @@ class SickSteps(pl.Callback):
             )
 
     def _record(self, trainer: pl.Trainer, step: int, indices: list[int]) -> None:
-        assert isinstance(trainer.datamodule, MLMDataModule)  # type: ignore[attr-defined]
+        assert isinstance(trainer.datamodule, PackedDataModule)  # type: ignore[attr-defined]
         corpus = trainer.datamodule.train_corpus  # type: ignore[attr-defined]
         line = {"step": step, "sequences": indices, "ids": [corpus.id(index) for index in indices]}
         file = self._file or self._open()

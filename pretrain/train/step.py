@@ -35,8 +35,11 @@ class StepModule(pl.LightningModule):
     Attributes:
         initialized_from: Where the weights are from that training starts with, if they are not random.
         max_steps: Optimizer steps of the run, for a schedule that ends with it; the Trainer's, once there is one.
+        optimizer_name: Which optimizer `build_optimizer` builds, for what does not go with each.
         sick: 1 where the last step was skipped because its loss or gradient was not finite.
     """
+
+    optimizer_name: str = "adamw"
 
     def __init__(
         self, encoder: Encoder, activation_checkpointing: bool, compile: bool, scheduler_name: str | None

@@ -327,7 +327,7 @@ def test_run_checkpoint_and_export_load_as_the_same_encoder(run: Path, exported:
         (lambda path: path, "not found"),
         (lambda path: path.mkdir(), "holds neither"),
         (lambda path: path.write_text("x"), "not a complete checkpoint"),
-        (lambda path: torch.save({"state_dict": {}, "global_step": 1}, path), "not one of an MLMModule"),
+        (lambda path: torch.save({"state_dict": {}, "global_step": 1}, path), "not one of a run"),
     ],
     ids=["nothing", "an empty directory", "another file", "another model"],
 )

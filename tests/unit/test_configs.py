@@ -12,6 +12,7 @@ from pretrain.shipped import shipped
 from pretrain.train.fit import build
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+PRE_TRAINING = [path for path in sorted(CONFIGS.glob("*.yaml")) if not path.stem.startswith("finetune")]
 OVERLAYS = {"compile", "ddp", "fsdp", "gpu"}
 RECIPES = {
     **{size: f"esm2_{size}" for size in ESM2_SIZES},
@@ -20,7 +21,7 @@ RECIPES = {
 """Every named size has one."""
 
 
-@pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("config", PRE_TRAINING, ids=lambda path: path.stem)
 def test_every_config_builds_a_run(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     tokenizer = yaml.safe_load(config.read_text()).get("data", {}).get("tokenizer", "esm")
@@ -43,7 +44,8 @@ def test_every_config_builds_a_run(config: Path, tmp_path: Path, monkeypatch: py
 def test_every_config_opens_with_its_command_and_hardware(config: Path) -> None:
     head = config.read_text().split("\n\n")[0] + "\n".join(config.read_text().splitlines()[:15])
     assert f"configs/{config.name}" in head
-    assert "pretrain fit -c configs/" in head
+    command = "finetune" if config.stem.startswith("finetune") else "fit"
+    assert f"pretrain {command} -c configs/" in head
     assert "Hardware:" in head
 
 

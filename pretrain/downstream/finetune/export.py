@@ -1,0 +1,160 @@
+"""A fine-tuned run as transformers' ``EsmForSequenceClassification`` or ``EsmForTokenClassification``."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pretrain.corpus.tokenizer import ESM_ALPHABET, Tokenizer
+from pretrain.downstream.finetune.head import SequenceHead, TokenHead
+from pretrain.downstream.finetune.labels import LabelSpec
+from pretrain.downstream.finetune.model import FineTuned
+from pretrain.errors import UserError
+from pretrain.model.hf import to_hf, to_hf_config
+
+_PROBLEM = {
+    "regression": "regression",
+    "binary": "single_label_classification",
+    "multiclass": "single_label_classification",
+    "multilabel": "multi_label_classification",
+}
+
+
+def hf_class(spec: LabelSpec) -> str:
+    """The transformers class that a task's export is for."""
+    return "EsmForTokenClassification" if spec.task == "token" else "EsmForSequenceClassification"
+
+
+def check_exportable(model: FineTuned, source: Path) -> None:
+    """Refuse heads that transformers has no class for.
+
+    Raises:
+        UserError: If the head pools by more than ``<cls>``.
+    """
+    if isinstance(model.head, SequenceHead) and model.head.pooling != "cls":
+        raise UserError(
+            f"{source}: the head pools by {model.head.pooling}, transformers' EsmForSequenceClassification by <cls> "
+            "only, so its function cannot be exported; use `pretrain predict`, or fine-tune with --model.pooling cls"
+        )
+
+
+def write_fine_tuned(model: FineTuned, out: Path) -> None:
+    """Write ``config.json`` and ``model.safetensors`` into the directory ``out``.
+
+    Raises:
+        UserError: See `check_exportable`.
+    """
+    check_exportable(model, out)
+    import transformers
+
+    spec, tokenizer = model.spec, model.tokenizer
+    names = spec.classes or ("value",)
+    extra: dict[str, Any] = {} if spec.task == "token" else {"problem_type": _PROBLEM[spec.task]}
+    config = transformers.EsmConfig(
+        **to_hf_config(
+            model.encoder.config,
+            bos_token_id=tokenizer.cls_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            cls_token_id=tokenizer.cls_token_id,
+            max_position_embeddings=model.max_length + 2,  # transformers' ESM counts positions from the padding id on
+            vocab_list=list(tokenizer.tokens) if tokenizer.tokens == ESM_ALPHABET else None,
+        ),
+        id2label=dict(enumerate(names)),
+        label2id={name: i for i, name in enumerate(names)},
+        **extra,
+    )
+    theirs = getattr(transformers, hf_class(spec))(config)
+    state = {name: t for name, t in to_hf(model.encoder.state_dict()).items() if not name.startswith("lm_head.")}
+    missing, unexpected = theirs.load_state_dict({**state, **_head_state(model)}, strict=False)
+    assert not unexpected, unexpected
+    assert all(name.startswith("esm.contact_head.") for name in missing), missing
+    for parameter in theirs.esm.contact_head.parameters():
+        torch.nn.init.zeros_(parameter)  # no contact head was trained: better none than a random one
+    theirs.save_pretrained(out, save_original_format=False)
+
+
+def _head_state(model: FineTuned) -> dict[str, Tensor]:
+    if isinstance(model.head, TokenHead):
+        return model.head.state_dict()
+    state = model.head.state_dict()
+    # A regression's outputs are standardised here; there they are in the labels' own units.
+    state["out_proj.weight"] = state["out_proj.weight"] * model.spec.std
+    state["out_proj.bias"] = state["out_proj.bias"] * model.spec.std + model.spec.mean
+    return {f"classifier.{name}": tensor for name, tensor in state.items()}
+
+
+def verify_fine_tuned(model: FineTuned, out: Path) -> float:
+    """The largest difference between our outputs and those of the files just written, on a random sequence.
+
+    Raises:
+        RuntimeError: If it is no rounding error.
+    """
+    import transformers
+
+    tokenizer: Tokenizer = model.tokenizer
+    generator = torch.Generator().manual_seed(0)
+    length = min(model.max_length, 256)
+    choice = torch.randint(len(tokenizer.replacement_ids), (length,), generator=generator)
+    input_ids = torch.from_numpy(tokenizer.replacement_ids)[choice]
+    input_ids[0], input_ids[-1] = tokenizer.cls_token_id, tokenizer.eos_token_id
+    cu_seqlens = torch.tensor([0, length], dtype=torch.int32)
+    token = isinstance(model.head, TokenHead)
+    with torch.no_grad():
+        positions = torch.arange(length) if token else torch.zeros(1, dtype=torch.int64)
+        hidden = model.encoder.hidden_states(input_ids, cu_seqlens, length, positions)
+        ours = model.head(hidden, cu_seqlens) * model.spec.std + model.spec.mean
+        theirs = getattr(transformers, hf_class(model.spec)).from_pretrained(out).eval()
+        logits = theirs(input_ids[None], attention_mask=torch.ones_like(input_ids)[None]).logits
+    difference = float((ours - (logits[0] if token else logits)).abs().max())
+    if not difference < 1e-3 * max(1.0, float(ours.abs().max())):
+        raise RuntimeError(f"exported logits differ from the run's by {difference}: this is a bug, please report it")
+    return difference
+
+
+def model_card(model: FineTuned, settings: dict[str, Any], result: dict[str, Any], name: str) -> str:
+    """The README of an exported fine-tuned model: task, data, the test split's figures, licence, limits."""
+    spec, data = model.spec, settings["data"]
+    rows = [
+        ("Task", f"{spec.task}{f': {chr(44).join(spec.classes)}' if spec.classes else ''}".replace(",", ", ")),
+        ("Labelled data", f"`{data['train']}`"),
+        ("Fine-tuned from", f"`{settings['model']['initialize_from']}` ({settings['model']['tune']})"),
+        ("Optimizer step", f"{model.step:,}"),
+        ("Sequence length", f"at most {model.max_length} tokens"),
+    ]
+    if test := result.get("test"):
+        for metric, figure in test.items():
+            low, high = figure["interval"]
+            rows.append((f"Test {metric}", f"{figure['value']:.3f} (95 % interval {low:.3f} to {high:.3f})"))
+    table = "\n".join(f"| {label} | {value} |" for label, value in rows)
+    kind = "AutoModelForTokenClassification" if spec.task == "token" else "AutoModelForSequenceClassification"
+    tags = "token-classification" if spec.task == "token" else "text-classification"
+    return f"""---
+library_name: transformers
+pipeline_tag: {tags}
+license: other
+tags: [esm]
+---
+
+# {name}
+
+| | |
+| --- | --- |
+{table}
+
+```python
+from transformers import AutoTokenizer, {kind}
+
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+model = {kind}.from_pretrained("PATH")
+outputs = model(**tokenizer("MKTAYIAKQRQISFVKSHFSRQ", return_tensors="pt")).logits
+```
+
+## Limits
+
+The figures are those of one test split; sequences unlike it may fare worse. The contact-prediction head is untrained.
+
+## Licence
+
+The licences of the labelled data and of the pre-trained model decide; state one here before you publish the model.
+"""

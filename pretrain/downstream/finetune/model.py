@@ -1,0 +1,82 @@
+"""A fine-tuned model, from its run: encoder, head, and what the outputs mean."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pretrain.corpus.batch import Batch
+from pretrain.corpus.tokenizer import Tokenizer, tokenizer_from_string
+from pretrain.downstream.finetune.head import Head, build_head, head_outputs
+from pretrain.downstream.finetune.labels import LabelSpec
+from pretrain.downstream.finetune.metrics import Answers
+from pretrain.downstream.load import checkpoint_of, encoder_of
+from pretrain.errors import UserError
+from pretrain.model.encoder import Encoder
+from pretrain.train.run import CHECKPOINTS, data_state
+from pretrain.train.saving import BEST
+
+
+@dataclass
+class FineTuned:
+    """A fine-tuned model in eval mode.
+
+    Attributes:
+        encoder: The encoder; low-rank parts are merged.
+        head: The head.
+        spec: What its outputs mean.
+        tokenizer: The tokenizer.
+        max_length: Tokens of a sequence that it was trained on, at most.
+        step: After which optimizer step this is.
+    """
+
+    encoder: Encoder
+    head: Head
+    spec: LabelSpec
+    tokenizer: Tokenizer
+    max_length: int
+    step: int
+
+    def answers(self, batches: Iterable[Batch], device: torch.device) -> Iterator[Answers]:
+        """The model's outputs for batches, one by one."""
+        self.encoder.to(device)
+        self.head.to(device)
+        precision: AbstractContextManager[Any] = nullcontext()
+        if device.type == "cuda":  # attention over packs computes in half precision there
+            precision = torch.autocast("cuda", torch.bfloat16)
+        for batch in batches:
+            with torch.inference_mode(), precision:
+                outputs = head_outputs(self.encoder, self.head, batch.to(device))
+            yield Answers.of(batch, outputs)
+
+
+def load_fine_tuned(path: Path) -> FineTuned:
+    """The best checkpoint of a fine-tuning run (the newest, where nothing was validated), or a checkpoint file.
+
+    Raises:
+        UserError: If there is none, or it was not fine-tuned.
+    """
+    best = path / CHECKPOINTS / BEST
+    checkpoint = checkpoint_of(best if best.exists() else path)
+    if not is_fine_tuned(checkpoint):
+        raise UserError(f"{path}: was pre-trained, not fine-tuned; fine-tune it first: pretrain finetune --from {path}")
+    encoder = encoder_of(checkpoint, path)
+    settings = checkpoint["hyper_parameters"]["fine_tuning"]
+    spec = LabelSpec.from_plain(settings["labels"])
+    head = build_head(encoder.config, spec, settings["pooling"])
+    prefix = "head."
+    head.load_state_dict(
+        {name.removeprefix(prefix): t for name, t in checkpoint["state_dict"].items() if name.startswith(prefix)}
+    )
+    state = data_state(checkpoint)
+    assert state is not None
+    tokenizer = tokenizer_from_string(state["tokenizer"], str(path))
+    return FineTuned(encoder, head.eval(), spec, tokenizer, settings["max_length"], checkpoint["global_step"])
+
+
+def is_fine_tuned(checkpoint: dict[str, Any]) -> bool:
+    """Whether a checkpoint is one of a fine-tuning run."""
+    return "fine_tuning" in checkpoint.get("hyper_parameters", {})

@@ -1,0 +1,186 @@
+"""The parts of fine-tuning: heads, low-rank parts, learning rates, targets of packs, metrics."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from pretrain.corpus.batch import Batch
+from pretrain.corpus.packing import Pack, Position
+from pretrain.downstream.finetune.data import FineTuneDataModule
+from pretrain.downstream.finetune.head import SequenceHead, build_head, head_outputs
+from pretrain.downstream.finetune.labels import LabelSpec
+from pretrain.downstream.finetune.lora import add_lora, merge_lora
+from pretrain.downstream.finetune.metrics import Answers, bootstrap, metrics
+from pretrain.downstream.finetune.module import FineTuneModule
+from pretrain.model.config import EncoderConfig
+from pretrain.model.encoder import Encoder
+
+CONFIG = EncoderConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.3)
+
+
+def batch_of(lengths: list[int], tokens: torch.Tensor | None = None) -> Batch:
+    """Sequences end to end, with one target each, at the place of ``<cls>``."""
+    bounds = np.concatenate([[0], np.cumsum(lengths)])
+    if tokens is None:
+        tokens = torch.randint(4, 24, (int(bounds[-1]),), generator=torch.Generator().manual_seed(0))
+    ones = np.ones(len(lengths), np.int64)
+    size = np.array(lengths)
+    pack = Pack(np.arange(len(lengths)), 0 * ones, 0 * ones, size, size - 2, ones, len(lengths), Position())
+    cu_seqlens = torch.from_numpy(bounds.astype(np.int32))
+    return Batch(tokens, cu_seqlens, torch.from_numpy(bounds[:-1]), torch.zeros(len(lengths)), int(size.max()), pack)
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean", "attention"])
+def test_packing_is_invisible_to_a_head(pooling: str) -> None:
+    torch.manual_seed(0)
+    encoder, head = Encoder(CONFIG), SequenceHead(CONFIG, 3, pooling)  # type: ignore[arg-type]
+    head.requires_grad_(False)
+    lengths = [9, 3, 17, 4]
+    packed = batch_of(lengths)
+    together = head_outputs(encoder, head, packed)
+    alone = [head_outputs(encoder, head, batch_of([len(tokens)], tokens)) for tokens in packed.input_ids.split(lengths)]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
+
+
+def test_mean_and_attention_pooling_are_their_formulas_over_residues() -> None:
+    torch.manual_seed(0)
+    hidden, bounds = torch.randn(12, 16), torch.tensor([0, 5, 12], dtype=torch.int32)
+    for pooling in ("mean", "attention"):
+        head = SequenceHead(CONFIG, 3, pooling)  # type: ignore[arg-type]
+        expected = []
+        for part in (hidden[1:4], hidden[6:11]):  # <cls> and <eos> are no residues
+            weight = torch.ones(len(part)) if head.score is None else head.score(part)[:, 0].exp()
+            expected.append((weight[:, None] * part).sum(0) / weight.sum())
+        outputs = head.out_proj(torch.tanh(head.dense(torch.stack(expected))))
+        torch.testing.assert_close(head(hidden, bounds), outputs)
+
+
+def test_low_rank_parts_begin_as_nothing_are_seen_at_rows_too_and_merge_into_the_same_function() -> None:
+    torch.manual_seed(0)
+    encoder = Encoder(CONFIG)
+    plain = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    batch = batch_of([9, 5])
+    given = batch.input_ids, batch.cu_seqlens, 9
+    before = encoder.hidden_states(*given)
+    add_lora(encoder, rank=2, alpha=6.0)
+    assert torch.equal(encoder.hidden_states(*given), before)
+    trainable = [name for name, p in encoder.named_parameters() if p.requires_grad]
+    assert trainable
+    assert all(name.rsplit(".", 1)[1] in ("A", "B") for name in trainable)
+    for parameter in encoder.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.3)
+    tuned = encoder.hidden_states(*given)
+    assert not torch.allclose(tuned, before, atol=1e-2)
+    positions = torch.tensor([0, 9])
+    torch.testing.assert_close(encoder.hidden_states(*given, positions), tuned[positions])  # the last block's short way
+    merged = Encoder(CONFIG)
+    merged.load_state_dict(merge_lora(encoder.state_dict(), 6.0 / 2))
+    torch.testing.assert_close(merged.hidden_states(*given), tuned)
+    weight, block = plain["blocks.1.qkv.weight"], encoder.blocks[1]
+    low = block.qkv.parametrizations.weight[0]  # type: ignore[union-attr]
+    torch.testing.assert_close(merged.blocks[1].qkv.weight, weight + 3.0 * low.B @ low.A)  # type: ignore[union-attr]
+
+
+def test_learning_rates_fall_from_block_to_block_and_every_parameter_has_one() -> None:
+    module = FineTuneModule(encoder=CONFIG, learning_rate=0.1, layer_decay=0.5)
+    module.head = build_head(CONFIG, LabelSpec("multiclass", ("a", "b")), "cls")
+    rates = {id(p): group["lr"] for group in module._groups() for p in group["params"]}
+    net = module.encoder
+    expected = {module.head: 0.1, net.norm: 0.1, net.blocks[1]: 0.1, net.blocks[0]: 0.05, net.embedding: 0.025}
+    for part, rate in expected.items():
+        assert [rates[id(p)] for p in part.parameters()] == pytest.approx([rate] * len(list(part.parameters())))
+    assert len(rates) == sum(p.requires_grad for p in module.parameters())
+
+
+def test_targets_of_residues_are_at_their_places_in_every_crop(tmp_path: Path) -> None:
+    """Labels are the residues themselves, so a target must be the token it stands at; unlabelled ones are left out."""
+    generator = np.random.default_rng(0)
+    rows = []
+    for _ in range(40):
+        sequence = "".join(generator.choice(list("ACDE"), generator.integers(1, 40)))
+        rows.append(f"{sequence},{sequence.replace('D', '?')}\n")
+    (tmp_path / "t.csv").write_text("sequence,label\n" + "".join(rows))
+    data = FineTuneDataModule(str(tmp_path / "t.csv"), task="token", mask_label="?", max_length=12)
+    data.setup("fit")
+    planner = data.train_planner()
+    dataset = data.dataset(planner, 0.0)
+    start, seen = Position(), 0
+    for _ in range(6):
+        pack = planner.step(start, 200)
+        batch = dataset[pack]
+        start = pack.after
+        names = [data.tokenizer.tokens[i] for i in batch.input_ids[batch.target_positions].tolist()]
+        assert names == [data.spec.classes[i] for i in batch.targets.tolist()]
+        labelled = [data.tokenizer.tokens[i] in "ACE" for i in batch.input_ids.tolist()]
+        assert pack.step_targets == pack.targets.sum() == len(names) == sum(labelled)
+        seen += len(names)
+    assert seen > 100
+
+
+def test_a_sequence_that_is_too_long_shows_its_beginning_and_an_end(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text(f"sequence,label\nMKV{'A' * 30},1\nML,0\n")
+    data = FineTuneDataModule(str(tmp_path / "t.csv"), task="binary", max_length=8)
+    data.setup("fit")
+    batch = data.batches("train")[0]
+    tokens = [data.tokenizer.tokens[i] for i in batch.input_ids.tolist()]
+    assert "".join(tokens) == "<cls>MKVAAA<eos><cls>ML<eos>"
+    assert batch.targets.tolist() == [1, 0]
+
+
+def answers_of(outputs: torch.Tensor, targets: torch.Tensor, counts: list[int] | None = None) -> Answers:
+    sizes = np.array(counts or [1] * len(targets))
+    return Answers(np.arange(len(sizes)), sizes, outputs, targets)
+
+
+def test_metrics_are_their_formulas() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randn(50, generator=generator)
+    outputs = labels[:, None] + torch.randn(50, 1, generator=generator)
+    spec = LabelSpec("regression", mean=2.0, std=3.0)
+    found = metrics(spec, answers_of(outputs, labels * 3 + 2))
+    x, y = outputs[:, 0].double().numpy(), labels.double().numpy()
+    ranks = [np.argsort(np.argsort(values)) for values in (x, y)]
+    assert found["pearson"] == pytest.approx(np.corrcoef(x, y)[0, 1], abs=1e-5)
+    assert found["spearman"] == pytest.approx(np.corrcoef(*ranks)[0, 1], abs=1e-5)
+    assert found["rmse"] == pytest.approx(3 * np.sqrt(np.mean((x - y) ** 2)), rel=1e-5)
+    assert found["r2"] == pytest.approx(1 - ((x - y) ** 2).sum() / ((y - y.mean()) ** 2).sum(), abs=1e-5)
+
+    truth = torch.randint(2, (60,), generator=generator)
+    logits = F.one_hot(truth, 2) + torch.randn(60, 2, generator=generator)
+    found = metrics(LabelSpec("binary", ("no", "yes")), answers_of(logits, truth))
+    said, true = logits.argmax(-1).numpy(), truth.numpy()
+    assert found["accuracy"] == pytest.approx(np.mean(said == true))
+    assert found["mcc"] == pytest.approx(np.corrcoef(said, true)[0, 1], abs=1e-5)
+    score = (logits[:, 1] - logits[:, 0]).numpy()
+    above = score[true == 1][:, None] > score[true == 0][None]
+    assert found["auroc"] == pytest.approx(above.mean(), abs=1e-5)
+
+
+def test_residues_of_three_classes_have_a_q3() -> None:
+    truth = torch.tensor([0, 1, 2, 2])
+    logits = F.one_hot(torch.tensor([0, 1, 2, 0]), 3).float()
+    assert metrics(LabelSpec("token", ("C", "E", "H")), answers_of(logits, truth, [1, 3]))["q3"] == 0.75
+
+
+def test_the_bootstrap_draws_whole_sequences_and_its_interval_holds_the_value() -> None:
+    generator = torch.Generator().manual_seed(0)
+    counts = [3] * 40
+    truth = torch.randint(3, (40,), generator=generator).repeat_interleave(3)
+    wrong = (torch.rand(40, generator=generator) < 0.3).repeat_interleave(3)  # a sequence is right or wrong as a whole
+    said = torch.where(wrong, (truth + 1) % 3, truth)
+    spec = LabelSpec("token", ("C", "E", "H"))
+    answers = answers_of(F.one_hot(said, 3).float(), truth, counts)
+    low, high = bootstrap(spec, answers, samples=300)["q3"]
+    value = metrics(spec, answers)["q3"]
+    assert low < value < high
+    # The standard error over 40 sequences, not over 120 residues, which would make it narrower by the root of three.
+    assert high - low == pytest.approx(2 * 1.96 * np.sqrt(value * (1 - value) / 40), rel=0.25)
+    taken = answers.take(np.array([2, 2, 0]))
+    places = [6, 7, 8, 6, 7, 8, 0, 1, 2]
+    assert torch.equal(taken.targets, truth[places])
+    assert torch.equal(taken.outputs, answers.outputs[places])
