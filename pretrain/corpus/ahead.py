@@ -77,7 +77,7 @@ def bring_ahead(planner: StepPlanner) -> None:
         corpus.check_cache(order.group_shards)
         planner.order = Ahead(order, corpus)
         return
-    for part in corpus.corpora if isinstance(corpus, JoinedCorpus) else [corpus]:
+    for part in corpus.components:
         if isinstance(part, RemoteCorpus):
             part.check_cache(None)
             part.bring_all()

@@ -47,6 +47,11 @@ class JoinedCorpus(Corpus):
 
     @property
     @override
+    def components(self) -> tuple[Corpus, ...]:
+        return self.corpora
+
+    @property
+    @override
     def clusters_fingerprint(self) -> str | None:
         of_each = [corpus.clusters_fingerprint for corpus in self.corpora]
         return ", ".join(one or "none" for one in of_each) if any(of_each) else None

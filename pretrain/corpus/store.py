@@ -102,6 +102,11 @@ class Corpus:
         return skipped
 
     @property
+    def components(self) -> "tuple[Corpus, ...]":
+        """The corpora that this one is joined from; itself, where it is one."""
+        return (self,)
+
+    @property
     def num_clusters(self) -> int | None:
         """How many clusters the sequences are in, if the corpus was prepared with a table of them."""
         return self._clusters["num_clusters"] if self._clusters else None

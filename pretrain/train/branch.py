@@ -72,8 +72,8 @@ class Branch:
                     lines.flush(sync=True)
                     lines.close()
             if (origin.directory / SKIPS).is_file():
-                lines = (origin.directory / SKIPS).read_text(encoding="utf-8").splitlines(keepends=True)
-                kept = [line for line, skip in zip(lines, origin.skips, strict=False) if skip.step <= origin.step]
+                skips = (origin.directory / SKIPS).read_text(encoding="utf-8").splitlines(keepends=True)
+                kept = [line for line, skip in zip(skips, origin.skips, strict=False) if skip.step <= origin.step]
                 write_whole(partial / SKIPS, "".join(kept))
             write_whole(partial / ORIGIN, json.dumps(self._record(checkpoint), indent=1) + "\n")
             sync_directory(partial)

@@ -16,11 +16,11 @@ from typing_extensions import override
 
 from pretrain.errors import UserError
 from pretrain.shipped import recipe_name
-from pretrain.train.fit import SettingsCLI, parse
 from pretrain.train.memory import ELEMENT_SIZES, GIB, TrainingMemory
 from pretrain.train.module import MLMModule
 from pretrain.train.picture import drawing
 from pretrain.train.schedule import advance
+from pretrain.train.settings import SettingsCLI, parse
 from pretrain.train.throughput import GPUS
 
 _PRECISIONS = {"None": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}

@@ -92,9 +92,12 @@ class Run:
             raise UserError(f"{directory}: holds files but no {CONFIG}, so it is no run; choose another with --run")
         self._files = self._checkpoint_files()
         self._lock: Lock | None = None
-        chosen = (checkpoint, read_checkpoint(checkpoint), []) if checkpoint else None
         self.skips = read_skips(directory)
-        newest = chosen or newest_checkpoint(directory / CHECKPOINTS, self._is_of_this_history)
+        newest: tuple[Path, dict[str, Any], list[str]] | None
+        if checkpoint:
+            newest = checkpoint, read_checkpoint(checkpoint), []
+        else:
+            newest = newest_checkpoint(directory / CHECKPOINTS, self._is_of_this_history)
         self.checkpoint: Path | None = newest[0] if newest else None
         self.step: int = newest[1]["global_step"] if newest else 0
         self.data_state: dict[str, Any] | None = data_state(newest[1]) if newest else None
@@ -122,6 +125,7 @@ class Run:
         """Begin with another run's settings and checkpoint; for a run that has none of its own."""
         self.config, self.checkpoint, self.step = origin.config, origin.checkpoint, origin.step
         self.data_state, self._content = origin.data_state, origin._content
+        self.hyper_parameters = origin.hyper_parameters
 
     def reopened(self) -> None:
         """Look at the checkpoints again, once this process has put one there."""
@@ -190,8 +194,10 @@ class Run:
             return None
         return result
 
-    def check(self, config: dict[str, Any], allow_change: bool) -> list[str]:
+    def check(self, config: dict[str, Any], allow_change: bool, defaults: dict[str, Any]) -> list[str]:
         """Compare the settings with those that the run was started with.
+
+        A setting that the run does not know, since it began under an older version, had its default.
 
         Settings are of three classes: *identity* (the model's shape and first weights, the data, the seed: no change),
         *history* (what the training does: a change must be allowed) and *free* (processes, workers, accumulation,
@@ -205,7 +211,7 @@ class Run:
             UserError: On a change that is not possible, or not allowed.
         """
         nothing_trained = self.config is None or self.checkpoint is None
-        changes = [] if nothing_trained else list(_differences(self.config or {}, config))
+        changes = [] if nothing_trained else list(_differences(self.config or {}, config, defaults))
         history: list[str] = []
         for name, was, now in changes:
             what = f"{name}: {was!r} -> {now!r}"
@@ -320,11 +326,12 @@ def data_state(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
     return next((state for name, state in checkpoint.items() if name.endswith("DataModule")), None)
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Any:
+def _differences(old: dict[str, Any], new: dict[str, Any], defaults: dict[str, Any], prefix: str = "") -> Any:
     for name in sorted({*old, *new}):
-        was, now = old.get(name), new.get(name)
+        default = defaults.get(name)
+        was, now = old.get(name, default), new.get(name)
         if isinstance(was, dict) and isinstance(now, dict):
-            yield from _differences(was, now, f"{prefix}{name}.")
+            yield from _differences(was, now, default if isinstance(default, dict) else {}, f"{prefix}{name}.")
         elif was != now:
             yield f"{prefix}{name}", was, now
 

@@ -1,7 +1,7 @@
 """`StepModule`: what every training here does at an optimizer step, whatever its head and targets are."""
 
 from abc import abstractmethod
-from typing import Any
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -39,7 +39,7 @@ class StepModule(pl.LightningModule):
         sick: 1 where the last step was skipped because its loss or gradient was not finite.
     """
 
-    optimizer_name: str = "adamw"
+    optimizer_name: Literal["adamw", "muon"] = "adamw"
 
     def __init__(
         self, encoder: Encoder, activation_checkpointing: bool, compile: bool, scheduler_name: str | None

@@ -61,7 +61,8 @@ class Watchdog(pl.Callback):
         if self.timeout is None:
             return
         if trainer.world_size > 1:
-            self._store = _get_default_store().clone()  # of its own: the other may be busy waiting
+            shared: Any = _get_default_store()
+            self._store = shared.clone()  # a connection of its own: the other may be busy waiting
             self._store.set_timeout(timedelta(seconds=max(1.0, self.timeout / 4)))
         step = lambda: trainer.global_step  # noqa: E731
         threading.Thread(target=self._watch, args=(trainer.global_rank, trainer.world_size, step), daemon=True).start()

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from pretrain.cli import main
 
@@ -140,7 +141,7 @@ def test_another_config_in_the_same_run_is_refused_by_class_of_setting(
     # history: only when allowed
     message = error_of(capsys, "fit", "-c", tiny(), *continued, "--model.learning_rate", 0.5)
     assert "model.learning_rate: 0.01 -> 0.5; trainer.max_steps: 10 -> 12" in message
-    assert "--allow_change true" in message
+    assert "add --allow_change to continue" in message
     masking = ("--data.mlm_probability", "[0.1,0.3]", "--data.mask_unit", "span", "--data.mean_span_length", 5)
     message = error_of(capsys, "fit", "-c", tiny(), *continued, *masking)
     for change in (
@@ -152,6 +153,28 @@ def test_another_config_in_the_same_run_is_refused_by_class_of_setting(
     assert Path("run/config.yaml").read_bytes() == kept
     # free: always
     assert fit("-c", tiny(), "--run", Path("run").absolute(), "--trainer.accumulate_grad_batches", 1) == 0
+
+
+def test_a_run_of_a_version_that_knew_fewer_settings_continues(
+    tiny: Callable[..., Path], fit: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert fit("-c", tiny(), "--run", run) == 0
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    for part, name in (
+        ("data", "long_sequences"),
+        ("data", "mask_unit"),
+        ("model", "schedule"),
+        ("model", "optimizer"),
+    ):
+        del settings[part][name]
+    del settings["spikes"]
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    assert fit("-c", tiny(), "--run", run, "--trainer.accumulate_grad_batches", 1) == 0
+    other = ("--data.long_sequences", "split", "--trainer.max_steps", 12, "--allow_change")
+    assert "long_sequences 'crop', this config has 'split'" in error_of(
+        capsys, "fit", "-c", tiny(), "--run", run, *other
+    )
 
 
 def test_an_allowed_change_of_history_takes_effect_and_is_recorded(

@@ -12,8 +12,9 @@ import yaml
 from pretrain.cli import main
 from pretrain.corpus.tokenizer import train_tokenizer
 from pretrain.model.config import ESM2_SIZES, EncoderConfig
-from pretrain.train.fit import build, parse
+from pretrain.train.fit import build
 from pretrain.train.plan import PlanCLI, learning_rates
+from pretrain.train.settings import parse
 from pretrain.train.throughput import GPUS
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -13,7 +13,9 @@ from pretrain.downstream.finetune import report
 from pretrain.downstream.finetune.data import FineTuneDataModule
 from pretrain.downstream.finetune.module import FineTuneModule
 from pretrain.errors import UserError
-from pretrain.train.fit import FitCLI, complete, parse
+from pretrain.train.build import FitCLI
+from pretrain.train.fit import complete
+from pretrain.train.settings import parse
 from pretrain.train.sharding import FullyShardedStrategy
 
 _DESCRIPTION = """Fine-tune a pre-trained model on labels as the config says, or continue such a run where it stopped.

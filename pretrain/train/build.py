@@ -1,0 +1,196 @@
+"""What a run is built of: its directory, module, data module and Trainer, as the settings say."""
+
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import yaml
+from jsonargparse import Namespace
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.cli import LightningArgumentParser
+from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from typing_extensions import override
+
+from pretrain.errors import UserError
+from pretrain.train.branch import Branch
+from pretrain.train.checkpoint import AtomicCheckpointIO
+from pretrain.train.ledger import Ledger
+from pretrain.train.logging import EventLogger, LearningRateMonitor, MetricsFile, ProgressBar
+from pretrain.train.report import final_figures, header, summary
+from pretrain.train.run import CHECKPOINTS, Run
+from pretrain.train.saving import StepCheckpoint
+from pretrain.train.settings import SettingsCLI
+from pretrain.train.sharding import FullyShardedStrategy
+from pretrain.train.sick import SickSteps
+from pretrain.train.spikes import LossSpikes
+from pretrain.train.step import StepModule
+from pretrain.train.tensorboard import TensorBoardPages
+from pretrain.train.throughput import Throughput
+from pretrain.train.watchdog import Watchdog
+
+
+class FitCLI(SettingsCLI):
+    """The settings, and the run that they are for."""
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--run", type=str | None, default=None, help="Run directory (default: runs/<first config>)."
+        )
+        parser.add_argument(
+            "--allow_change",
+            nargs="?",
+            const=True,
+            type=bool,
+            default=False,
+            help="Continue a run with other learning-rate, masking, ... settings.",
+        )
+        parser.add_argument(
+            "--branch_from",
+            type=str | None,
+            default=None,
+            metavar="RUN_OR_CHECKPOINT",
+            help="Begin a new run where another one stands, with other history settings if wanted.",
+        )
+        super().add_arguments_to_parser(parser)
+
+    def before_instantiate_classes(self) -> None:
+        """Open the run, and refuse a config that is not its own, before anything is built or written."""
+        config = self.config
+        for name in ("validate_every_n_steps", "max_sick_steps_in_a_row"):
+            if config[name] < 1:
+                raise UserError(f"{name} is {config[name]}; give 1 or more")
+        first = Path(config.config[0].relative) if config.config else None
+        if config.run is None and first is None:
+            raise UserError("no config file and no run directory; give -c CONFIG or --run DIR")
+        self.branch: Branch | None = None
+        if config.branch_from and config.run is None:
+            raise UserError("a branch is a run of its own; say where with --run DIR")
+        if config.branch_from:
+            self.branch = Branch(Path(config.run), Path(config.branch_from))
+        self.run = Run(Path(config.run) if config.run else Path("runs") / first.stem)  # type: ignore[union-attr]
+        if self.branch and self.branch.origin:
+            self.run.begin_at(self.branch.origin)
+        self.settings = yaml.safe_load(self.parser.dump(config))
+        for name in ("config", "run", "allow_change", "branch_from"):
+            self.settings.pop(name, None)
+        # Where a branch begins, other settings are what it is for.
+        begins = self.branch is not None and self.branch.step in (None, self.run.step)
+        defaults = yaml.safe_load(self.parser.dump(self.parser.get_defaults(), skip_validation=True))
+        self.changes = self.run.check(self.settings, config.allow_change or begins, defaults)
+        if self.run.checkpoint:  # which holds the weights: those that the run began with may be gone by now
+            config.model.initialize_from = None
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """A Trainer with the run's checkpoints, loggers, monitor and progress bar."""
+        settings: Namespace = self.config_init.trainer
+        logger: Any = settings.logger
+        loggers: list[Any] = []
+        if logger is not False:
+            extra = logger if isinstance(logger, list) else [] if logger in (None, True) else [logger]
+            loggers = [
+                EventLogger(self.run.directory, self.run.step),
+                MetricsFile(self.run.directory, self.run.step),
+                *extra,
+            ]
+        callbacks: list[pl.Callback] = [Throughput(), _ValidateLast()]
+        callbacks += [Watchdog(self.config_init.hang_timeout_minutes)]
+        if loggers:
+            pages = TensorBoardPages(yaml.safe_dump(self.settings, sort_keys=False))
+            callbacks += [LearningRateMonitor(), pages]
+        callbacks += [ProgressBar()] if settings.enable_progress_bar is not False else []
+        sick = SickSteps(self.run.directory, self.run.step, self.config_init.max_sick_steps_in_a_row)
+        ledger = Ledger(self.run.directory, self.run.step)
+        checkpoints = self.run.directory / CHECKPOINTS
+
+        def before_save(trainer: pl.Trainer) -> None:
+            self.run.check_in_place()
+            ledger.write(trainer)
+
+        spikes = LossSpikes(self.run.directory, self.run.skips, **self.config_init.spikes)
+        # What else decides at a validation comes before the checkpoint that follows it.
+        callbacks += [
+            *self.callbacks(),
+            sick,
+            spikes,
+            ledger,
+            StepCheckpoint(checkpoints, before_save, **self.config_init.checkpoint),
+        ]
+        given = settings.callbacks or []
+        plugins = settings.plugins or []
+        try:
+            trainer = super().instantiate_trainer(
+                logger=loggers or False,
+                callbacks=[*callbacks, *(given if isinstance(given, list) else [given])],
+                plugins=[AtomicCheckpointIO(), *(plugins if isinstance(plugins, list) else [plugins])],
+                val_check_interval=self.config_init.validate_every_n_steps * settings.accumulate_grad_batches,
+                check_val_every_n_epoch=None,
+                **kwargs,
+            )
+            _check_processes(trainer.strategy)
+        except (MisconfigurationException, ValueError) as error:
+            message = " ".join(str(error).split()).rstrip(".")
+            raise UserError(
+                f"the trainer's settings do not work here: {message}; change them, for example --trainer.devices, "
+                "--trainer.strategy or --trainer.precision"
+            ) from error
+        _check_strategy(trainer.strategy, self.model)
+        return trainer
+
+    def callbacks(self) -> list[pl.Callback]:
+        """What this kind of run has besides."""
+        return []
+
+    def check_weights(self) -> None:
+        """Make sure that the checkpoint to continue from is one of this model."""
+        self.run.check_weights(self.model.state_dict(), self.model.hparams["encoder"])
+
+    def ready(self) -> None:
+        """Called when the data are open, before anything is written."""
+
+    def finished(self, result: dict[str, Any]) -> bool:
+        """Whether the run that left this result stands where the config wants it."""
+        return bool(self.run.step == self.config.trainer.max_steps)
+
+    def header(self) -> str:
+        """What will run."""
+        return header(self.run, self.trainer, self.model, self.datamodule)
+
+    def final_figures(self) -> dict[str, Any]:
+        """What ``result.json`` holds."""
+        return final_figures(self.trainer, self.model, self.datamodule)
+
+    def summary(self, result: dict[str, Any]) -> str:
+        """How it went."""
+        return summary(self.run.directory, result)
+
+
+def _check_processes(strategy: Strategy) -> None:
+    """Compare the processes that a launcher (torchrun, SLURM) started with those that the Trainer was set to."""
+    if isinstance(strategy, DDPStrategy | FullyShardedStrategy) and strategy.cluster_environment:
+        devices = len(strategy.parallel_devices or ())
+        strategy.cluster_environment.validate_settings(num_devices=devices, num_nodes=strategy.num_nodes)
+
+
+def _check_strategy(strategy: Strategy, module: StepModule) -> None:
+    """Refuse strategies under which gradients are clipped, checkpoints written or matrices held in another way."""
+    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | FullyShardedStrategy):
+        raise UserError(
+            f"trainer.strategy is {type(strategy).__name__}, under which gradients are not clipped or checkpoints not "
+            "written as a run needs it; add -c configs/ddp.yaml or -c configs/fsdp.yaml"
+        )
+    if module.optimizer_name == "muon" and isinstance(strategy, FullyShardedStrategy):
+        raise UserError(
+            "model.optimizer is muon, which needs whole matrices, and FSDP2 divides them among the processes; train "
+            "with -c configs/ddp.yaml, or with --model.optimizer adamw"
+        )
+
+
+class _ValidateLast(pl.Callback):
+    """Let Lightning validate after the last step, also where the interval does not fall on it."""
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step >= trainer.max_steps:
+            trainer.should_stop = True

@@ -1,0 +1,182 @@
+"""The settings of a run: what a command's arguments and configs say, and what is wrong with them, in one line."""
+
+import difflib
+import logging
+import re
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from jsonargparse import ArgumentError
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from typing_extensions import override
+
+from pretrain.corpus.datamodule import MLMDataModule
+from pretrain.corpus.packed import PackedDataModule
+from pretrain.corpus.tokenizer import load_tokenizer
+from pretrain.errors import UserError
+from pretrain.shipped import find_recipes
+from pretrain.train.module import MLMModule
+from pretrain.train.run import yaml_error
+from pretrain.train.saving import StepCheckpoint
+from pretrain.train.settings_help import asked_for, shown
+from pretrain.train.spikes import LossSpikes
+from pretrain.train.step import StepModule
+
+_MISFIT = "Does not validate against any of the Union subtypes"  # begins jsonargparse's list of what else was tried
+
+CLI = TypeVar("CLI", bound="SettingsCLI")
+
+_QUIET = (
+    ".*does not have many workers.*",  # a worker costs a core that a small machine needs for training
+    ".*is smaller than the logging interval.*",
+    ".*It is recommended to use `self.log.*sync_dist=True.*",  # what is logged has been summed over processes already
+    ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
+)
+
+
+class SettingsCLI(LightningCLI):
+    """The settings of a run: a model, data, a trainer, checkpoints; links between values that must agree.
+
+    Attributes:
+        module_class: What is trained.
+        data_class: What gives it batches.
+    """
+
+    module_class: type[StepModule] = MLMModule
+    data_class: type[PackedDataModule] = MLMDataModule
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--validate_every_n_steps",
+            type=int,
+            default=1000,
+            help="Steps between validations; one is always held last.",
+        )
+        parser.add_argument(
+            "--max_sick_steps_in_a_row",
+            type=int,
+            default=10,
+            help="Steps skipped in a row because of a NaN or infinite loss or gradient, after which the run stops.",
+        )
+        parser.add_argument(
+            "--hang_timeout_minutes",
+            type=float | None,
+            default=20.0,
+            help="End the job, and say which process hangs, when nothing was done for so long; null to wait for ever.",
+        )
+        parser.add_class_arguments(LossSpikes, "spikes", skip={"run", "skips"}, instantiate=False)
+        parser.add_class_arguments(StepCheckpoint, "checkpoint", skip={"directory", "before_save"}, instantiate=False)
+        parser.link_arguments("seed_everything", "data.seed")
+        self.link_model(parser)
+
+    def link_model(self, parser: LightningArgumentParser) -> None:
+        """Settings of the model that follow from others."""
+        parser.link_arguments(
+            "data.tokenizer", "model.encoder.vocab_size", lambda name: load_tokenizer(name).vocab_size
+        )
+        parser.link_arguments(
+            "data.tokenizer", "model.encoder.pad_token_id", lambda name: load_tokenizer(name).pad_token_id
+        )
+        parser.link_arguments(
+            "data.tokenizer", "model.encoder.mask_token_id", lambda name: load_tokenizer(name).mask_token_id
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse what was given; Lightning's own version warns when that is also what stands in ``sys.argv``."""
+        for given in _config_files(args):
+            if given.is_file() and (problem := yaml_error(given)):
+                raise UserError(problem)
+        if asked_for(args):
+            print(shown(parser.format_help(), args), end="")
+            raise SystemExit(0)
+        try:
+            self.config = parser.parse_args(args)
+        except ArgumentError as error:
+            raise UserError(_explain(str(error), parser)) from error
+        if self.config.trainer.max_steps < 1:
+            raise UserError(
+                f"trainer.max_steps is {self.config.trainer.max_steps}; say how many optimizer steps the run takes"
+            )
+
+    @override
+    def instantiate_classes(self) -> None:
+        """Build what the settings name; a class that refuses one of its own is told in one line."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            if _MISFIT not in str(error):
+                raise
+            raise UserError(_explain(str(error), self.parser)) from error
+
+
+def parse(cli: type[CLI], command: str, description: str, arguments: Sequence[str]) -> CLI:
+    """The settings that the arguments of a command give, and what its ``cli`` makes of them.
+
+    Raises:
+        UserError: On any mistake in the arguments or the config.
+    """
+    if not arguments:
+        raise UserError(
+            f"no config; give -c CONFIG, for example `pretrain {command} -c quickstart`; `pretrain recipes` lists them"
+        )
+    for name in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for pattern in _QUIET:
+        warnings.filterwarnings("ignore", pattern)
+    return cli(
+        cli.module_class,
+        cli.data_class,
+        run=False,
+        save_config_callback=None,
+        load_from_checkpoint_support=False,
+        seed_everything_default=0,
+        trainer_defaults={
+            "max_steps": -1,
+            "log_every_n_steps": 1,
+            "num_sanity_val_steps": 0,
+            "enable_model_summary": False,
+        },
+        parser_kwargs={"exit_on_error": False, "prog": f"pretrain {command}", "description": description},
+        args=find_recipes(arguments),
+    )
+
+
+def _config_files(arguments: Sequence[str]) -> list[Path]:
+    """What the arguments give as ``-c`` or ``--config``."""
+    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
+    separate = [following for argument, following in pairs if argument in ("-c", "--config")]
+    return [Path(name) for name in separate] + [
+        Path(argument.partition("=")[2]) for argument in arguments if argument.startswith("--config=")
+    ]
+
+
+def _explain(message: str, parser: LightningArgumentParser) -> str:
+    """A parser's message in one line, with the key that was probably meant and where the keys are listed."""
+    if _MISFIT in message:
+        message = _of_the_union(message)
+    # What a link computes is a UserError's own line; jsonargparse puts its machinery before it.
+    message = re.sub(r"^Call to compute_fn of link .* failed: ", "", " ".join(message.split()))
+    unknown = re.search(r"(?:'([\w.]+)' does not accept (?:option|nested key)|[Kk]ey) '([\w.]+)'", message)
+    if unknown:
+        given = ".".join(part for part in unknown.groups() if part)
+        message += "".join(
+            f"; did you mean {key}?"
+            for key in difflib.get_close_matches(given, list(parser.get_defaults().keys()), n=1)
+        )
+    return f"{message}; `{parser.prog} --help` lists the settings"
+
+
+def _of_the_union(message: str) -> str:
+    """Of what jsonargparse says about a setting of several types, what is wrong with the type that was meant."""
+    key = re.search(r'key "([\w.]+)"', message)
+    tried = re.findall(r"^ *- +(.*(?:\n {8,}.*)*)", message, re.MULTILINE)
+    meant = [text for text in tried if "subclass of" not in text and "NoneType" not in text]
+    reason = " ".join((meant or tried)[0].split())
+    reason = re.sub(r"^Type .* expects a function or a callable class: ", "", reason)
+    if reason.startswith(("Expected a path", "Expected a dot import path")):
+        given = message.rpartition("Given value: ")[2].strip()
+        reason = f"no class '{given}' can be imported; give its import path, or check its name"
+    return f"{key[1]}: {reason}" if key else reason
