@@ -180,7 +180,8 @@ class MLMDataModule(PackedDataModule):
         for corpus in self.validation_corpora.values():
             if isinstance(corpus, RemoteCorpus):
                 corpus.bring_all()
-        return [self.validation_loader(self.validation_planner(name)) for name in self.validation_sets]
+        loaders = [self.validation_loader(self.validation_planner(name)) for name in self.validation_sets]
+        return loaders[0] if list(self.validation_sets) == [""] else loaders
 
     @override
     def dataset(self, planner: StepPlanner, pack_tokens: float) -> Dataset[Batch]:

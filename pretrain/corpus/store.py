@@ -207,7 +207,7 @@ def verify(path: Path) -> int:
         expected = dict(zip(_shard_files(path, manifest), checksums, strict=True))
         if "lengths" in manifest:  # older corpora have none
             expected[path / LENGTHS] = manifest["lengths"]["sha256"]
-        if clusters := manifest["prepared"].get("clusters"):
+        if clusters := manifest.get("prepared", {}).get("clusters"):
             expected[path / CLUSTERS] = clusters["sha256"]
     except (KeyError, TypeError) as error:
         raise _damaged(path, error) from error

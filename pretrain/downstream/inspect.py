@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
 from pretrain.corpus.datamodule import MLMDataModule
@@ -16,7 +15,7 @@ from pretrain.train import ledger
 from pretrain.train.logging import METRICS_FILE, read_metrics
 from pretrain.train.picture import drawing
 from pretrain.train.report import summary
-from pretrain.train.run import CONFIG, Run
+from pretrain.train.run import CONFIG, Run, read_config
 
 _SAMPLE_TOKENS = 2**28
 """Token frequencies are counted on about this many tokens, spread evenly: all of them in a corpus of that size."""
@@ -76,8 +75,8 @@ def inspect(path: Path, picture: Path | None = None, check: bool = False) -> str
 def audit(directory: Path) -> str:
     """What `pretrain.train.ledger.audit` finds, of a run of either kind; its errors are the same."""
     path = directory / CONFIG
-    config = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return ledger.audit(directory, FineTuneDataModule if "task" in config.get("data", {}) else MLMDataModule)
+    fine_tuned = path.is_file() and "task" in read_config(path)["data"]
+    return ledger.audit(directory, FineTuneDataModule if fine_tuned else MLMDataModule)
 
 
 class _Statistics(NamedTuple):

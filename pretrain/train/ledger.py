@@ -121,7 +121,7 @@ def audit(directory: Path, data_class: type[PackedDataModule] = MLMDataModule) -
             f"{directory}: was trained on corpus {state['corpus']}, {', '.join(map(str, data.train))} is now "
             f"{corpus.fingerprint}; restore the sources to audit the run"
         )
-    if (proportions := data.identity()["proportions"]) != state.get("proportions"):
+    if (proportions := data.identity().get("proportions")) != state.get("proportions"):
         raise UserError(
             f"{directory}: was trained on corpora in proportions {state.get('proportions')}, its config now says "
             f"{proportions}; restore the weights to audit the run"

@@ -87,7 +87,7 @@ class Run:
             raise UserError(f"{directory}: is a file; a run is a directory: choose another with --run")
         self.config: dict[str, Any] | None = None
         if (directory / CONFIG).is_file():
-            self.config = _read_config(directory / CONFIG)
+            self.config = read_config(directory / CONFIG)
         elif directory.is_dir() and any(not path.name.startswith(".") for path in directory.iterdir()):
             raise UserError(f"{directory}: holds files but no {CONFIG}, so it is no run; choose another with --run")
         self._files = self._checkpoint_files()
@@ -296,7 +296,12 @@ def yaml_error(path: Path) -> str | None:
     return None
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """The settings that a run's directory holds.
+
+    Raises:
+        UserError: If the file is damaged, or holds something else.
+    """
     problem = yaml_error(path)
     config = None if problem else yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(config, dict) or not all(isinstance(config.get(k), dict) for k in ("model", "data", "trainer")):

@@ -164,7 +164,6 @@ def test_a_run_of_a_version_that_knew_fewer_settings_continues(
     for part, name in (
         ("data", "long_sequences"),
         ("data", "mask_unit"),
-        ("model", "schedule"),
         ("model", "optimizer"),
     ):
         del settings[part][name]

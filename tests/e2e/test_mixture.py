@@ -80,6 +80,4 @@ def test_the_unigram_of_a_mixture_weighs_its_corpora_as_training_does(tmp_path: 
         [str(tmp_path / "L.fasta"), str(tmp_path / "A.fasta")],
     )
     data.setup("fit")
-    baselines = data.baselines()
-    assert baselines is not None
-    assert baselines.unigram == pytest.approx((3 / 16) ** -0.5, rel=0.02)
+    assert data.baselines()[""].unigram == pytest.approx((3 / 16) ** -0.5, rel=0.02)

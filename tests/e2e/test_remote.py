@@ -55,6 +55,6 @@ def test_a_run_on_a_corpus_from_afar_killed_and_continued_has_the_bits_of_one_at
     assert figures(straight) == figures(broken)
     assert main(["inspect", str(broken), "--audit"]) == 0
     capfd.readouterr()
-    assert fit("-c", config, "--run", broken, "--data.group_shards", "all", "--trainer.max_steps", "12",
-               "--allow_change", "true") == 2  # fmt: skip
+    other = ("--data.group_shards", "all", "--trainer.max_steps", "12", "--allow_change")
+    assert main(["fit", "-c", str(config), "--run", str(broken), *other]) == 2
     assert "the checkpoint was made with group_shards 3, this run has None" in capfd.readouterr().err

@@ -88,7 +88,7 @@ def test_a_missing_or_damaged_cluster_file_is_noticed(make: Callable[[str], Corp
     file.write_bytes(file.read_bytes()[:-300])
     with pytest.raises(UserError, match="damaged corpus"):
         corpus.clusters()
-    with pytest.raises(UserError, match=r"1 of 2 files broken: clusters\.arrow \(another content\)"):
+    with pytest.raises(UserError, match=r"1 of 3 files broken: clusters\.arrow \(another content\)"):
         verify(corpus.path)
     file.unlink()
     with pytest.raises(UserError, match="damaged corpus"):

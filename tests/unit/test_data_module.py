@@ -239,6 +239,9 @@ def test_a_checkpoint_holds_the_position_and_what_identifies_the_order(proteins:
         "max_length": 64,
         "global_batch_tokens": 512,
         "group_shards": None,
+        "proportions": None,
+        "clusters": None,
+        "skips": 0,
         "tokenizer": data.tokenizer.serialize(),  # so that an export needs nothing but the checkpoint
     }
 

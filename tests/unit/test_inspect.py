@@ -85,11 +85,12 @@ def test_a_picture_that_cannot_be_written_is_a_mistake(
 def test_verify_tells_an_intact_corpus_from_a_broken_one(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(corpus), "--verify"]) == 0
     shards_there = len(list(corpus.glob("*.arrow")))
+    files_there = shards_there + 1  # and the lengths
     assert capsys.readouterr().out == f"{corpus}: {shards_there} shards, all as the manifest says\n"
     (corpus / "shard-00001.arrow").write_bytes(b"")
     assert main(["inspect", str(corpus), "--verify"]) == 2
     assert capsys.readouterr().err == (
-        f"pretrain: error: {corpus}: 1 of {shards_there} shards broken: shard-00001.arrow (another content); copy the "
+        f"pretrain: error: {corpus}: 1 of {files_there} files broken: shard-00001.arrow (another content); copy the "
         "corpus again, or prepare it again\n"
     )
 

@@ -12,12 +12,14 @@ import yaml
 from pretrain.cli import main
 from pretrain.corpus.tokenizer import train_tokenizer
 from pretrain.model.config import ESM2_SIZES, EncoderConfig
+from pretrain.shipped import shipped
 from pretrain.train.fit import build
 from pretrain.train.plan import PlanCLI, learning_rates
 from pretrain.train.settings import parse
 from pretrain.train.throughput import GPUS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+PRE_TRAINING = [path for path in sorted(CONFIGS.glob("*.yaml")) if not path.stem.startswith("finetune")]
 OVERLAYS = {"compile", "ddp", "fsdp", "gpu"}
 PUBLISHED = ["-c", str(CONFIGS / "esm2_8M.yaml"), "-c", str(CONFIGS / "gpu.yaml")]
 
@@ -32,7 +34,7 @@ def shape(size: str) -> list[str]:
     return [part for name, value in values for part in (f"--model.encoder.{name}", str(value))]
 
 
-@pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("config", PRE_TRAINING, ids=lambda path: path.stem)
 def test_every_config_can_be_planned_without_its_corpus_and_leaves_nothing_behind(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -41,7 +43,7 @@ def test_every_config_can_be_planned_without_its_corpus_and_leaves_nothing_behin
     if config.stem in OVERLAYS:
         files = ["-c", str(CONFIGS / "quickstart.yaml"), *files]
     tokenizer = yaml.safe_load(config.read_text()).get("data", {}).get("tokenizer", "esm")
-    if tokenizer != "esm":  # made by a command that the recipe's head gives; it says how many ids there are
+    if tokenizer != "esm" and not shipped(tokenizer):  # made by a command that the recipe's head gives
         Path(tokenizer).parent.mkdir()
         Path(tokenizer).write_text(train_tokenizer(["some text"], 300).serialize())
     before = sorted(tmp_path.rglob("*"))
