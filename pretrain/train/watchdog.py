@@ -99,20 +99,29 @@ class Watchdog(pl.Callback):
         assert self.timeout is not None
         interval, beat = min(10.0, self.timeout / 6), 0
         name = f"process {os.getpid()} on {platform.node()}"
-        while not self._ended.wait(interval):
+        while True:
             beat += 1
             stands = time.monotonic() - self._time
             try:
                 self._write(rank, _Pulse(beat, self._done, self._doing, name))
-                if stands > self.timeout:
-                    guilty = self._guilty(processes, interval)
-                    if rank != min(set(range(processes)) - guilty.keys(), default=0):
-                        continue  # one speaks for all; its end is that of the job
-                    _end(step(), stands, processes, guilty, self._doing)
-            except RuntimeError as error:  # the store
-                if stands > self.timeout:
+            except RuntimeError as error:  # the store; whoever ended it is given time to say why
+                if stands > self.timeout + 6 * interval:
                     reason = str(error).split("\n")[0][:100]
                     _end(step(), stands, processes, {0: f"does not answer ({reason})"}, self._doing)
+            else:
+                if stands > self.timeout:
+                    self._judge(rank, processes, interval, step(), stands)
+            if self._ended.wait(interval):
+                return
+
+    def _judge(self, rank: int, processes: int, interval: float, step: int, stands: float) -> None:
+        try:
+            guilty = self._guilty(processes, interval)
+        except RuntimeError:  # the store: another process has ended the job meanwhile, and has said why
+            return
+        # One speaks for all; its end is that of the job.
+        if rank == min(set(range(processes)) - guilty.keys(), default=0):
+            _end(step, stands, processes, guilty, self._doing)
 
     def _write(self, rank: int, pulse: _Pulse) -> None:
         if self._store is not None:

@@ -17,6 +17,8 @@ ROOT = Path(__file__).parents[2]
 def torchrun(*arguments: object, restarts: int) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "e2e")])
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore", "GLOO_SOCKET_IFNAME": "lo"}
+    # Otherwise torchrun (torch 2.13) keeps its store between restarts, and with it the addresses of dead processes.
+    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", str(restarts)]
     settings = ("--trainer.devices", 2, "--trainer.strategy", "ddp")
     command = [sys.executable, "-m", *launcher, "-m", "--", "pretrain", "fit", *map(str, (*arguments, *settings))]
