@@ -104,6 +104,9 @@ def write_clusters(directory: Path, shards: Sequence[str], table: str) -> dict[s
     if rows.null_count:
         accessions = pc.replace_substring_regex(ids, _BARS, r"\1")
         rows = pc.coalesce(rows, pc.index_in(accessions, value_set=names))
+    if rows.null_count:  # windows of a long one, name#1, name#2, ..., are members of its cluster
+        whole = pc.replace_substring_regex(ids, r"#[0-9]+$", "")
+        rows = pc.coalesce(rows, pc.index_in(whole, value_set=names))
     if rows.null_count:
         missing = ids.filter(pc.is_null(rows))
         raise UserError(

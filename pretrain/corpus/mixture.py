@@ -2,8 +2,9 @@
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,12 +39,22 @@ class JoinedCorpus(Corpus):
         self.num_tokens = sum(corpus.num_tokens for corpus in corpora)
         self.manifest = {}
         self.fingerprint = hashlib.sha256(" ".join(corpus.fingerprint for corpus in corpora).encode()).hexdigest()[:16]
-        self.shards = [shard for corpus in corpora for shard in corpus.shards]
         self.first = np.cumsum([0, *(corpus.num_sequences for corpus in corpora)])
 
     @override
     def __reduce__(self) -> tuple[type["JoinedCorpus"], tuple[tuple[Corpus, ...]]]:  # type: ignore[override]
         return JoinedCorpus, (self.corpora,)
+
+    @property
+    @override
+    def shards(self) -> Iterable[Shard]:  # type: ignore[override]
+        """The shards, one after the other; those of a corpus from afar come when their turn does."""
+        return chain.from_iterable(corpus.shards for corpus in self.corpora)
+
+    @property
+    @override
+    def has_words(self) -> bool:
+        return all(corpus.has_words for corpus in self.corpora)
 
     @property
     @override

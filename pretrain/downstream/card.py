@@ -16,7 +16,8 @@ CURVES = "curves.png"
 _RECIPE = {
     "model": None,
     "data": (
-        "max_length", "global_batch_tokens", "mlm_probability", "mask_replace_prob", "random_replace_prob", "seed",
+        "max_length", "long_sequences", "global_batch_tokens", "mlm_probability", "mask_replace_prob",
+        "random_replace_prob", "mask_unit", "mask_draws", "mean_span_length", "seed",
     ),
     "trainer": ("max_steps", "precision", "gradient_clip_val"),
 }  # fmt: skip
@@ -74,7 +75,7 @@ def model_card(
     """
     data = settings["data"]
     protein = data["tokenizer"] == "esm"
-    sources = data["train"] if isinstance(data["train"], list) else [data["train"]]
+    sources = [data["train"]] if isinstance(data["train"], str) else list(data["train"])
     # UniProt's licence asks for attribution; of other data than what ships with the project nothing is known.
     uniprot = protein and all(Path(source).parts[-3:] == ("data", "proteins", "train.fasta.gz") for source in sources)
     header = {
@@ -132,6 +133,11 @@ Not evaluated on any downstream task. The contact-prediction head is untrained (
 """
 
 
+def _share(mlm_probability: float | list[float]) -> str:
+    shares = mlm_probability if isinstance(mlm_probability, list | tuple) else [mlm_probability]
+    return " to ".join(f"{share:.0%}" for share in shares)
+
+
 def _rows(
     encoder: Encoder,
     checkpoint: dict[str, Any],
@@ -154,7 +160,7 @@ def _rows(
             "Peak learning rate",
             f"{model['learning_rate']:g}, {_schedule(model)}",
         ),
-        ("Masking", f"{data['mlm_probability']:.0%} of tokens"),
+        ("Masking", f"{_share(data['mlm_probability'])} of tokens"),
     ]
     if "tokens_seen" in result and finished:
         rows.insert(2, ("Tokens seen", f"{result['tokens_seen']:,} ({result['epochs']:.1f} epochs)"))

@@ -191,8 +191,10 @@ def _figures(runs: list[_Run]) -> str:
     for label, key, form in wanted:
         if any(key in run.result for run in runs):
             rows.append((label, [form.format(run.result[key]) if key in run.result else "–" for run in runs]))
-    for name in sorted({name for run in runs for name in run.result.get("validation", {}) if name}):
-        found = [run.result.get("validation", {}).get(name) for run in runs]
+    # Of a fine-tuning run, "validation" holds its metrics.
+    sets = [{} if "task" in run.result else run.result.get("validation", {}) for run in runs]
+    for name in sorted({name for held in sets for name in held if name}):
+        found = [held.get(name) for held in sets]
         cells = [f"{one['perplexity']:.3f}" if one else "–" for one in found]
         rows.append((f"validation perplexity, {html.escape(name)}", cells))
     latest = [

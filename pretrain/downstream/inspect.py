@@ -69,7 +69,8 @@ def inspect(path: Path, picture: Path | None = None, check: bool = False) -> str
     assert run.config is not None
     lines[0] += f" of {run.config['trainer']['max_steps']}"
     lines += [f"  {name:32} {values[-1]:.6g}  (step {steps[-1]})" for name, (steps, values) in sorted(curves.items())]
-    return "\n".join([*lines, f"  continue it   pretrain fit -c {path}/config.yaml --run {path}"])
+    command = "finetune" if "task" in run.config["data"] else "fit"
+    return "\n".join([*lines, f"  continue it   pretrain {command} -c {path}/config.yaml --run {path}"])
 
 
 def audit(directory: Path) -> str:

@@ -13,9 +13,9 @@ from pretrain.downstream.tokenizer_files import check_special_tokens, read_token
 from pretrain.errors import UserError
 from pretrain.model.config import EncoderConfig
 from pretrain.model.hf import from_hf_config
-from pretrain.train.checkpoint import newest_checkpoint, read_checkpoint
+from pretrain.train.checkpoint import data_state, newest_checkpoint, read_checkpoint
 from pretrain.train.pretrained import CONFIG, load_tensors, read_config, read_tensors
-from pretrain.train.run import CHECKPOINTS, data_state
+from pretrain.train.run import CHECKPOINTS
 
 
 def load(path: str | Path) -> PretrainedEncoder:

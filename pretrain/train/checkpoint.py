@@ -205,3 +205,8 @@ def sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def data_state(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
+    """The data position in a checkpoint, which Lightning keeps under the name of the data module's class."""
+    return next((state for name, state in checkpoint.items() if name.endswith("DataModule")), None)

@@ -90,7 +90,8 @@ def final_figures(trainer: pl.Trainer, module: MLMModule, data: MLMDataModule) -
     if isinstance(order := planner.order, MixtureOrder):
         sizes = [sum(own.sizes) for own in order.orders]
         result["train_epochs"] = (order.drawn(state["cursor"]) / sizes).tolist()
-    sets = {name: _validation(name, baselines, module, data) for name, baselines in data.baselines().items()}
+    held = data.baselines() if module.findings else {}  # without, where the trainer was told not to validate
+    sets = {name: _validation(name, baselines, module, data) for name, baselines in held.items()}
     if sets:
         first = next(iter(sets))
         result["validation_sources"] = [str(source) for source in data.validation_sets[first]]

@@ -31,7 +31,7 @@ import yaml
 from torch import Tensor
 
 from pretrain.errors import UserError
-from pretrain.train.checkpoint import link, newest_checkpoint, read_checkpoint, write_whole
+from pretrain.train.checkpoint import data_state, link, newest_checkpoint, read_checkpoint, write_whole
 from pretrain.train.lock import Lock, locked
 from pretrain.train.spikes import read_skips
 
@@ -61,12 +61,13 @@ _HISTORY = (
     "data.mask_",
     "data.random_replace_prob",
     "data.mean_span_length",
+    "data.validation",  # by which the best checkpoint is chosen, and a plateau or an early end told
     "trainer.max_steps",
     "trainer.gradient_clip_val",
     "trainer.gradient_clip_algorithm",
     "trainer.precision",
 )
-_FREE = ("model.compile", "model.activation_checkpointing")
+_FREE = ("model.compile", "model.activation_checkpointing", "data.validation_pack_tokens")
 _PACKAGES = ("torch", "pytorch-lightning", "transformers", "numpy", "pyarrow", "tokenizers")
 
 
@@ -126,6 +127,7 @@ class Run:
         self.config, self.checkpoint, self.step = origin.config, origin.checkpoint, origin.step
         self.data_state, self._content = origin.data_state, origin._content
         self.hyper_parameters = origin.hyper_parameters
+        self.skips = [skip for skip in origin.skips if skip.step <= origin.step]
 
     def reopened(self) -> None:
         """Look at the checkpoints again, once this process has put one there."""
@@ -324,11 +326,6 @@ def _outline(checkpoint: dict[str, Any]) -> dict[str, Any]:
 
 def _shapes(weights: Mapping[str, Any]) -> dict[str, list[int] | None]:
     return {name: list(value.shape) if isinstance(value, Tensor) else None for name, value in weights.items()}
-
-
-def data_state(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
-    """The data position in a checkpoint, which Lightning keeps under the name of the data module's class."""
-    return next((state for name, state in checkpoint.items() if name.endswith("DataModule")), None)
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], defaults: dict[str, Any], prefix: str = "") -> Any:

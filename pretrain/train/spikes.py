@@ -21,7 +21,7 @@ from typing_extensions import override
 
 from pretrain.corpus.batch import Batch
 from pretrain.errors import UserError
-from pretrain.train.checkpoint import read_checkpoint, sync_directory
+from pretrain.train.checkpoint import data_state, read_checkpoint, sync_directory
 
 SKIPS = "skips.jsonl"
 _TO_SIGMA = 1.4826  # a normal distribution's standard deviation in units of its median absolute deviation
@@ -174,7 +174,9 @@ class LossSpikes(pl.Callback):
             first = 0
             if target:
                 file = self.directory / "checkpoints" / f"step-{target:09d}.ckpt"
-                first = read_checkpoint(file)["MLMDataModule"]["cursor"]
+                state = data_state(read_checkpoint(file))
+                assert state is not None
+                first = state["cursor"]
             record = {"step": target, "first": first, "end": end, "spike": step, "why": what, "time": time.time()}
             _append(self.directory / SKIPS, json.dumps(record) + "\n")
         trainer.strategy.barrier()  # the others read the line when they begin again

@@ -101,7 +101,8 @@ class Watchdog(pl.Callback):
         name = f"process {os.getpid()} on {platform.node()}"
         while True:
             beat += 1
-            stands = time.monotonic() - self._time
+            # Before the first batch, data may come from afar; the launcher's own time limits hold there.
+            stands = 0.0 if self._doing == _STARTING else time.monotonic() - self._time
             try:
                 self._write(rank, _Pulse(beat, self._done, self._doing, name))
             except RuntimeError as error:  # the store; whoever ended it is given time to say why
@@ -118,7 +119,7 @@ class Watchdog(pl.Callback):
         try:
             guilty = self._guilty(processes, interval)
         except RuntimeError:  # the store: another process has ended the job meanwhile, and has said why
-            return
+            os._exit(1)
         # One speaks for all; its end is that of the job.
         if rank == min(set(range(processes)) - guilty.keys(), default=0):
             _end(step, stands, processes, guilty, self._doing)

@@ -251,6 +251,15 @@ def test_the_card_claims_uniprots_licence_for_the_data_that_ships_only(
     assert ("UniProt" in card) == (licence == "cc-by-4.0")
 
 
+def test_the_card_of_a_mixture_with_a_range_of_shares_names_both(run: Path) -> None:
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["data"] |= {"train": {"a.fasta": 3, "corpora/b": 1}, "mlm_probability": [0.1, 0.3], "mask_unit": "span"}
+    card = model_card(pretrain.load(run), {"global_step": 4}, settings, {}, "x")
+    assert "| Training data | `a.fasta`, `corpora/b` |" in card
+    assert "| Masking | 10% to 30% of tokens |" in card
+    assert yaml.safe_load(card.split("```yaml")[1].split("```")[0])["data"]["mask_unit"] == "span"
+
+
 def test_the_card_shows_the_curves_and_the_recipe(exported: Path) -> None:
     card = (exported / "README.md").read_text()
     assert "](curves.png)" in card

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from test_ledger import audit
-from test_resume import equal, events, figures
+from test_resume import equal, events, figures, kill
 
 from pretrain.cli import main
 from pretrain.train.checkpoint import read_checkpoint
@@ -87,6 +87,22 @@ def _callbacks(moment: str, number: int) -> str:
         {"class_path": "poison.Spike", "init_args": {"place": PLACE}},
     ]
     return json.dumps(kinds)
+
+
+def test_a_branch_of_a_run_that_went_back_continues_from_its_own_checkpoints(
+    tiny: Callable[..., Path], fit: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, branch = tmp_path / "run", tmp_path / "branch"
+    command = ("-c", config(tiny), *REWIND)
+    assert fit(*command, "--run", run, *spike(PLACE)) == 0
+    longer = (*command, "--run", branch, "--branch_from", run, "--trainer.max_steps", STEPS + 6)
+    assert fit(*longer, *kill("batch_end", 2 * (STEPS + 5))) == -9
+    newest = int(max((branch / "checkpoints").glob("step-*.ckpt")).stem[5:])
+    assert newest > STEPS
+    assert fit(*longer) == 0
+    assert [json.loads(line)["step"] for line in (branch / "starts.jsonl").read_text().splitlines()] == [STEPS, newest]
+    code, message = audit(branch, capsys)
+    assert code == 0, message
 
 
 def test_without_its_skip_the_audit_fails(

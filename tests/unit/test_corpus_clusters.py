@@ -9,6 +9,7 @@ import pytest
 
 from pretrain.cli import main
 from pretrain.corpus.prepare import prepare
+from pretrain.corpus.shards import Filters
 from pretrain.corpus.store import CLUSTERS, Corpus, verify
 from pretrain.corpus.tokenizer import load_tokenizer
 from pretrain.errors import UserError
@@ -44,6 +45,19 @@ def test_a_corpus_knows_the_members_of_its_clusters_by_id_or_accession(make: Cal
     assert groups(corpus) == [["UniRef90_A", "C"], ["sp|P12345|NAME", "D"], ["E"]]
     assert corpus.num_clusters == 3
     assert verify(corpus.path) == 1
+
+
+def test_the_windows_of_a_cut_sequence_are_members_of_its_cluster(tmp_path: Path) -> None:
+    (tmp_path / "long.fasta").write_text(f">long\n{'MKTAY' * 10}\n>short\nMKTAY\n")
+    (tmp_path / "table.tsv").write_text("A\tlong\nB\tshort\n")
+    corpus = prepare(
+        [tmp_path / "long.fasta"],
+        tmp_path / "corpus",
+        load_tokenizer("esm"),
+        filters=Filters(windows=32),
+        clusters=str(tmp_path / "table.tsv"),
+    )
+    assert groups(corpus) == [["long#1", "long#2"], ["short"]]
 
 
 def test_the_order_of_the_table_and_its_compression_change_nothing(

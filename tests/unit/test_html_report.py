@@ -25,6 +25,8 @@ def runs(tmp_path: Path) -> list[Path]:
         rows += [(n, "val/loss", 2.5 + number - n / 1000) for n in (499, 999)] + [(5, "train/loss", float("nan"))]
         lines = "".join(f"{step},{key},{value}\n" for step, key, value in sorted(rows))
         (path / "metrics.csv").write_text("step,name,value\n" + lines)
+    # A finished fine-tuning run's "validation" holds its metrics, not named sets.
+    (paths[1] / "result.json").write_text(json.dumps({"task": "binary", "validation": {"accuracy": 0.75}}))
     (paths[0] / "result.json").write_text(json.dumps({"val/loss": 2.0, "val/perplexity": 7.389, "tokens_seen": 12345}))
     return paths
 

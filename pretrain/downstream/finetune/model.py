@@ -16,7 +16,8 @@ from pretrain.downstream.finetune.metrics import Answers
 from pretrain.downstream.load import checkpoint_of, encoder_of
 from pretrain.errors import UserError
 from pretrain.model.encoder import Encoder
-from pretrain.train.run import CHECKPOINTS, data_state
+from pretrain.train.checkpoint import data_state
+from pretrain.train.run import CHECKPOINTS
 from pretrain.train.saving import BEST
 
 

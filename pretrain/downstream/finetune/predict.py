@@ -21,6 +21,7 @@ from pretrain.downstream.finetune.data import LabelledBatch
 from pretrain.downstream.finetune.labels import LabelSpec
 from pretrain.downstream.finetune.metrics import Answers, predictions
 from pretrain.downstream.finetune.model import FineTuned, load_fine_tuned
+from pretrain.downstream.load import choose_device
 from pretrain.errors import UserError
 
 _WINDOW = 2048
@@ -63,7 +64,7 @@ def predict(
     if pack_tokens < 1:
         raise UserError(f"pack_tokens is {pack_tokens}; give 1 or more")
     model = load_fine_tuned(run)
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = choose_device(device)
     records = read_records(source, options)
     count = truncated = 0
     partial = out.with_name(f".{out.name}.partial")
