@@ -143,7 +143,7 @@ def test_a_worker_killed_by_the_kernel_for_memory(
     tiny: Callable[..., Path], straight: Path, fit: Callable[..., int], tmp_path: Path
 ) -> None:
     config, run = tiny(), tmp_path / "run"
-    shoot = callback("poison.KillWorker", number=11)
+    shoot = callback("poison.KillWorker", number=7)  # early: what is prefetched could do for the rest
     ended = outcome(tmp_path / "err", "fit", "-c", config, "--run", run, "--data.num_workers", 2, *shoot)
     line = ended.line(1)  # not the user's mistake, and the same command may do
     assert "a loader worker was killed, as happens where memory runs out" in line

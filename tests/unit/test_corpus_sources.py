@@ -375,12 +375,12 @@ def test_a_hub_dataset_is_streamed_by_name_configuration_and_split(
 def test_a_url_is_read_as_a_file_is(suffix: str) -> None:
     memory = fsspec.filesystem("memory")
     for number in range(3):
-        memory.pipe(f"/bucket{suffix}/part-{number}.fasta{suffix}", COMPRESS[suffix](b">a\nMK\n>b\nLA\n"))
-    memory.pipe(f"/bucket{suffix}/README", b"no source")
+        memory.pipe(f"/records{suffix}/part-{number}.fasta{suffix}", COMPRESS[suffix](b">a\nMK\n>b\nLA\n"))
+    memory.pipe(f"/records{suffix}/README", b"no source")
     one = [Record("a", b"MK", 1), Record("b", b"LA", 3)]
-    assert list(read_records(f"memory://bucket{suffix}/part-1.fasta{suffix}")) == one
-    assert list(read_records(f"memory://bucket{suffix}/part-*.fasta{suffix}")) == one * 3
-    assert list(read_records(f"memory://bucket{suffix}")) == one * 3
+    assert list(read_records(f"memory://records{suffix}/part-1.fasta{suffix}")) == one
+    assert list(read_records(f"memory://records{suffix}/part-*.fasta{suffix}")) == one * 3
+    assert list(read_records(f"memory://records{suffix}")) == one * 3
 
 
 def test_parquet_is_read_from_a_url() -> None:
