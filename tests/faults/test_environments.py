@@ -145,7 +145,8 @@ def test_a_worker_killed_by_the_kernel_for_memory(
     config, run = tiny(), tmp_path / "run"
     shoot = callback("poison.KillWorker", number=7)  # early: what is prefetched could do for the rest
     ended = outcome(tmp_path / "err", "fit", "-c", config, "--run", run, "--data.num_workers", 2, *shoot)
-    line = ended.line(1)  # not the user's mistake, and the same command may do
+    # Not the user's mistake, and the same command may do. torch's signal handler may strike where Python ignores it.
+    line = ended.line(1, noise="is killed by signal: Killed")
     assert "a loader worker was killed, as happens where memory runs out" in line
     assert "the same command continues" in line
     assert_nothing_is_lost(fit, config, run, straight)
