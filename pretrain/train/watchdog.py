@@ -15,7 +15,6 @@ from datetime import timedelta
 from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
-import torch.distributed
 from torch.distributed.distributed_c10d import _get_default_store
 
 from pretrain.errors import UserError
@@ -49,6 +48,7 @@ class Watchdog(pl.Callback):
             raise UserError(f"hang_timeout_minutes is {timeout_minutes}; give a positive number, or null for none")
         self.timeout = None if timeout_minutes is None else 60 * timeout_minutes
         self._done, self._doing, self._time = 0, _STARTING, time.monotonic()
+        self._beat = 0
         self._ended = threading.Event()
         self._store: Any = None
 
@@ -97,14 +97,12 @@ class Watchdog(pl.Callback):
 
     def _watch(self, rank: int, processes: int, step: Any) -> None:
         assert self.timeout is not None
-        interval, beat = min(10.0, self.timeout / 6), 0
-        name = f"process {os.getpid()} on {platform.node()}"
+        interval = min(10.0, self.timeout / 6)
         while True:
-            beat += 1
             # Before the first batch, data may come from afar; the launcher's own time limits hold there.
             stands = 0.0 if self._doing == _STARTING else time.monotonic() - self._time
             try:
-                self._write(rank, _Pulse(beat, self._done, self._doing, name))
+                self._write(rank)
             except RuntimeError as error:  # the store; whoever ended it is given time to say why
                 if stands > self.timeout + 6 * interval:
                     reason = str(error).split("\n")[0][:100]
@@ -117,34 +115,38 @@ class Watchdog(pl.Callback):
 
     def _judge(self, rank: int, processes: int, interval: float, step: int, stands: float) -> None:
         try:
-            guilty = self._guilty(processes, interval)
+            guilty = self._guilty(rank, processes, interval)
         except RuntimeError:  # the store: another process has ended the job meanwhile, and has said why
             os._exit(1)
         # One speaks for all; its end is that of the job.
         if rank == min(set(range(processes)) - guilty.keys(), default=0):
             _end(step, stands, processes, guilty, self._doing)
 
-    def _write(self, rank: int, pulse: _Pulse) -> None:
+    def _write(self, rank: int) -> None:
+        self._beat += 1
         if self._store is not None:
+            name = f"process {os.getpid()} on {platform.node()}"
+            pulse = _Pulse(self._beat, self._done, self._doing, name)
             self._store.set(f"pretrain/pulse/{rank}", json.dumps(pulse))
 
     def _read(self, processes: int) -> dict[int, _Pulse]:
         keys = {rank: f"pretrain/pulse/{rank}" for rank in range(processes)}
         return {r: _Pulse(*json.loads(self._store.get(key))) for r, key in keys.items() if self._store.check([key])}
 
-    def _guilty(self, processes: int, interval: float) -> dict[int, str]:
+    def _guilty(self, rank: int, processes: int, interval: float) -> dict[int, str]:
         """Who holds the others up, and how; nobody where it cannot be told."""
         if self._store is None:
             return {}
         before = self._read(processes)
-        time.sleep(3 * interval)
+        for _ in range(3):
+            time.sleep(interval)
+            self._write(rank)  # the others look, too
         after = self._read(processes)
         silent = {
-            rank: f"({after[rank].name}) does not answer" if rank in after else "has not begun"
-            for rank in range(processes)
-            if rank not in after or (rank in before and before[rank].beat == after[rank].beat)
+            other: f"({after[other].name}) does not answer" if other in after else "has not begun"
+            for other in range(processes)
+            if other not in after or (other in before and before[other].beat == after[other].beat)
         }
-        silent.pop(torch.distributed.get_rank(), None)  # this thread does not beat while it looks
         least = min(pulse.done for pulse in after.values())
         if silent or all(pulse.done == least for pulse in after.values()):
             return silent
