@@ -11,9 +11,7 @@ are compared, too.
 """
 
 import argparse
-import json
 import os
-import platform
 import random
 import tempfile
 import time
@@ -26,6 +24,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 import transformers
+from results_file import write_results
 from torch import Tensor
 from transformers import EsmModel, EsmTokenizer
 
@@ -133,15 +132,7 @@ def main() -> None:
                 f"{row['pretrain']:8,.0f}   {row['faster_by']:7.2f} x"
             )
     if options.out:
-        conditions = {
-            "date": time.strftime("%Y-%m-%d"),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            **{name: str(value) for name, value in vars(options).items()},
-        }
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({"conditions": conditions, "results": results}, indent=1) + "\n")
+        write_results(options.out, options, results)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,8 @@ medians over the rounds, ratios medians of the rounds' ratios.
 """
 
 import argparse
-import json
 import logging
 import os
-import platform
 import tempfile
 import time
 import warnings
@@ -31,6 +29,7 @@ import pytorch_lightning as pl
 import torch
 import transformers
 from numpy.typing import NDArray
+from results_file import write_results
 from transformers import (
     DataCollatorForLanguageModeling,
     EsmConfig,
@@ -244,15 +243,7 @@ def main() -> None:
     for shape, result in results.items():
         print(table(shape, result))
     if options.out:
-        conditions = {
-            "date": time.strftime("%Y-%m-%d"),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            **{name: str(value) for name, value in vars(options).items()},
-        }
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({"conditions": conditions, "results": results}, indent=1) + "\n")
+        write_results(options.out, options, results)
 
 
 if __name__ == "__main__":

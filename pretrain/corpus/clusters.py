@@ -21,7 +21,8 @@ from pretrain.corpus.counter import Stream as Randomness
 from pretrain.corpus.counter import below, bits, derive_key
 from pretrain.corpus.order import Order
 from pretrain.corpus.sources import Source, Stream
-from pretrain.corpus.store import CLUSTERS, Clusters, open_shard, write_batch
+from pretrain.corpus.store import CLUSTERS, Clusters, open_shard
+from pretrain.corpus.writing import write_batch
 from pretrain.errors import UserError
 
 Int64 = NDArray[np.int64]

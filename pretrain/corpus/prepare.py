@@ -19,19 +19,10 @@ from pretrain.corpus.remote import RemoteCorpus, cache_directory, is_remote
 from pretrain.corpus.shards import JOURNAL, Filters, Part, make_shards, report_file
 from pretrain.corpus.sources import Source, SourceOptions, find_sources
 from pretrain.corpus.split import SIDES, Split, split_parts
-from pretrain.corpus.store import (
-    CLUSTERS,
-    FORMAT_VERSION,
-    LENGTHS,
-    MANIFEST,
-    REPORT,
-    Corpus,
-    is_corpus,
-    write_manifest,
-    write_shard,
-)
+from pretrain.corpus.store import CLUSTERS, FORMAT_VERSION, LENGTHS, MANIFEST, REPORT, Corpus, is_corpus
 from pretrain.corpus.tokenizer import Tokenizer, TokenizerKind, train_tokenizer
 from pretrain.corpus.whole import make_whole
+from pretrain.corpus.writing import write_manifest, write_shard
 from pretrain.errors import UserError
 
 

@@ -27,9 +27,10 @@ from pretrain.corpus.pieces import Piece, cut
 from pretrain.corpus.processes import in_processes
 from pretrain.corpus.readers import Flaw, parse
 from pretrain.corpus.sources import Source, SourceOptions
-from pretrain.corpus.store import FORMAT_VERSION, file_checksum, open_shard, write_rows, write_shard
+from pretrain.corpus.store import FORMAT_VERSION, file_checksum, open_shard
 from pretrain.corpus.tokenizer import InvalidSymbolError, Tokenizer
 from pretrain.corpus.windows import into_windows
+from pretrain.corpus.writing import write_rows, write_shard
 from pretrain.errors import UserError
 
 BLOCK_BYTES = 2**25

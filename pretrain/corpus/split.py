@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from pretrain.corpus.processes import in_processes
 from pretrain.corpus.shards import Journal, Part, is_intact
 from pretrain.corpus.sources import Source, Stream
-from pretrain.corpus.store import open_shard, write_rows
+from pretrain.corpus.store import open_shard
+from pretrain.corpus.writing import write_rows
 from pretrain.errors import UserError
 
 SIDES = ("train", "validation")
