@@ -126,10 +126,10 @@ def _check_schedule(trainer: pl.Trainer, module: StepModule, data: PackedDataMod
         scheduler = module.build_optimizer()[1]
     except (TypeError, ValueError) as error:
         raise UserError(f"model.schedule: {error}; see the scheduler's documentation") from error
-    if isinstance(scheduler, ReduceLROnPlateau) and data.validation_corpus is None:
+    if isinstance(scheduler, ReduceLROnPlateau) and (data.validation_corpus is None or not trainer.limit_val_batches):
         raise UserError(
             "model.schedule is ReduceLROnPlateau, which follows val/loss, and there is no validation; give "
-            "data.validation, or another schedule"
+            "data.validation (and no trainer.limit_val_batches 0), or another schedule"
         )
 
 

@@ -49,13 +49,18 @@ class Spike(pl.Callback):
         sequences = int(after - self.place)
         if not 0 < sequences <= 12:  # about what a step consumes
             return
-        loss_of = module.encoder.loss
+        _multiply(module.encoder, self.factor)
 
-        def multiplied(*batch: Any) -> Any:
-            loss, correct = loss_of(*batch)
-            return loss * self.factor, correct
 
-        vars(module.encoder)["loss"] = multiplied
+def _multiply(encoder: Any, factor: float) -> None:
+    """Until the entry is taken away again, the encoder's loss is so many times as large."""
+    loss_of = encoder.loss
+
+    def multiplied(*batch: Any) -> Any:
+        loss, correct = loss_of(*batch)
+        return loss * factor, correct
+
+    vars(encoder)["loss"] = multiplied
 
 
 class SpikeAt(pl.Callback):
@@ -67,13 +72,7 @@ class SpikeAt(pl.Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
         vars(module.encoder).pop("loss", None)
         if trainer.global_step == self.step:
-            loss_of = module.encoder.loss
-
-            def multiplied(*batch: Any) -> Any:
-                loss, correct = loss_of(*batch)
-                return loss * self.factor, correct
-
-            vars(module.encoder)["loss"] = multiplied
+            _multiply(module.encoder, self.factor)
 
 
 class Pause(pl.Callback):

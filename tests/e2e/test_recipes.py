@@ -100,3 +100,14 @@ def test_what_cannot_work_is_told_in_one_line_before_anything_is_written(
     (line,) = capsys.readouterr().err.splitlines()
     assert said in line
     assert not run.exists()
+
+
+@pytest.mark.parametrize("none", [("--data.validation", "null"), ("--trainer.limit_val_batches", "0")])
+def test_a_plateau_that_nothing_would_show_is_refused(
+    none: tuple[str, str], tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    plateau = ("--model.schedule", "torch.optim.lr_scheduler.ReduceLROnPlateau")
+    assert main(["fit", "-c", str(tiny()), "--run", str(run), *plateau, *none]) == 2
+    assert "which follows val/loss, and there is no validation" in capsys.readouterr().err
+    assert not run.exists()
