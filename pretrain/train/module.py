@@ -69,6 +69,8 @@ class MLMModule(StepModule):
         compile: bool = False,
         initialize_from: str | None = None,
     ) -> None:
+        if isinstance(encoder, dict):  # from a checkpoint, by Lightning's load_from_checkpoint
+            encoder = EncoderConfig(**encoder)
         super().__init__(Encoder(encoder), activation_checkpointing, compile, scheduler_name)
         self.initialized_from = initialize_from
         if initialize_from is not None:
@@ -82,9 +84,22 @@ class MLMModule(StepModule):
         self.eps = eps
         self.weight_decay = weight_decay
         self.decay = decay
-        # Plain values only, so that checkpoints load with weights_only=True. The encoder's shape is what a checkpoint
-        # must tell to be loaded; the rest comes from the run's config.
-        self.hparams["encoder"] = asdict(encoder)
+        # Plain values only, so that checkpoints load with weights_only=True: without the schedule, and without the
+        # first weights, which the checkpoint's take the place of.
+        self.hparams.update(
+            encoder=asdict(encoder),
+            learning_rate=learning_rate,
+            warmup_steps=warmup_steps,
+            warmup_init_lr=warmup_init_lr,
+            optimizer=optimizer,
+            betas=tuple(betas),
+            eps=eps,
+            weight_decay=weight_decay,
+            decay=decay,
+            scheduler_name=scheduler_name,
+            activation_checkpointing=activation_checkpointing,
+            compile=compile,
+        )
         self.findings: dict[str, Findings] = {}
         self.sample: tuple[Batch, Tensor] | None = None
 

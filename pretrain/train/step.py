@@ -179,8 +179,10 @@ class StepModule(pl.LightningModule):
         Lightning restores counters of micro-batches, which mean something else when ``accumulate_grad_batches``
         differs, and counts a window that was cut short. They follow from the step. It also restores the optimizer's
         hyper-parameters over those that were configured; the configured ones win (whether a run may change them is not
-        this module's business).
+        this module's business). Without a Trainer, in ``load_from_checkpoint``, nothing continues.
         """
+        if self._trainer is None:
+            return
         if "loops" in checkpoint:
             checkpoint["loops"]["fit_loop"] = _fit_loop_at(
                 checkpoint["global_step"], self.trainer.accumulate_grad_batches, checkpoint["loops"]["fit_loop"]

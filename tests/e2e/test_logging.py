@@ -11,6 +11,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pretrain import EncoderConfig, MLMDataModule, MLMModule
+from pretrain.train.checkpoint import read_checkpoint
 from pretrain.train.logging import read_metrics
 from pretrain.train.validation import RESIDUE_CLASSES
 
@@ -134,6 +135,21 @@ def test_a_plain_trainer_without_logger_trains_and_continues_from_its_own_checkp
     continued = train(6, 2, tmp_path / "4.ckpt")  # under another accumulation: the same steps, rounded differently
     for ours, theirs in zip(straight.parameters(), continued.parameters(), strict=True):
         assert ours.allclose(theirs, atol=1e-4)
+
+
+def test_lightnings_own_load_from_checkpoint_gives_the_trained_module_with_its_settings(
+    tiny: Callable[..., Path], fit: Callable[..., int], tmp_path: Path
+) -> None:
+    config = tiny(model__betas=[0.9, 0.95], model__decay="matrices")
+    assert fit("-c", config, "--run", tmp_path / "run") == 0
+    path = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    module = MLMModule.load_from_checkpoint(path, weights_only=True)
+    assert (module.learning_rate, module.warmup_steps) == (1e-2, 3)
+    assert (module.betas, module.decay) == ((0.9, 0.95), "matrices")
+    saved = read_checkpoint(path)["state_dict"]
+    assert module.state_dict().keys() == saved.keys()
+    assert all(tensor.equal(saved[name]) for name, tensor in module.state_dict().items())
+    assert MLMModule.load_from_checkpoint(path, weights_only=True, learning_rate=1e-5).learning_rate == 1e-5
 
 
 def test_a_run_without_logger_trains_without_monitor(
