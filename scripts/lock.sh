@@ -1,6 +1,7 @@
 #!/bin/sh
-# Writes requirements-cpu.lock and requirements-cuda.lock: what pretrain runs with, with the hash of every file, for images
-# and for installing with `pip install --require-hashes`, S3 included. The versions are those of requirements.lock. `make locks` runs it.
+# Writes requirements-cpu.lock and requirements-cuda.lock: what pretrain runs with, S3 included, with the hash of every
+# file, for images and for installing with `pip install --require-hashes`. The versions are those of requirements.lock.
+# `make locks` runs it.
 #
 # Needs uv (pip install uv) and PyPI. torch for the CPU is a build of its own, torch==VERSION+cpu, which PyPI does not have:
 #   CPU_TORCH=/folder/or/page/with/its/wheels make locks
