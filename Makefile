@@ -44,7 +44,7 @@ docs: install ## Build the documentation as a site, into build/docs
 test-docs: install ## Run every command of README and docs, page by page, and build the site (ten minutes)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(bin)/pytest -n 2 -m "slow or not slow" tests/docs
 
-test-image: install ## Build the image, train in it and under compose.yaml, and in a SLURM cluster (as root; Debian's packages as the tests say)
+test-image: install ## Build and run the image, compose.yaml and the SLURM scripts (as root; tests/docker say what they need)
 	$(bin)/pytest -m "slow or not slow" tests/docker
 
 locks: ## Write the lock files with hashes (CPU_TORCH=folder or page with torch's wheels for the CPU)
