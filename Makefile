@@ -3,7 +3,7 @@
 bin := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test faults soak lint types docs test-docs test-image locks drawings bench bench-gpu
+.PHONY: help install quickstart test faults soak lint types test-lowest test-newest docs test-docs test-image locks drawings bench bench-gpu
 
 help: ## List these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,13 +23,20 @@ faults: install ## Kill runs in every way, on one and two processes, and compare
 soak: install ## Train for 30 minutes with kills at random times; check memory, files, processes and curves (MINUTES=5: shorter)
 	$(bin)/python benchmarks/soak.py --minutes $(or $(MINUTES),30)
 
-lint: install ## Check style, formatting and which package may import which
+lint: install ## Check style, formatting, which package may import which, and the Dockerfile
 	$(bin)/ruff check .
 	$(bin)/ruff format --check .
 	$(bin)/lint-imports --no-logo
+	$(bin)/hadolint docker/Dockerfile
 
 types: install ## Check the types
 	$(bin)/mypy
+
+test-lowest: ## Run the tests with the lowest releases that pyproject.toml admits (PYTHON=python3.12: with that Python; needs uv)
+	scripts/test_range.sh lowest
+
+test-newest: ## Run them with the newest ones
+	scripts/test_range.sh newest
 
 docs: install ## Build the documentation as a site, into build/docs
 	$(bin)/mkdocs build --strict
@@ -37,7 +44,7 @@ docs: install ## Build the documentation as a site, into build/docs
 test-docs: install ## Run every command of README and docs, page by page, and build the site (ten minutes)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(bin)/pytest -n 2 -m "slow or not slow" tests/docs
 
-test-image: install ## Build the image without a daemon, train in it, kill it, continue (as root, with buildah and debootstrap)
+test-image: install ## Build and run the image, compose.yaml and the SLURM scripts (as root; tests/docker say what they need)
 	$(bin)/pytest -m "slow or not slow" tests/docker
 
 locks: ## Write the lock files with hashes (CPU_TORCH=folder or page with torch's wheels for the CPU)

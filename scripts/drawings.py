@@ -1,6 +1,10 @@
 #!/usr/bin/env python
-"""Draws docs/images/*.svg from the code itself: order, packs, masks, and who imports whom. `make drawings` runs it."""
+"""Draws docs/images/*.svg from the code itself: order, packs, masks, and who imports whom. `make drawings` runs it.
 
+An argument names another folder for them.
+"""
+
+import sys
 from collections import Counter
 from html import escape
 from pathlib import Path
@@ -9,12 +13,12 @@ import grimp
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.corpus.masking import Masking
+from pretrain.corpus.masking import Crops, Masking
 from pretrain.corpus.order import Order
 from pretrain.corpus.packing import Planner, Position, share_out
 from pretrain.corpus.tokenizer import load_tokenizer
 
-IMAGES = Path(__file__).parents[1] / "docs" / "images"
+IMAGES = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[1] / "docs" / "images"
 TINTS = ("#8dd3c7", "#fdb462", "#bebada", "#fb8072", "#80b1d3", "#b3de69", "#fccde5", "#d9d9d9", "#bc80bd", "#ffed6f")
 INK, FAINT, ALARM = "#222222", "#8a8a8a", "#c03028"
 LENGTHS = np.array([9, 14, 5, 21, 11, 7, 17, 6, 12, 24])
@@ -56,7 +60,9 @@ class Drawing:
     def __enter__(self) -> "Drawing":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error:
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text("\n".join([*self.parts, "</svg>"]) + "\n", encoding="utf-8")
 
@@ -179,10 +185,9 @@ def draw_masks() -> None:
             drawing.text(left - 12, y + 20, name, "end", weight=600)
             seen, targets = tokens, set()
             if how:
-                place, length = np.array([0]), np.array([len(tokens)])
-                when = np.array([epoch]), np.array([5])
+                length, when = np.array([len(tokens)]), (np.array([epoch]), np.array([5]))
                 counts = how.target_counts(*when, length)
-                seen, positions, _ = how.apply(tokens, place, length, counts, *when)
+                seen, positions, _ = how.apply(tokens, Crops(np.array([0]), length, counts, *when))
                 targets = set(positions.tolist())
             for n, (token, was) in enumerate(zip(seen.tolist(), tokens.tolist(), strict=True)):
                 masked = token == tokenizer.mask_token_id

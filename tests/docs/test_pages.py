@@ -102,3 +102,12 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert process.returncode == 0, process.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_the_drawings_show_the_code_as_it_is(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "drawings.py"), str(tmp_path)]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=300)
+    drawn = {path.name: path.read_text() for path in tmp_path.glob("*.svg")}
+    assert drawn
+    assert {name: (DOCS / "images" / name).read_text() for name in drawn} == drawn, "make drawings"
