@@ -1,6 +1,8 @@
 """An engine on a Ray cluster: a task that is lost with its node is done again on another, by Ray itself."""
 
 import logging
+import os
+import socket
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -31,12 +33,17 @@ def on_ray(workers: int | None = None) -> Engine:
     except ImportError as error:
         raise UserError("--engine ray needs Ray on every node: `pip install 'pretrain-mlm[ray]'`") from error
     if not ray.is_initialized():
+        address = os.environ.get("RAY_ADDRESS", "auto")
+        host, _, port = address.rpartition(":")
         try:
-            ray.init("auto", logging_level=logging.WARNING)
-        except (ConnectionError, ValueError, RuntimeError, exceptions.RayError) as error:
+            if port.isdecimal():  # Ray itself tries for minutes
+                socket.create_connection((host.removeprefix("ray://"), int(port)), timeout=10).close()
+            ray.init(address, logging_level=logging.WARNING)
+        except (OSError, ValueError, RuntimeError, exceptions.RayError) as error:
             said = " ".join(str(error).split())[:200]
+            where = "on this machine" if address == "auto" else f"at {address}"
             raise UserError(
-                f"no Ray cluster to be reached ({said}); start one with `ray start --head`, or name one in RAY_ADDRESS"
+                f"no Ray cluster {where} ({said}); start one with `ray start --head`, or name one in RAY_ADDRESS"
             ) from error
     apply = ray.remote(_apply).options(num_cpus=1, max_retries=RETRIES)
 

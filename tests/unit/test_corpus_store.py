@@ -178,7 +178,7 @@ def test_a_corpus_never_replaces_anything(fasta: Path, tmp_path: Path) -> None:
     out.mkdir()
     assert (
         quiet_mistake(lambda: prepare([fasta], out, ESM))
-        == f"{out}: exists already; choose another place, or remove it first"
+        == f"{out}: exists already and is no corpus; remove it first"
     )
     assert not list(out.iterdir())
 
