@@ -39,6 +39,8 @@ def check_repeated(
 
     if "sources" not in made:  # by an earlier version
         raise refuse("")
+    if made["tokenizer"] != wanted["tokenizer"]:
+        raise refuse(f", prepared with another tokenizer ({made['tokenizer']} instead of {wanted['tokenizer']})")
     for name, value in wanted.items():
         if name != "sources" and made.get(name) != value:
             raise refuse(f", prepared with {name} {made.get(name)!r} instead of {value!r}")
