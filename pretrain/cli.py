@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("prepare", help="tokenise sources into a corpus", description=_PREPARE)
     command.add_argument("sources", nargs="+", metavar="SOURCE", help="file, 'pattern', directory, URL, hf://, or -")
-    command.add_argument("--out", required=True, type=Path, metavar="DIR", help="the corpus to write")
+    command.add_argument("--out", required=True, metavar="DIR", help="the corpus to write: a directory, or a URL")
     command.add_argument("--tokenizer", default="esm", help="'esm' (default), a tokenizer.json or a directory with one")
     command.add_argument("--workers", type=int, help="processes (default: one a core); the corpus is the same")
     command.add_argument("--engine", default="local", help="local (default), or ray: on a Ray cluster (RAY_ADDRESS)")

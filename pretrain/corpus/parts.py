@@ -106,7 +106,7 @@ def prepare_part(
         made = {**part.settings, "shard": f"{part.number}/{part.of}", "sources": part.sources}
         wanted = {**settings, "shard": f"{portion.number}/{portion.of}", "sources": described}
         made["tokenizer"], wanted["tokenizer"] = _fingerprint(part), tokenizer.fingerprint
-        check_repeated(out, path / PART, made, wanted, [source["name"] for source in described])
+        check_repeated(out, (path / PART).stat().st_mtime, made, wanted, [source["name"] for source in described])
         return True
 
     def fill(partial: Path) -> Path:

@@ -77,20 +77,35 @@ class Settings:
         lists = [self.clusters, self.split and self.split.clusters, self.split and self.split.ids]
         files = [*read, *(name for name in lists if name)]
         for path in paths:
-            corpus = Corpus(path)
-            made = {**corpus.manifest.get("prepared", {}), "tokenizer": corpus.tokenizer.fingerprint}
-            made["clusters"] = made.get("clusters") and made["clusters"]["table"]
-            made["split"] = made.get("split") and {name: made["split"].get(name) for name in asdict(Split(share=0.5))}
-            wanted = {
-                "tokenizer": self.tokenizer.fingerprint,
-                **asdict(self.options),
-                **asdict(self.filters),
-                "split": self.split and asdict(self.split),
-                "clusters": self.clusters,
-                "sources": sources,
-            }
-            check_repeated(out, path / MANIFEST, made, wanted, files)
+            self.check(out, Corpus(path).manifest, (path / MANIFEST).stat().st_mtime, sources, files)
         return True
+
+    def check(
+        self,
+        out: Path | str,
+        manifest: dict[str, Any],
+        written: float,
+        sources: list[dict[str, Any]],
+        read: Sequence[str],
+    ) -> None:
+        """Make sure that a corpus is what would be made of these sources; see `check_repeated`.
+
+        Raises:
+            UserError: If not; names the difference.
+        """
+        made = {**manifest.get("prepared", {}), "tokenizer": manifest["tokenizer"]["fingerprint"]}
+        made["clusters"] = made.get("clusters") and made["clusters"]["table"]
+        if made.setdefault("split", None):
+            made["split"] = {name: value for name, value in made["split"].items() if name != "side"}
+        wanted = {
+            "tokenizer": self.tokenizer.fingerprint,
+            **asdict(self.options),
+            **asdict(self.filters),
+            "split": self.split and asdict(self.split),
+            "clusters": self.clusters,
+            "sources": sources,
+        }
+        check_repeated(out, written, made, wanted, read)
 
 
 def prepare(
@@ -192,9 +207,9 @@ def finish(
         UserError: If no sequence is left, or none on one side of the split.
     """
     tokenizer, split = settings.tokenizer, settings.split
-    prepared = {"sources": sources, **asdict(settings.options), **asdict(settings.filters), "skipped": _skipped(parts)}
+    prepared = prepared_record(parts, settings, sources)
     if split is None:
-        _write_report(directory, directory, parts)
+        write_report(directory, directory, parts)
         _write_corpus(directory, parts, tokenizer, prepared, settings.clusters)
         return directory
     into = directory / "split"
@@ -202,12 +217,12 @@ def finish(
     for name, side in zip(SIDES, sides, strict=True):
         which = {"split": {"side": name, **asdict(split)}}
         _write_corpus(into / name, side, tokenizer, {**prepared, **which}, settings.clusters)
-    _write_report(directory, into, parts)
+    write_report(directory, into, parts)
     return into
 
 
-def _skipped(parts: Sequence[Part]) -> dict[str, int]:
-    """How many records were left out, by the reason.
+def prepared_record(parts: Sequence[Part], settings: Settings, sources: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a manifest records of how a corpus was prepared.
 
     Raises:
         UserError: If nothing was kept.
@@ -217,10 +232,15 @@ def _skipped(parts: Sequence[Part]) -> dict[str, int]:
         raise UserError(
             f"no sequence is left ({_list(skipped)}); loosen --min_length and --max_length, or see the sources"
         )
-    return dict(skipped)
+    return {
+        "sources": sources,
+        **asdict(settings.options),
+        **asdict(settings.filters),
+        "skipped": dict(skipped),
+    }
 
 
-def _write_report(directory: Path, to: Path, parts: Sequence[Part]) -> None:
+def write_report(directory: Path, to: Path, parts: Sequence[Part]) -> None:
     """Join the lists of bad records, if there are any, into one in ``to``."""
     bad = [part for part in parts if part.skipped.get("bad")]
     if not bad:

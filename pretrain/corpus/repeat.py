@@ -17,7 +17,7 @@ def describe(sources: Sequence[Source]) -> list[dict[str, Any]]:
 
 
 def check_repeated(
-    out: Path, file: Path, made: Mapping[str, Any], wanted: Mapping[str, Any], read: Iterable[str]
+    out: Path | str, written: float, made: Mapping[str, Any], wanted: Mapping[str, Any], read: Iterable[str]
 ) -> None:
     """Make sure that what is at ``out`` is what would be made now.
 
@@ -25,7 +25,7 @@ def check_repeated(
 
     Args:
         out: The place, for messages.
-        file: The file that was written last there.
+        written: When it was finished, in seconds since 1970.
         made: With which sources and settings.
         wanted: The same, of this call.
         read: Local files that it reads.
@@ -58,9 +58,8 @@ def check_repeated(
             raise refuse(f", and {'standard input' if name == '-' else name} cannot be read again to compare")
         if source != before[name]:
             raise refuse(f", and {name} has changed: {_show(before[name])} then, {_show(source)} now")
-    written = file.stat().st_mtime_ns
     for name in read:
-        if Path(name).is_file() and Path(name).stat().st_mtime_ns > written:
+        if Path(name).is_file() and Path(name).stat().st_mtime > written:
             raise refuse(f", and {name} has changed since")
 
 

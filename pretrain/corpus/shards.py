@@ -14,7 +14,7 @@ import socket
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -90,14 +90,18 @@ class Part(NamedTuple):
     """Records left out, by the reason: ``short``, ``long``, ``bad``, ``duplicate``."""
 
 
-class _Job(NamedTuple):
+class Job(NamedTuple):
+    """What the parts of a corpus have in common."""
+
     directory: Path
     tokenizer: Tokenizer
     options: SourceOptions
     filters: Filters
 
 
-class _Block(NamedTuple):
+class Block(NamedTuple):
+    """What a part is made of."""
+
     number: int
     pieces: list[Piece]
     previous: Part | None
@@ -192,6 +196,7 @@ def make_shards(
     filters: Filters,
     engine: Engine,
     portion: Portion | None = None,
+    make: Callable[[Job, Block], Part] | None = None,
 ) -> list[Part]:
     """Tokenise sources into shards in ``directory``, continuing what an earlier call left there.
 
@@ -203,6 +208,7 @@ def make_shards(
         filters: Which sequences are kept.
         engine: What maps over the blocks; the result does not depend on it.
         portion: Which blocks of the sources to make; by default all. Duplicates are taken out within them.
+        make: What makes a part of a block; by default `make_part`.
 
     Raises:
         UserError: If a source is unreadable or, unless they are skipped, holds a bad record.
@@ -219,7 +225,7 @@ def make_shards(
     if portion.of > 1:
         settings["portion"] = [portion.number, portion.of]
     journal = Journal(directory, settings)
-    job = _Job(directory, tokenizer, options, filters)
+    job = Job(directory, tokenizer, options, filters)
     sizes = [os.path.getsize(source.name) for source in sources if source.is_regular_file]
     bar = tqdm(
         total=sum(sizes) if len(sizes) == len(sources) else None,
@@ -230,17 +236,17 @@ def make_shards(
     )
     ends: deque[int] = deque()
 
-    def blocks() -> Iterator[_Block]:
+    def blocks() -> Iterator[Block]:
         for number, (pieces, end, is_whole) in enumerate(_blocks(sources, options)):
             if not portion.takes(pieces):
                 continue
             ends.append(end)
-            yield _Block(number, pieces, journal.parts.get(number), is_whole)
+            yield Block(number, pieces, journal.parts.get(number), is_whole)
 
     parts = []
     with bar:
         begin, sequences = time.monotonic(), 0
-        for part in engine(partial(_make_part, job), blocks()):
+        for part in engine(partial(make or make_part, job), blocks()):
             if part != journal.parts.get(part.number):
                 journal.add(part)
             parts.append(part)
@@ -273,7 +279,8 @@ def _blocks(sources: Sequence[Source], options: SourceOptions) -> Iterator[tuple
         yield pieces, end, True
 
 
-def _make_part(job: _Job, block: _Block) -> Part:
+def make_part(job: Job, block: Block) -> Part:
+    """Tokenise one block into a shard, unless that is there already."""
     if not job.directory.is_dir():
         raise UserError(
             f"{job.directory}: not to be seen on {socket.gethostname()}; for --engine ray give --out a directory that "

@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
+from moto.server import ThreadedMotoServer
 
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # else Ray takes the loopback for an address to the outside
 import ray
@@ -26,7 +28,22 @@ SOME = Filters(min_length=10, skip_bad=True, deduplicate=True)
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
+def bucket() -> Iterator[None]:
+    """An S3 endpoint on the loopback."""
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.setenv(name, "test")
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        yield
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def cluster(bucket: None) -> Iterator[Cluster]:
     """A cluster of one node on the loopback, which others may join."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
@@ -61,7 +78,7 @@ def test_a_node_that_is_lost_half_way_changes_nothing(
     whole = prepare([source], tmp_path / "whole", ESM, filters=SOME).path
     half = sum(name.startswith("shard") for name in content(whole)) // 2
     doomed = cluster.add_node(num_cpus=1, object_store_memory=2**27)
-    doomed_id, make_part = doomed.node_id, shards._make_part
+    doomed_id, make_part = doomed.node_id, shards.make_part
     began, nodes = tmp_path / "began", tmp_path / "nodes"
     nodes.mkdir()
 
@@ -79,7 +96,7 @@ def test_a_node_that_is_lost_half_way_changes_nothing(
             time.sleep(0.01)
         cluster.remove_node(doomed, allow_graceful=False)
 
-    monkeypatch.setattr(shards, "_make_part", watched)
+    monkeypatch.setattr(shards, "make_part", watched)
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
     made = prepare([source], tmp_path / "corpus", ESM, filters=SOME, engine="ray").path
@@ -105,6 +122,22 @@ def test_the_command_makes_it_too_and_the_first_mistake_is_told_in_one_line(
     assert content(tmp_path / "corpus") == content(tmp_path / "whole")
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+def test_nodes_put_their_shards_into_a_bucket(
+    cluster: Cluster, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which the sources come from, too: the nodes share no directory."""
+    monkeypatch.setenv("PRETRAIN_CACHE", str(tmp_path / "cache"))
+    files = fsspec.filesystem("s3", skip_instance_cache=True)
+    files.mkdir("corpora")
+    files.put(str(source), "corpora/x.fasta")
+    given = ["s3://corpora/x.fasta", "--skip_bad"]
+    assert main(["prepare", *given, "--out", "s3://corpora/x", "--engine", "ray"]) == 0
+    whole = prepare(given[:1], tmp_path / "whole", ESM, filters=Filters(skip_bad=True)).path
+    made = {name.rpartition("/")[2]: files.cat_file(name) for name in files.ls("corpora/x", detail=False)}
+    assert made == content(whole)
+
+
 def test_what_another_engine_began_is_continued(
     cluster: Cluster, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,7 +155,7 @@ def test_what_another_engine_began_is_continued(
             prepare([source], out, ESM, filters=SOME, workers=1)
     first = tmp_path / ".corpus.partial" / "shard-00000.arrow"
     before = first.stat().st_ino
-    make_part = shards._make_part
+    make_part = shards.make_part
 
     def watched(job: Any, block: Any) -> Any:
         part = make_part(job, block)
@@ -130,7 +163,7 @@ def test_what_another_engine_began_is_continued(
             assert os.stat(job.directory / part.file).st_ino == before
         return part
 
-    monkeypatch.setattr(shards, "_make_part", watched)
+    monkeypatch.setattr(shards, "make_part", watched)
     prepare([source], out, ESM, filters=SOME, engine="ray")
     assert content(out) == content(whole)
 
@@ -147,12 +180,12 @@ def told(source: Path, out: Path, capsys: pytest.CaptureFixture[str], *more: str
 def test_a_directory_that_the_nodes_do_not_see_is_told(
     cluster: Cluster, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    make_part = shards._make_part
+    make_part = shards.make_part
 
     def elsewhere(job: Any, block: Any) -> Any:
         return make_part(job._replace(directory=Path("/nowhere/.corpus.partial")), block)
 
-    monkeypatch.setattr(shards, "_make_part", elsewhere)
+    monkeypatch.setattr(shards, "make_part", elsewhere)
     message = told(source, tmp_path / "out", capsys, "ray", "--skip_bad")
     assert message == (
         f"/nowhere/.corpus.partial: not to be seen on {os.uname().nodename}; for --engine ray give --out a directory "

@@ -318,7 +318,7 @@ def test_what_failed_in_the_background_is_tried_again_when_it_is_needed(local: C
     ("url", "message"),
     [
         ("{server}/nowhere", "{server}/nowhere/manifest.json: {server}/nowhere/manifest.json; check the address and "
-         "the rights to read it"),
+         "your rights there"),
         ("http://127.0.0.1:1/corpus", "http://127.0.0.1:1/corpus/manifest.json: cannot be read (Cannot connect to host "
          "127.0.0.1:1 ssl:default [Connect call failed ('127.0.0.1', 1)]) in 3 attempts; check the address and the "
          "network, and give the same command again"),
