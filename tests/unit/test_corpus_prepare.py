@@ -311,6 +311,17 @@ def test_of_equal_sequences_the_first_is_kept(workers: int, source: Path, tmp_pa
     assert verify(corpus.path) == len(corpus.shards)
 
 
+def test_ids_may_repeat_they_are_names_and_no_keys(source: Path, tmp_path: Path) -> None:
+    """As the numbers of lines do, where several files of text make a corpus."""
+    source.write_text(">a\nMK\n>a\nMV\n>b\nMK\n>a\nMK\n")
+    assert sequences(prepare([source], tmp_path / "corpus", ESM)) == [
+        ("a", "MK"),
+        ("a", "MV"),
+        ("b", "MK"),
+        ("a", "MK"),
+    ]
+
+
 def test_a_shard_of_nothing_but_duplicates_is_left_out(source: Path, tmp_path: Path) -> None:
     twice = prepare([source, source], tmp_path / "twice", ESM, filters=Filters(deduplicate=True))
     once = prepare([source], tmp_path / "once", ESM, filters=Filters(deduplicate=True))

@@ -171,7 +171,7 @@ def test_a_corpus_in_an_s3_bucket_opens_and_what_is_lost_there_is_told(
         corpus._cache.evict()
         corpus._open.clear()
         files.rm(f"bucket/corpora/x/{shard(local)}")
-        with pytest.raises(UserError, match=rf"^s3://bucket/corpora/x/{shard(local)}: .*; check the address and the"):
+        with pytest.raises(UserError, match=rf"^s3://bucket/corpora/x/{shard(local)}: .*; check the address and your"):
             corpus.tokens(0)
     finally:
         server.stop()
