@@ -1,6 +1,6 @@
 """Anonymous memory of a whole trainer and of its loader workers, for a corpus and for one ten times as large.
 
-    python benchmarks/memory.py [--sequences 200000] [--steps 60]
+    python benchmarks/memory.py [--sequences 200000] [--steps 20]
 
 `pretrain fit` on a tiny encoder with two loader workers, in processes of its own; while it trains, the RssAnon of each
 is read from /proc. Mapped pages of the corpus, which are the kernel's cache, are not in it.
@@ -59,7 +59,7 @@ def train(corpus: Path, run: Path, steps: int) -> list[float]:
     """The most anonymous memory, in MiB, that the trainer and its two loader workers had."""
     config = {
         "model": {"encoder": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}},
-        "data": {"train": str(corpus), "max_length": 128, "global_batch_tokens": 32768, "num_workers": 2},
+        "data": {"train": str(corpus), "max_length": 128, "global_batch_tokens": 8192, "num_workers": 2},
         "trainer": {"accelerator": "cpu", "max_steps": steps, "enable_progress_bar": False, "logger": False},
     }
     path = run.with_suffix(".yaml")
@@ -80,7 +80,7 @@ def train(corpus: Path, run: Path, steps: int) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sequences", type=int, default=200_000)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=20)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         rows = []
