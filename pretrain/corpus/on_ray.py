@@ -69,6 +69,10 @@ def on_ray(workers: int | None = None) -> Engine:
         try:
             return ray.get(reference)
         except exceptions.RayTaskError as error:
+            if isinstance(error.cause, ImportError):
+                raise UserError(
+                    f"a node of the Ray cluster lacks something ({error.cause}); install the same on every node"
+                ) from error
             raise error.cause from error
         except exceptions.RayError as error:
             said = " ".join(str(error).split())[:300]

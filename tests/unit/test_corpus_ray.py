@@ -193,6 +193,20 @@ def test_a_directory_that_the_nodes_do_not_see_is_told(
     )
 
 
+def test_a_node_that_lacks_a_package_is_told(
+    cluster: Cluster, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lacks(job: Any, block: Any) -> Any:
+        import no_such_package
+
+        return no_such_package
+
+    monkeypatch.setattr(shards, "make_part", lacks)
+    assert told(source, tmp_path / "out", capsys, "ray") == (
+        "a node of the Ray cluster lacks something (No module named 'no_such_package'); install the same on every node"
+    )
+
+
 def test_an_engine_that_there_is_not_is_told(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
