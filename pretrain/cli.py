@@ -5,15 +5,10 @@ import errno
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pretrain import __version__
 from pretrain.errors import CrashError, UserError
-
-if TYPE_CHECKING:
-    from pretrain.corpus.store import Corpus
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -98,9 +93,10 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("prepare", help="tokenise sources into a corpus", description=_PREPARE)
     command.add_argument("sources", nargs="+", metavar="SOURCE", help="file, 'pattern', directory, URL, hf://, or -")
-    command.add_argument("--out", required=True, type=Path, metavar="DIR", help="the corpus to write")
+    command.add_argument("--out", required=True, metavar="DIR", help="the corpus to write: a directory, or a URL")
     command.add_argument("--tokenizer", default="esm", help="'esm' (default), a tokenizer.json or a directory with one")
     command.add_argument("--workers", type=int, help="processes (default: one a core); the corpus is the same")
+    command.add_argument("--engine", default="local", help="local (default), or ray: on a Ray cluster (RAY_ADDRESS)")
     command.add_argument(
         "--shard", metavar="I/N", help="prepare the I-th of N parts (1 to N), to be joined with --merge"
     )
@@ -241,59 +237,17 @@ def _add_reading(command: argparse.ArgumentParser) -> None:
 
 
 def _prepare(options: argparse.Namespace) -> int:
-    from pretrain.corpus import parts
-    from pretrain.corpus.prepare import open_split, prepare, prepare_split
-    from pretrain.corpus.shards import Filters, Portion
+    from pretrain.corpus.command import run_prepare
+    from pretrain.corpus.shards import Filters
     from pretrain.corpus.sources import SourceOptions
     from pretrain.corpus.split import Split
-    from pretrain.corpus.store import Corpus
-    from pretrain.corpus.tokenizer import load_tokenizer
 
-    out, workers = options.out, options.workers
-    split = None
-    if any(value is not None for value in (options.validation_share, options.split_clusters, options.validation_ids)):
-        split = Split(options.validation_share, options.split_clusters, options.validation_ids)
-    source_options = SourceOptions(options.kind, options.document, options.text_column, options.id_column)
+    reading = SourceOptions(options.kind, options.document, options.text_column, options.id_column)
     filters = Filters(options.min_length, options.max_length, options.deduplicate, options.skip_bad, options.windows)
-    if options.clusters and (options.merge or options.shard):
-        raise UserError("--clusters goes with neither --shard nor --merge; prepare the sources in one call")
-    if options.merge:
-        settings = (source_options, replace(filters, deduplicate=False), options.tokenizer, options.shard)
-        if settings != (SourceOptions(), Filters(), "esm", None):
-            raise UserError(
-                "--merge takes the parts as they are, with --deduplicate and a split only; give the other options when "
-                "the parts are prepared"
-            )
-        parts.merge_parts([Path(name) for name in options.sources], out, options.deduplicate, split, workers)
-        _say_prepared(out, open_split(out) if split else (Corpus(out),))
-        return 0
-    given = (source_options, filters, workers)
-    tokenizer = load_tokenizer(options.tokenizer)
-    if options.shard:
-        if split:
-            raise UserError("a split is made when the parts are joined; give its options with --merge")
-        part = parts.prepare_part(options.sources, out, tokenizer, Portion.parse(options.shard), *given)
-        print(
-            f"{out}: part {part.number} of {part.of}: {part.num_sequences:,} sequences of {len(part.parts):,} blocks "
-            f"of {part.num_blocks:,}"
-        )
-    elif split:
-        _say_prepared(out, prepare_split(options.sources, out, tokenizer, split, *given, options.clusters))
-    else:
-        _say_prepared(out, (prepare(options.sources, out, tokenizer, *given, options.clusters),))
+    split = Split.of(options.validation_share, options.split_clusters, options.validation_ids)
+    given = (options.sources, options.out, options.tokenizer, reading, filters, split, options.clusters)
+    print(run_prepare(*given, options.shard, options.merge, options.workers, options.engine))
     return 0
-
-
-def _say_prepared(out: Path, corpora: "tuple[Corpus, ...]") -> None:
-    from pretrain.corpus.store import REPORT
-
-    for corpus in corpora:
-        print(f"{corpus.path}: {corpus.num_sequences:,} sequences, {corpus.num_tokens:,} tokens")
-        if corpus.num_clusters:
-            print(f"  clusters     {corpus.num_clusters:,}")
-    if skipped := corpora[0].skipped:
-        report = f"; the bad ones are listed in {out / REPORT}" if "bad" in skipped else ""
-        print(f"  left out     {'  '.join(f'{reason} {count:,}' for reason, count in sorted(skipped.items()))}{report}")
 
 
 def _tokenizer(options: argparse.Namespace) -> int:

@@ -171,7 +171,7 @@ class _CorruptError(Exception):
     """What came is not what was sent."""
 
 
-def with_retries(url: str, attempt: Callable[[], None], attempts: int = ATTEMPTS) -> None:
+def with_retries(url: str, attempt: Callable[[], None], attempts: int = ATTEMPTS, action: str = "read") -> None:
     """Try something with an address until it succeeds, waiting longer each time; each failure is told on stderr.
 
     Raises:
@@ -182,7 +182,7 @@ def with_retries(url: str, attempt: Callable[[], None], attempts: int = ATTEMPTS
         try:
             return attempt()
         except (FileNotFoundError, PermissionError) as error:
-            raise UserError(f"{url}: {_said(error)}; check the address and the rights to read it") from error
+            raise UserError(f"{url}: {_said(error)}; check the address and your rights there") from error
         except ImportError as error:
             raise UserError(f"{url}: {_said(error)}; s3:// needs `pip install 'pretrain-mlm[s3]'`") from error
         except Exception as error:  # each protocol's library has exceptions of its own
@@ -190,7 +190,7 @@ def with_retries(url: str, attempt: Callable[[], None], attempts: int = ATTEMPTS
                 raise
             if number == attempts:
                 raise UserError(
-                    f"{url}: cannot be read ({_said(error)}) in {attempts} attempts; check the address and the "
+                    f"{url}: cannot be {action} ({_said(error)}) in {attempts} attempts; check the address and the "
                     "network, and give the same command again"
                 ) from error
             seconds = min(2.0 ** (number - 1), 60.0)
@@ -213,6 +213,69 @@ def _file_system(url: str) -> tuple[Any, str]:
     files, path = fsspec.core.url_to_fs(url)
     files.invalidate_cache()  # a listing of before must not say that the file is missing
     return files, path
+
+
+def put_file(file: Path, url: str) -> None:
+    """Copy a local file to an address, in several attempts if need be.
+
+    Raises:
+        UserError: If it cannot be written there.
+    """
+
+    def attempt() -> None:
+        files, remote = _file_system(url)
+        files.put_file(str(file), remote)
+
+    with_retries(url, attempt, action="written")
+
+
+def get_file(url: str, file: Path) -> bool:
+    """Copy a file from an address, in several attempts if need be; False if there is none.
+
+    Raises:
+        UserError: If it cannot be read.
+    """
+
+    def attempt() -> None:
+        files, remote = _file_system(url)
+        if files.exists(remote):
+            files.get_file(remote, str(file))
+
+    with_retries(url, attempt)
+    return file.is_file()
+
+
+def remove_file(url: str) -> None:
+    """Remove a file at an address, if it is there."""
+
+    def attempt() -> None:
+        files, remote = _file_system(url)
+        if files.exists(remote):
+            files.rm_file(remote)
+
+    with_retries(url, attempt, action="removed")
+
+
+def written_at(url: str) -> float | None:
+    """When a file at an address was written, in seconds since 1970 (0 if that is not told); None if there is none.
+
+    Raises:
+        UserError: If that cannot be found out.
+    """
+    found: list[float | None] = []
+
+    def attempt() -> None:
+        files, remote = _file_system(url)
+        if not files.exists(remote):
+            found.append(None)
+            return
+        try:
+            found.append(files.modified(remote).timestamp())
+        except NotImplementedError:
+            found.append(0.0)
+
+    with_retries(url, attempt, 3)
+    return found[0]
 
 
 def read_remote(url: str, attempts: int = 3) -> bytes:

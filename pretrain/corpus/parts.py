@@ -16,7 +16,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from pretrain.corpus.prepare import check_arguments, cores, finish, is_split
+from pretrain.corpus.prepare import Settings, finish
+from pretrain.corpus.processes import engine as choose_engine
+from pretrain.corpus.repeat import check_repeated, describe
 from pretrain.corpus.shards import (
     BLOCK_BYTES,
     JOURNAL,
@@ -31,7 +33,7 @@ from pretrain.corpus.shards import (
 )
 from pretrain.corpus.sources import PART, SourceOptions, find_sources
 from pretrain.corpus.split import Split
-from pretrain.corpus.store import FORMAT_VERSION, is_corpus, open_shard
+from pretrain.corpus.store import FORMAT_VERSION, open_shard
 from pretrain.corpus.tokenizer import Tokenizer, tokenizer_from_string
 from pretrain.corpus.whole import make_whole
 from pretrain.errors import UserError
@@ -49,6 +51,7 @@ class PartOfCorpus:
         layout: How the sources were cut, as a checksum.
         tokenizer: The tokenizer, serialised.
         settings: What else the parts must have in common.
+        sources: What they were made of, as this machine names it.
         parts: The shards of its blocks.
     """
 
@@ -59,6 +62,7 @@ class PartOfCorpus:
     layout: str
     tokenizer: str
     settings: dict[str, Any]
+    sources: list[dict[str, Any]]
     parts: list[Part]
 
     @property
@@ -75,8 +79,11 @@ def prepare_part(
     options: SourceOptions | None = None,
     filters: Filters | None = None,
     workers: int | None = None,
+    engine: str = "local",
 ) -> PartOfCorpus:
     """Prepare one part of a corpus: the sources are read whole, every ``portion.of``-th block of them is tokenised.
+
+    One that is there already has nothing to do when it is repeated, as by a scheduler that starts a job again.
 
     Raises:
         UserError: As `prepare`; or if duplicates are to be taken out, which is for `merge_parts`.
@@ -87,11 +94,23 @@ def prepare_part(
             "--deduplicate compares all sequences, and a part has only its own; prepare the parts without it, and give "
             "it with --merge"
         )
-    check_arguments(out, workers)
+    chosen = choose_engine(engine, workers)
     found = find_sources(sources, options)
+    described = describe(found)
+    settings = {"block_bytes": BLOCK_BYTES, **asdict(options), **asdict(filters)}
+
+    def is_ready(path: Path) -> bool:
+        if not is_part(path):
+            return False
+        part = read_part(path)
+        made = {**part.settings, "shard": f"{part.number}/{part.of}", "sources": part.sources}
+        wanted = {**settings, "shard": f"{portion.number}/{portion.of}", "sources": described}
+        made["tokenizer"], wanted["tokenizer"] = _fingerprint(part), tokenizer.fingerprint
+        check_repeated(out, (path / PART).stat().st_mtime, made, wanted, [source["name"] for source in described])
+        return True
 
     def fill(partial: Path) -> Path:
-        parts = make_shards(found, partial, tokenizer, options, filters, workers or cores(), portion)
+        parts = make_shards(found, partial, tokenizer, options, filters, chosen, portion)
         content = {
             "format_version": FORMAT_VERSION,
             "number": portion.number,
@@ -99,7 +118,8 @@ def prepare_part(
             "num_blocks": portion.num_blocks,
             "layout": portion.layout,
             "tokenizer": tokenizer.serialize(),
-            "settings": {"block_bytes": BLOCK_BYTES, **asdict(options), **asdict(filters)},
+            "settings": settings,
+            "sources": described,
             "parts": [part._asdict() for part in parts],
         }
         with (partial / PART).open("w", encoding="utf-8") as file:
@@ -112,7 +132,7 @@ def prepare_part(
                 file_.unlink()
         return partial
 
-    make_whole(out, is_part, fill)
+    make_whole(out, is_ready, fill)
     return read_part(out)
 
 
@@ -167,6 +187,7 @@ def merge_parts(
     deduplicated: bool = False,
     split: Split | None = None,
     workers: int | None = None,
+    engine: str = "local",
 ) -> None:
     """Join all parts of a corpus into the corpus that one machine would have made, byte for byte.
 
@@ -178,12 +199,13 @@ def merge_parts(
         deduplicated: Keep the first of equal sequences, as ``Filters.deduplicate`` on one machine; writes the shards
             that have others again.
         split: Make two corpora, as `prepare_split`; writes all shards again.
-        workers: Processes for these two.
+        workers: Shards at a time, for these two.
+        engine: As in `prepare`, for these two.
 
     Raises:
         UserError: If a part is missing, stands there twice, or is of other sources or settings.
     """
-    check_arguments(out, workers)
+    chosen = choose_engine(engine, workers)
     given = [read_part(path) for path in paths]
     _check_parts(given)
     if split:
@@ -192,6 +214,8 @@ def merge_parts(
     settings = {name: value for name, value in given[0].settings.items() if name != "block_bytes"}
     options = SourceOptions(**{name: settings.pop(name) for name in asdict(SourceOptions())})
     filters = replace(Filters(**settings), deduplicate=deduplicated)
+    wanted = Settings(tokenizer, options, filters, split)
+    sources = min(given, key=lambda part: part.number).sources
 
     def fill(partial: Path) -> Path:
         journal = Journal(partial, {"layout": given[0].layout, **given[0].settings, "deduplicated": deduplicated})
@@ -207,10 +231,11 @@ def merge_parts(
             if part.skipped.get("bad"):
                 _link(report_file(source, part.number), report_file(partial, part.number))
         if deduplicated:
-            parts = deduplicate(partial, parts, journal, workers or cores())
-        return finish(partial, parts, tokenizer, options, filters, split, workers or cores())
+            parts = deduplicate(partial, parts, journal, chosen)
+        return finish(partial, parts, wanted, sources, chosen)
 
-    make_whole(out, is_split if split else is_corpus, fill)
+    read = [str(part.path / PART) for part in given]
+    make_whole(out, lambda path: wanted.is_ready(path, sources, read), fill)
 
 
 def _check_parts(given: Sequence[PartOfCorpus]) -> None:

@@ -2,11 +2,10 @@
 
 import hashlib
 import json
-import os
 import shutil
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.corpus.clusters import check_table, write_clusters
+from pretrain.corpus.processes import Engine
+from pretrain.corpus.processes import engine as choose_engine
 from pretrain.corpus.readers import read_records
 from pretrain.corpus.remote import RemoteCorpus, cache_directory, is_remote
+from pretrain.corpus.repeat import check_repeated, describe
 from pretrain.corpus.shards import JOURNAL, Filters, Part, make_shards, report_file
 from pretrain.corpus.sources import Source, SourceOptions, find_sources
 from pretrain.corpus.split import SIDES, Split, split_parts
@@ -26,6 +28,86 @@ from pretrain.corpus.writing import write_manifest, write_shard
 from pretrain.errors import UserError
 
 
+@dataclass(frozen=True)
+class Settings:
+    """All that a corpus depends on, besides its sources.
+
+    Attributes:
+        tokenizer: What makes the ids.
+        options: How the sources are read.
+        filters: Which sequences are kept.
+        split: Whether two corpora are made, and which sequences go where.
+        clusters: A table of cluster and member, for an order that visits clusters; see `write_clusters`.
+    """
+
+    tokenizer: Tokenizer
+    options: SourceOptions = field(default_factory=SourceOptions)
+    filters: Filters = field(default_factory=Filters)
+    split: Split | None = None
+    clusters: str | None = None
+
+    def check_files(self) -> None:
+        """Make sure that the lists are there, before the hours that reading the sources may take.
+
+        Raises:
+            UserError: If one cannot be opened.
+        """
+        if self.split:
+            self.split.check_files()
+        if self.clusters:
+            check_table(self.clusters)
+
+    def is_ready(self, out: Path, sources: list[dict[str, Any]], read: Sequence[str]) -> bool:
+        """Whether the corpus at ``out``, or the two of the split, are what would be made of these sources.
+
+        Args:
+            out: The place.
+            sources: As `describe` records them.
+            read: The files that are read; none may have changed since.
+
+        Raises:
+            UserError: If others are there; names the difference.
+        """
+        paths = [out / side for side in SIDES] if self.split else [out]
+        if not all(map(is_corpus, paths)):
+            if is_corpus(out) or is_split(out):
+                there = "one corpus" if self.split else "two corpora, train and validation"
+                raise UserError(f"{out}: exists already, and holds {there}; choose another place, or remove it first")
+            return False
+        lists = [self.clusters, self.split and self.split.clusters, self.split and self.split.ids]
+        files = [*read, *(name for name in lists if name)]
+        for path in paths:
+            self.check(out, Corpus(path).manifest, (path / MANIFEST).stat().st_mtime, sources, files)
+        return True
+
+    def check(
+        self,
+        out: Path | str,
+        manifest: dict[str, Any],
+        written: float,
+        sources: list[dict[str, Any]],
+        read: Sequence[str],
+    ) -> None:
+        """Make sure that a corpus is what would be made of these sources; see `check_repeated`.
+
+        Raises:
+            UserError: If not; names the difference.
+        """
+        made = {**manifest.get("prepared", {}), "tokenizer": manifest["tokenizer"]["fingerprint"]}
+        made["clusters"] = made.get("clusters") and made["clusters"]["table"]
+        if made.setdefault("split", None):
+            made["split"] = {name: value for name, value in made["split"].items() if name != "side"}
+        wanted = {
+            "tokenizer": self.tokenizer.fingerprint,
+            **asdict(self.options),
+            **asdict(self.filters),
+            "split": self.split and asdict(self.split),
+            "clusters": self.clusters,
+            "sources": sources,
+        }
+        check_repeated(out, written, made, wanted, read)
+
+
 def prepare(
     sources: Sequence[str | Path],
     out: Path,
@@ -34,12 +116,13 @@ def prepare(
     filters: Filters | None = None,
     workers: int | None = None,
     clusters: str | None = None,
+    engine: str = "local",
 ) -> Corpus:
     """Tokenise sources into a corpus at ``out``.
 
     The corpus is written beside its final place and renamed into it as the last act, so ``out`` either does not exist
     or is complete. A call that was killed is continued by the next one with the same settings; what has changed in the
-    sources since then is made anew.
+    sources since then is made anew. One that ended has nothing to do when it is repeated.
 
     Args:
         sources: Files, patterns, directories, URLs, ``hf://`` datasets, or ``-`` for standard input.
@@ -47,17 +130,15 @@ def prepare(
         tokenizer: What makes the ids.
         options: How the sources are read.
         filters: Which sequences are kept.
-        workers: Processes; by default one for each core. The corpus does not depend on it.
+        workers: Blocks at a time; by default one for each core. The corpus does not depend on it.
         clusters: A table of cluster and member, for an order that visits clusters; see `write_clusters`.
+        engine: ``local`` processes, or a ``ray`` cluster whose nodes all see the directory of ``out``.
 
     Raises:
-        UserError: If a source is unreadable or holds something that has no token, or ``out`` exists already.
+        UserError: If a source is unreadable or holds something that has no token, or something else is at ``out``.
     """
-    options = options or SourceOptions()
-    found = _find(sources, out, options, workers)
-    if clusters:
-        check_table(clusters)
-    _prepare_once(found, out, tokenizer, options, filters or Filters(), workers, clusters=clusters)
+    settings = Settings(tokenizer, options or SourceOptions(), filters or Filters(), clusters=clusters)
+    _prepare(sources, out, settings, choose_engine(engine, workers))
     return Corpus(out)
 
 
@@ -70,18 +151,15 @@ def prepare_split(
     filters: Filters | None = None,
     workers: int | None = None,
     clusters: str | None = None,
+    engine: str = "local",
 ) -> tuple[Corpus, Corpus]:
     """Tokenise sources into two corpora, ``out/train`` and ``out/validation``; otherwise as `prepare`.
 
     Raises:
         UserError: As `prepare`, or if a list of the split cannot be read, or a side would be empty.
     """
-    options = options or SourceOptions()
-    found = _find(sources, out, options, workers)
-    split.check_files()
-    if clusters:
-        check_table(clusters)
-    _prepare_once(found, out, tokenizer, options, filters or Filters(), workers, split, clusters)
+    settings = Settings(tokenizer, options or SourceOptions(), filters or Filters(), split, clusters)
+    _prepare(sources, out, settings, choose_engine(engine, workers))
     return open_split(out)
 
 
@@ -96,54 +174,29 @@ def open_split(path: Path) -> tuple[Corpus, Corpus]:
     return train, validation
 
 
-def _find(sources: Sequence[str | Path], out: Path, options: SourceOptions, workers: int | None) -> list[Source]:
-    """The sources; what is wrong with the arguments shows at once, not after the hours that reading takes."""
-    check_arguments(out, workers)
-    return find_sources(sources, options)
-
-
-def check_arguments(out: Path, workers: int | None) -> None:
-    """Make sure that something can be made at ``out``, by that many processes.
-
-    Raises:
-        UserError: If not.
-    """
-    if out.exists():
-        raise UserError(f"{out}: exists already; choose another place, or remove it first")
-    if workers is not None and workers < 1:
-        raise UserError(f"workers is {workers}; give at least 1")
+def _prepare(sources: Sequence[str | Path], out: Path, settings: Settings, engine: Engine) -> None:
+    found = find_sources(sources, settings.options)
+    settings.check_files()
+    described, read = describe(found), [source.name for source in found]
+    _prepare_once(found, out, settings, engine, lambda path: settings.is_ready(path, described, read))
 
 
 def _prepare_once(
-    sources: Sequence[Source],
-    out: Path,
-    tokenizer: Tokenizer,
-    options: SourceOptions,
-    filters: Filters,
-    workers: int | None,
-    split: Split | None = None,
-    clusters: str | None = None,
+    sources: Sequence[Source], out: Path, settings: Settings, engine: Engine, is_made: Callable[[Path], bool]
 ) -> None:
     """Prepare, or wait for whoever is preparing the same corpus and take theirs."""
 
     def fill(partial: Path) -> Path:
-        parts = make_shards(sources, partial, tokenizer, options, filters, workers or cores())
-        return finish(partial, parts, tokenizer, options, filters, split, workers or cores(), clusters)
+        parts = make_shards(sources, partial, settings.tokenizer, settings.options, settings.filters, engine)
+        return finish(partial, parts, settings, describe(sources), engine)
 
-    make_whole(out, is_split if split else lambda path: is_corpus(path), fill)
+    make_whole(out, is_made, fill)
 
 
 def finish(
-    directory: Path,
-    parts: Sequence[Part],
-    tokenizer: Tokenizer,
-    options: SourceOptions,
-    filters: Filters,
-    split: Split | None,
-    workers: int,
-    clusters: str | None = None,
+    directory: Path, parts: Sequence[Part], settings: Settings, sources: list[dict[str, Any]], engine: Engine
 ) -> Path:
-    """Make a corpus of the shards in ``directory``, or two of them by ``split``.
+    """Make a corpus of the shards in ``directory``, or two of them by the split.
 
     Writes the report and the manifests, and removes all else: a directory with a journal is no corpus yet.
 
@@ -153,20 +206,22 @@ def finish(
     Raises:
         UserError: If no sequence is left, or none on one side of the split.
     """
-    prepared = _describe(parts, options, filters)
+    tokenizer, split = settings.tokenizer, settings.split
+    prepared = prepared_record(parts, settings, sources)
     if split is None:
-        _write_report(directory, directory, parts)
-        _write_corpus(directory, parts, tokenizer, prepared, clusters)
+        write_report(directory, directory, parts)
+        _write_corpus(directory, parts, tokenizer, prepared, settings.clusters)
         return directory
     into = directory / "split"
-    sides = split_parts(directory, into, parts, split, workers, filters.windows is not None)
+    sides = split_parts(directory, into, parts, split, engine, settings.filters.windows is not None)
     for name, side in zip(SIDES, sides, strict=True):
-        _write_corpus(into / name, side, tokenizer, {**prepared, "split": {"side": name, **asdict(split)}}, clusters)
-    _write_report(directory, into, parts)
+        which = {"split": {"side": name, **asdict(split)}}
+        _write_corpus(into / name, side, tokenizer, {**prepared, **which}, settings.clusters)
+    write_report(directory, into, parts)
     return into
 
 
-def _describe(parts: Sequence[Part], options: SourceOptions, filters: Filters) -> dict[str, Any]:
+def prepared_record(parts: Sequence[Part], settings: Settings, sources: list[dict[str, Any]]) -> dict[str, Any]:
     """What a manifest records of how a corpus was prepared.
 
     Raises:
@@ -177,10 +232,15 @@ def _describe(parts: Sequence[Part], options: SourceOptions, filters: Filters) -
         raise UserError(
             f"no sequence is left ({_list(skipped)}); loosen --min_length and --max_length, or see the sources"
         )
-    return {**asdict(options), **asdict(filters), "skipped": dict(skipped)}
+    return {
+        "sources": sources,
+        **asdict(settings.options),
+        **asdict(settings.filters),
+        "skipped": dict(skipped),
+    }
 
 
-def _write_report(directory: Path, to: Path, parts: Sequence[Part]) -> None:
+def write_report(directory: Path, to: Path, parts: Sequence[Part]) -> None:
     """Join the lists of bad records, if there are any, into one in ``to``."""
     bad = [part for part in parts if part.skipped.get("bad")]
     if not bad:
@@ -203,11 +263,6 @@ def _write_corpus(
     for file in sorted(directory.iterdir(), key=lambda file: file.name == JOURNAL):  # the journal last
         if file.name not in ours:
             shutil.rmtree(file) if file.is_dir() else file.unlink()
-
-
-def cores() -> int:
-    """The processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def open_or_prepare(
@@ -260,7 +315,8 @@ def open_or_prepare(
             key.update(hashlib.file_digest(file, "sha256").digest())
     cached = cache_directory() / key.hexdigest()[:16]
     if not is_corpus(cached):
-        _prepare_once(found, cached, tokenizer, options, Filters(windows=windows), None)
+        settings = Settings(tokenizer, options, Filters(windows=windows))
+        _prepare_once(found, cached, settings, choose_engine(), lambda path: is_corpus(path))
     return Corpus(cached)
 
 

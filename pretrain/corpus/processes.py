@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
 
@@ -20,6 +20,46 @@ Result = TypeVar("Result")
 _function: Callable[[Any], Any]
 
 
+class Engine(Protocol):
+    """Something that maps a function over tasks, as `in_processes` does: in order, and few tasks at a time."""
+
+    def __call__(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
+        """The results; the function and the tasks can be pickled."""
+
+
+ENGINES = ("local", "ray")
+
+
+def engine(name: str = "local", workers: int | None = None) -> Engine:
+    """What maps over this machine's processes, or over a Ray cluster.
+
+    Args:
+        name: One of `ENGINES`.
+        workers: How many tasks at a time; by default one for each core, of this machine or of the cluster.
+
+    Raises:
+        UserError: If it is none of these, or cannot be used here.
+    """
+    if workers is not None and workers < 1:
+        raise UserError(f"workers is {workers}; give at least 1")
+    if name == "ray":
+        from pretrain.corpus.on_ray import on_ray
+
+        return on_ray(workers)
+    if name != "local":
+        raise UserError(f"engine is '{name}'; give one of {', '.join(ENGINES)}")
+
+    def local(function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
+        return in_processes(function, tasks, workers or cores())
+
+    return local
+
+
+def cores() -> int:
+    """The processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def in_processes(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[Result]:
     """``map`` over processes: results in the order of the tasks, which are taken only as fast as they are done.
 
@@ -28,7 +68,7 @@ def in_processes(function: Callable[[Task], Result], tasks: Iterable[Task], work
     Raises:
         UserError: If a worker was killed, or making a task or the function raises it; the first in the tasks' order.
     """
-    rest: Iterator[Task | UserError] = _to_first_error(tasks)
+    rest: Iterator[Task | UserError] = to_first_error(tasks)
     first = list(itertools.islice(rest, 2))
     if workers == 1 or len(first) < 2:
         for task in itertools.chain(first, rest):
@@ -54,7 +94,7 @@ def in_processes(function: Callable[[Task], Result], tasks: Iterable[Task], work
         pool.shutdown(cancel_futures=True)
 
 
-def _to_first_error(tasks: Iterable[Task]) -> Iterator[Task | UserError]:
+def to_first_error(tasks: Iterable[Task]) -> Iterator[Task | UserError]:
     """The tasks and, where making one fails, the error as the last: so that an error in an earlier task comes first."""
     try:
         yield from tasks

@@ -75,7 +75,7 @@ def _parse_fasta(piece: Piece, options: SourceOptions) -> Iterator[Record | Flaw
             break
     line = piece.line + before.count(b"\n")
     for entry in entries:
-        header, _, body = entry.partition(b"\n")
+        header, first_end, body = entry.partition(b"\n")
         words = header.split(None, 1)
         name = words[0].decode("utf-8", "replace") if words else ""
         sequence = b"".join(body.split())
@@ -86,7 +86,7 @@ def _parse_fasta(piece: Piece, options: SourceOptions) -> Iterator[Record | Flaw
             yield Record(name, sequence, line)
         else:
             yield Flaw(line, f"record '{name}' has no sequence; remove its header or add the sequence")
-        line += 1 + entry.count(b"\n")
+        line += 1 + len(first_end) + line_ends
 
 
 def _parse_lines(piece: Piece, options: SourceOptions) -> Iterator[Record | Flaw]:

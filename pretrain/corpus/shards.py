@@ -10,10 +10,11 @@ import itertools
 import json
 import os
 import shutil
+import socket
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from pretrain.corpus.pieces import Piece, cut
-from pretrain.corpus.processes import in_processes
+from pretrain.corpus.processes import Engine
 from pretrain.corpus.readers import Flaw, parse
 from pretrain.corpus.sources import Source, SourceOptions
 from pretrain.corpus.store import FORMAT_VERSION, file_checksum, open_shard
@@ -89,14 +90,18 @@ class Part(NamedTuple):
     """Records left out, by the reason: ``short``, ``long``, ``bad``, ``duplicate``."""
 
 
-class _Job(NamedTuple):
+class Job(NamedTuple):
+    """What the parts of a corpus have in common."""
+
     directory: Path
     tokenizer: Tokenizer
     options: SourceOptions
     filters: Filters
 
 
-class _Block(NamedTuple):
+class Block(NamedTuple):
+    """What a part is made of."""
+
     number: int
     pieces: list[Piece]
     previous: Part | None
@@ -189,8 +194,9 @@ def make_shards(
     tokenizer: Tokenizer,
     options: SourceOptions,
     filters: Filters,
-    workers: int,
+    engine: Engine,
     portion: Portion | None = None,
+    make: Callable[[Job, Block], Part] | None = None,
 ) -> list[Part]:
     """Tokenise sources into shards in ``directory``, continuing what an earlier call left there.
 
@@ -200,8 +206,9 @@ def make_shards(
         tokenizer: What makes the ids.
         options: How the sources are read.
         filters: Which sequences are kept.
-        workers: Processes; the result does not depend on it.
+        engine: What maps over the blocks; the result does not depend on it.
         portion: Which blocks of the sources to make; by default all. Duplicates are taken out within them.
+        make: What makes a part of a block; by default `make_part`.
 
     Raises:
         UserError: If a source is unreadable or, unless they are skipped, holds a bad record.
@@ -218,7 +225,7 @@ def make_shards(
     if portion.of > 1:
         settings["portion"] = [portion.number, portion.of]
     journal = Journal(directory, settings)
-    job = _Job(directory, tokenizer, options, filters)
+    job = Job(directory, tokenizer, options, filters)
     sizes = [os.path.getsize(source.name) for source in sources if source.is_regular_file]
     bar = tqdm(
         total=sum(sizes) if len(sizes) == len(sources) else None,
@@ -229,17 +236,17 @@ def make_shards(
     )
     ends: deque[int] = deque()
 
-    def blocks() -> Iterator[_Block]:
+    def blocks() -> Iterator[Block]:
         for number, (pieces, end, is_whole) in enumerate(_blocks(sources, options)):
             if not portion.takes(pieces):
                 continue
             ends.append(end)
-            yield _Block(number, pieces, journal.parts.get(number), is_whole)
+            yield Block(number, pieces, journal.parts.get(number), is_whole)
 
     parts = []
     with bar:
         begin, sequences = time.monotonic(), 0
-        for part in in_processes(partial(_make_part, job), blocks(), workers):
+        for part in engine(partial(make or make_part, job), blocks()):
             if part != journal.parts.get(part.number):
                 journal.add(part)
             parts.append(part)
@@ -247,7 +254,7 @@ def make_shards(
             bar.set_postfix_str(f"{sequences / (time.monotonic() - begin):,.0f} sequences/s", refresh=False)
             bar.update(ends.popleft() - bar.n)
     if filters.deduplicate:
-        parts = deduplicate(directory, parts, journal, workers)
+        parts = deduplicate(directory, parts, journal, engine)
     return parts
 
 
@@ -272,7 +279,13 @@ def _blocks(sources: Sequence[Source], options: SourceOptions) -> Iterator[tuple
         yield pieces, end, True
 
 
-def _make_part(job: _Job, block: _Block) -> Part:
+def make_part(job: Job, block: Block) -> Part:
+    """Tokenise one block into a shard, unless that is there already."""
+    if not job.directory.is_dir():
+        raise UserError(
+            f"{job.directory}: not to be seen on {socket.gethostname()}; for --engine ray give --out a directory that "
+            "all nodes share"
+        )
     checksum = _checksum(block.pieces)
     if block.previous and block.previous.input == checksum and is_intact(job.directory, block.previous):
         return block.previous
@@ -345,18 +358,18 @@ def is_intact(directory: Path, part: Part) -> bool:
 # --- duplicates -------------------------------------------------------------------------------------------------------
 
 
-def deduplicate(directory: Path, parts: list[Part], journal: Journal, workers: int) -> list[Part]:
+def deduplicate(directory: Path, parts: list[Part], journal: Journal, engine: Engine) -> list[Part]:
     """Take out of the shards what an earlier sequence repeats.
 
     Shards that have been through this already stay as they are, so it may be killed and repeated at any point.
     """
     full = [part for part in parts if part.file]
-    hashes = list(in_processes(partial(_hash_sequences, directory), full, workers))
+    hashes = list(engine(partial(_hash_sequences, directory), full))
     kept = _is_first(np.concatenate(hashes)) if hashes else np.zeros(0, np.bool_)
     keeps = np.split(kept, np.cumsum([len(part) for part in hashes])[:-1])
     unique = {part.number: part for part in parts}
     repeated = [(part, keep) for part, keep in zip(full, keeps, strict=True) if not keep.all()]
-    for part in in_processes(partial(_take_out, directory), repeated, workers):
+    for part in engine(partial(_take_out, directory), repeated):
         journal.add(part)
         unique[part.number] = part
     return list(unique.values())

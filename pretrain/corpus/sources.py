@@ -321,6 +321,11 @@ def _remote_errors(name: str) -> Iterator[None]:
     except UserError:
         raise
     except FileNotFoundError as error:
+        cause = error.__cause__  # fsspec's http says so of a server that is down, too
+        if cause and not isinstance(cause, FileNotFoundError) and getattr(cause, "status", None) not in (404, 410):
+            raise UserError(
+                f"{name}: cannot be opened ({_one_line(cause)}); check the address and the network"
+            ) from error
         raise UserError(f"{name}: no such file; check the address") from error
     except Exception as error:  # each protocol's library has exceptions of its own
         raise UserError(f"{name}: cannot be opened ({_one_line(error)}); check the address and the network") from error

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.corpus.processes import in_processes
+from pretrain.corpus.processes import Engine
 from pretrain.corpus.shards import Journal, Part, is_intact
 from pretrain.corpus.sources import Source, Stream
 from pretrain.corpus.store import open_shard
@@ -54,6 +54,11 @@ class Split:
                 "--split_clusters goes with --validation_share; --validation_ids names every sequence itself"
             )
 
+    @classmethod
+    def of(cls, share: float | None, clusters: str | None, ids: str | None) -> "Split | None":
+        """The split that options ask for, if one of them is given."""
+        return cls(share, clusters, ids) if any((share is not None, clusters, ids)) else None
+
     def check_files(self) -> None:
         """Make sure that the lists are there, before the hours that reading the sources may take.
 
@@ -90,7 +95,7 @@ class _Task(NamedTuple):
 
 
 def split_parts(
-    directory: Path, into: Path, parts: Sequence[Part], split: Split, workers: int, windows: bool = False
+    directory: Path, into: Path, parts: Sequence[Part], split: Split, engine: Engine, windows: bool = False
 ) -> tuple[list[Part], list[Part]]:
     """Write the shards of ``directory`` again as those of ``into/train`` and ``into/validation``.
 
@@ -99,7 +104,7 @@ def split_parts(
         into: Where to write; what an earlier call made there of the same shards is kept.
         parts: The shards.
         split: Which sequences go where.
-        workers: Processes; the result does not depend on it.
+        engine: What maps over the shards; the result does not depend on it.
         windows: Whether long sequences were cut; ``name#n`` is then on the side of ``name``.
 
     Raises:
@@ -115,7 +120,7 @@ def split_parts(
     job = _Job(directory, split, table, windows)
     tasks = (_Task(part, tuple(journal.parts.get(part.number) for journal in journals)) for part in parts if part.file)
     made: tuple[list[Part], list[Part]] = ([], [])
-    for both in in_processes(partial(_split_part, job, into), tasks, workers):
+    for both in engine(partial(_split_part, job, into), tasks):
         for part, journal, side in zip(both, journals, made, strict=True):
             if part != journal.parts.get(part.number):
                 journal.add(part)

@@ -109,6 +109,7 @@ class ProteinTokenizer(Tokenizer):
                 table[[ord(token), ord(token.lower())]] = token_id
         table[[ord("J"), ord("j")]] = ESM_ALPHABET.index("X")
         self._table = table.tobytes()
+        self._cls, self._eos = bytes([self.cls_token_id]), bytes([self.eos_token_id])
 
     @override
     def encode(self, text: bytes) -> NDArray[np.unsignedinteger]:
@@ -116,7 +117,7 @@ class ProteinTokenizer(Tokenizer):
         if (bad := residues.find(_NOT_IN_ALPHABET)) >= 0:
             symbol = text[bad : bad + 4].decode("utf-8", "replace")[0]
             raise InvalidSymbolError(repr(symbol), bad + 1, "the letters A-Z, '-' and '.'")
-        return np.frombuffer(b"".join((bytes([self.cls_token_id]), residues, bytes([self.eos_token_id]))), np.uint8)
+        return np.frombuffer(b"".join((self._cls, residues, self._eos)), np.uint8)
 
     @override
     def serialize(self) -> str:

@@ -26,7 +26,7 @@ def make_whole(out: Path, is_made: Callable[[Path], bool], fill: Callable[[Path]
         out.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise UserError(f"{out}: cannot be made, as {error.filename} is a file; choose another place") from error
-    partial = out.parent / f".{out.name}.partial"
+    partial = out.absolute().parent / f".{out.name}.partial"  # processes elsewhere may have another working directory
     with exclusive(out.parent / f".{out.name}.lock"):
         if is_made(out):
             return

@@ -2,9 +2,9 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -75,8 +75,24 @@ def write_batch(file: Path, batch: pa.RecordBatch) -> str:
     return checksum
 
 
+class Extent(NamedTuple):
+    """How large a shard is, and the length of each of its sequences."""
+
+    num_bytes: int
+    lengths: NDArray[np.int64]
+
+
+def extent_of(shard: Path) -> Extent:
+    """Measure a shard."""
+    return Extent(shard.stat().st_size, np.diff(open_shard(shard).offsets))
+
+
 def write_manifest(
-    directory: Path, shards: Sequence[dict[str, Any]], tokenizer: Tokenizer, prepared: dict[str, Any]
+    directory: Path,
+    shards: Sequence[dict[str, Any]],
+    tokenizer: Tokenizer,
+    prepared: dict[str, Any],
+    extent: Callable[[str], Extent] | None = None,
 ) -> None:
     """Write the manifest, which makes a directory of shards a corpus.
 
@@ -85,7 +101,9 @@ def write_manifest(
         shards: Of each ``file``, ``num_sequences``, ``num_tokens`` and ``sha256``, in their order.
         tokenizer: What made the ids.
         prepared: How it was made and what was left out, for the record.
+        extent: Measures a shard by its name, where it is not in the directory.
     """
+    measure = extent or (lambda name: extent_of(directory / name))
     manifest = {
         "format_version": FORMAT_VERSION,
         "fingerprint": fingerprint_of(tokenizer.fingerprint, [shard["sha256"] for shard in shards]),
@@ -99,8 +117,8 @@ def write_manifest(
             "serialized": tokenizer.serialize(),
         },
         "prepared": prepared,
-        "lengths": _write_lengths(directory, [shard["file"] for shard in shards]),
-        "shards": [{**shard, "num_bytes": (directory / shard["file"]).stat().st_size} for shard in shards],
+        "lengths": _write_lengths(directory / LENGTHS, [shard["file"] for shard in shards], measure),
+        "shards": [{**shard, "num_bytes": measure(shard["file"]).num_bytes} for shard in shards],
     }
     with (directory / MANIFEST).open("w", encoding="utf-8") as file:
         json.dump(manifest, file, indent=1)
@@ -108,19 +126,18 @@ def write_manifest(
         os.fsync(file.fileno())
 
 
-def _write_lengths(directory: Path, files: Sequence[str]) -> dict[str, Any]:
+def _write_lengths(path: Path, shards: Sequence[str], measure: Callable[[str], Extent]) -> dict[str, Any]:
     """Write the lengths of all sequences, and return what the manifest says of the file; a shard at a time."""
     longest = count = 0
-    for file in files:
-        lengths = np.diff(open_shard(directory / file).offsets)
+    for shard in shards:
+        lengths = measure(shard).lengths
         longest, count = max(longest, int(lengths.max())), count + len(lengths)
     dtype = np.min_scalar_type(longest)
     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)}
-    with (directory / LENGTHS).open("wb") as sink:
+    with path.open("wb") as sink:
         np.lib.format.write_array_header_1_0(sink, header)
-        for file in files:
-            sink.write(np.diff(open_shard(directory / file).offsets).astype(dtype).tobytes())
+        for shard in shards:
+            sink.write(measure(shard).lengths.astype(dtype).tobytes())
         sink.flush()
         os.fsync(sink.fileno())
-    path = directory / LENGTHS
-    return {"file": LENGTHS, "sha256": file_checksum(path), "num_bytes": path.stat().st_size}
+    return {"file": path.name, "sha256": file_checksum(path), "num_bytes": path.stat().st_size}

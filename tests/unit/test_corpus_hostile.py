@@ -125,6 +125,10 @@ MISTAKES: dict[str, tuple[str, Content, str] | tuple[str, Content, str, str]] = 
         "{file}: cannot be opened (Protocol not known: ftps3); check the address and the network",
     ),
     "missing at a URL": ("memory://nowhere/x.fasta", None, "{file}: no such file; check the address"),
+    "a server that is down": (
+        "http://127.0.0.1:1/x.fasta", None,
+        "{file}: cannot be opened (Cannot connect to host 127.0.0.1:1 …); check the address and the network",
+    ),
     "URL pattern without a match": ("memory://nowhere/*.fasta", None, f"{{file}}: no source there; {ENDINGS}"),
     "no such Hub dataset": (
         "hf://nobody/nothing", None, "{file}: …; check the address…",

@@ -13,6 +13,9 @@ import torch.nn.functional as F
 from pretrain import Encoder, EncoderConfig
 from pretrain.corpus.batch import Batch
 from pretrain.corpus.datamodule import MLMDataModule
+from pretrain.corpus.masking import Masking
+from pretrain.corpus.order import Order
+from pretrain.corpus.packing import Planner, Position, share_out
 from pretrain.corpus.padding import IGNORED, StaticShape, static_shapes
 
 STEPS = 40
@@ -91,6 +94,24 @@ def test_nearly_all_packs_fit_the_first_shape_and_are_full() -> None:
         filled.append(len(batch.input_ids) / first.tokens)
     assert np.mean(fits) > 0.99
     assert np.mean(filled) > 0.95
+
+
+@pytest.mark.parametrize("packs", [4, 128])
+def test_98_percent_of_the_slots_of_planned_packs_are_filled(packs: int) -> None:
+    """Steps cut from an order over protein-like lengths and shared out into packs of 16,384 tokens."""
+    table = np.clip(np.random.default_rng(0).lognormal(5.65, 0.65, 100_000).astype(np.int64) + 2, 20, 5000)
+    corpus: Any = SimpleNamespace(num_sequences=len(table), lengths=lambda indices: table[indices])
+    planner = Planner(corpus, Order(len(table), 1), Masking(0.15, 0.8, 0.1, 32, np.arange(4, 24), 1), 1024)
+    shapes = static_shapes(16_384, planner.mean_length, 1024, 0.15, planner.masking.deviation(16_384, 350))
+    position, real, slots = Position(), 0, 0
+    for _ in range(800 // packs):
+        step = planner.step(position, 16_384 * packs)
+        for pack in share_out(step, packs, attention_cost=0.0):
+            batch = bare_batch(pack.lengths, pack.targets)
+            real += len(batch.input_ids)
+            slots += next(shape.tokens for shape in shapes if shape.holds(batch))
+        position = step.after
+    assert real / slots >= 0.98
 
 
 def test_a_batch_that_no_shape_holds_stays_as_it_is(proteins: Path) -> None:

@@ -49,6 +49,11 @@ def content(directory: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in directory.iterdir()}
 
 
+def shards_of(corpus: Corpus) -> tuple[str, dict[str, bytes]]:
+    """All but the manifest, which names the sources; but the fingerprint in it."""
+    return corpus.fingerprint, {name: data for name, data in content(corpus.path).items() if name != "manifest.json"}
+
+
 def sequences(corpus: Corpus) -> list[tuple[str, str]]:
     return [(corpus.id(i), "".join(ESM.tokens[t] for t in corpus.tokens(i)[1:-1].tolist())) for i in range(len(corpus))]
 
@@ -98,7 +103,7 @@ def test_a_pipe_gives_the_corpus_that_a_file_gives(source: Path, tmp_path: Path)
     child.start()
     made = prepare([pipe], tmp_path / "1", ESM)
     child.join()
-    assert content(made.path) == content(prepare([source], tmp_path / "2", ESM).path)
+    assert shards_of(made) == shards_of(prepare([source], tmp_path / "2", ESM))
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -306,6 +311,17 @@ def test_of_equal_sequences_the_first_is_kept(workers: int, source: Path, tmp_pa
     assert verify(corpus.path) == len(corpus.shards)
 
 
+def test_ids_may_repeat_they_are_names_and_no_keys(source: Path, tmp_path: Path) -> None:
+    """As the numbers of lines do, where several files of text make a corpus."""
+    source.write_text(">a\nMK\n>a\nMV\n>b\nMK\n>a\nMK\n")
+    assert sequences(prepare([source], tmp_path / "corpus", ESM)) == [
+        ("a", "MK"),
+        ("a", "MV"),
+        ("b", "MK"),
+        ("a", "MK"),
+    ]
+
+
 def test_a_shard_of_nothing_but_duplicates_is_left_out(source: Path, tmp_path: Path) -> None:
     twice = prepare([source, source], tmp_path / "twice", ESM, filters=Filters(deduplicate=True))
     once = prepare([source], tmp_path / "once", ESM, filters=Filters(deduplicate=True))
@@ -351,6 +367,7 @@ def test_what_changes_the_content_changes_the_fingerprint(source: Path, tmp_path
     corpora = [prepare(*given[:1], tmp_path / str(n), ESM, *given[1:]) for n, given in enumerate(made)]
     assert len({corpus.fingerprint for corpus in corpora}) == len(made)
     assert corpora[0].manifest["prepared"] == {
+        "sources": [{"name": str(source), "kind": "fasta", "num_bytes": source.stat().st_size}],
         "kind": None, "document": "line", "text_column": None, "id_column": None, "min_length": None,
         "max_length": None, "deduplicate": False, "skip_bad": False, "windows": None,
             "skipped": {},

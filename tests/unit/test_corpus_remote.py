@@ -171,7 +171,7 @@ def test_a_corpus_in_an_s3_bucket_opens_and_what_is_lost_there_is_told(
         corpus._cache.evict()
         corpus._open.clear()
         files.rm(f"bucket/corpora/x/{shard(local)}")
-        with pytest.raises(UserError, match=rf"^s3://bucket/corpora/x/{shard(local)}: .*; check the address and the"):
+        with pytest.raises(UserError, match=rf"^s3://bucket/corpora/x/{shard(local)}: .*; check the address and your"):
             corpus.tokens(0)
     finally:
         server.stop()
@@ -318,7 +318,7 @@ def test_what_failed_in_the_background_is_tried_again_when_it_is_needed(local: C
     ("url", "message"),
     [
         ("{server}/nowhere", "{server}/nowhere/manifest.json: {server}/nowhere/manifest.json; check the address and "
-         "the rights to read it"),
+         "your rights there"),
         ("http://127.0.0.1:1/corpus", "http://127.0.0.1:1/corpus/manifest.json: cannot be read (Cannot connect to host "
          "127.0.0.1:1 ssl:default [Connect call failed ('127.0.0.1', 1)]) in 3 attempts; check the address and the "
          "network, and give the same command again"),

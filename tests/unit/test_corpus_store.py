@@ -177,8 +177,7 @@ def test_a_corpus_never_replaces_anything(fasta: Path, tmp_path: Path) -> None:
     out = tmp_path / "mine"
     out.mkdir()
     assert (
-        quiet_mistake(lambda: prepare([fasta], out, ESM))
-        == f"{out}: exists already; choose another place, or remove it first"
+        quiet_mistake(lambda: prepare([fasta], out, ESM)) == f"{out}: exists already and is no corpus; remove it first"
     )
     assert not list(out.iterdir())
 

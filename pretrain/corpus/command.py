@@ -1,0 +1,103 @@
+"""`pretrain prepare`: what its options ask for together, and what it says at the end."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from pretrain.corpus.afar import prepare_afar
+from pretrain.corpus.cache import written_at
+from pretrain.corpus.parts import merge_parts, prepare_part
+from pretrain.corpus.prepare import Settings, open_split, prepare, prepare_split
+from pretrain.corpus.remote import is_remote
+from pretrain.corpus.shards import Filters, Portion
+from pretrain.corpus.sources import SourceOptions
+from pretrain.corpus.split import Split
+from pretrain.corpus.store import MANIFEST, REPORT, Corpus
+from pretrain.corpus.tokenizer import load_tokenizer
+from pretrain.errors import UserError
+
+
+def run_prepare(
+    sources: Sequence[str],
+    out: str,
+    tokenizer: str,
+    options: SourceOptions,
+    filters: Filters,
+    split: Split | None = None,
+    clusters: str | None = None,
+    shard: str | None = None,
+    merge: bool = False,
+    workers: int | None = None,
+    engine: str = "local",
+) -> str:
+    """Make a corpus, the two of a split, or a part of one; or join parts.
+
+    Args:
+        sources: What to read; with ``merge`` the parts.
+        out: The directory to make, or the address of a corpus to make.
+        tokenizer: As `load_tokenizer` takes it.
+        options: How the sources are read.
+        filters: Which sequences are kept.
+        split: Make two corpora; see `prepare_split`.
+        clusters: A table for an order that visits clusters.
+        shard: ``I/N``: make that part only; see `prepare_part`.
+        merge: Join parts; see `merge_parts`.
+        workers: Blocks at a time.
+        engine: What maps over them; see `prepare`.
+
+    Returns:
+        What to print.
+
+    Raises:
+        UserError: If these do not go together; and as the functions named here.
+    """
+    out = out.removeprefix("file://")
+    at_url, place = is_remote(out), Path(out)
+    if at_url and (merge or shard):
+        raise UserError(f"{out}: parts are made and joined in directories; prepare into one, and copy it there")
+    if clusters and (merge or shard):
+        raise UserError("--clusters goes with neither --shard nor --merge; prepare the sources in one call")
+    was_there = written_at(f"{out.rstrip('/')}/{MANIFEST}") is not None if at_url else place.exists()
+    if merge:
+        if (options, replace(filters, deduplicate=False), tokenizer, shard) != (
+            SourceOptions(),
+            Filters(),
+            "esm",
+            None,
+        ):
+            raise UserError(
+                "--merge takes the parts as they are, with --deduplicate and a split only; give the other options when "
+                "the parts are prepared"
+            )
+        merge_parts([Path(name) for name in sources], place, filters.deduplicate, split, workers, engine)
+        return _tell(out, open_split(place) if split else (Corpus(place),), was_there)
+    loaded, how = load_tokenizer(tokenizer), (options, filters, workers)
+    if shard:
+        if split:
+            raise UserError("a split is made when the parts are joined; give its options with --merge")
+        part = prepare_part(sources, place, loaded, Portion.parse(shard), *how, engine)
+        return (
+            f"{out}: {'is ready, ' if was_there else ''}part {part.number} of {part.of}: {part.num_sequences:,} "
+            f"sequences of {len(part.parts):,} blocks of {part.num_blocks:,}"
+        )
+    if at_url:
+        settings = Settings(loaded, options, filters, split, clusters)
+        return _tell(out, (prepare_afar(sources, out, settings, workers, engine),), was_there)
+    if split:
+        return _tell(out, prepare_split(sources, place, loaded, split, *how, clusters, engine), was_there)
+    return _tell(out, (prepare(sources, place, loaded, *how, clusters, engine),), was_there)
+
+
+def _tell(out: str, corpora: tuple[Corpus, ...], was_there: bool) -> str:
+    lines = []
+    for corpus in corpora:
+        ready = "is ready, " if was_there else ""
+        lines.append(f"{corpus}: {ready}{corpus.num_sequences:,} sequences, {corpus.num_tokens:,} tokens")
+        if corpus.num_clusters:
+            lines.append(f"  clusters     {corpus.num_clusters:,}")
+    if skipped := corpora[0].skipped:
+        report = f"; the bad ones are listed in {out}/{REPORT}" if "bad" in skipped else ""
+        lines.append(
+            f"  left out     {'  '.join(f'{why} {count:,}' for why, count in sorted(skipped.items()))}{report}"
+        )
+    return "\n".join(lines)
