@@ -8,10 +8,12 @@ import torch
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
+from torch.distributed import ReduceOp
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from typing_extensions import override
 
 from pretrain.corpus.batch import Batch
 from pretrain.corpus.packing import Pack
@@ -81,6 +83,8 @@ class StepModule(pl.LightningModule):
             # run uncompiled.
             torch._dynamo.config.recompile_limit = 32
             torch._dynamo.config.fail_on_recompile_limit_hit = True
+            # Under DDP torch would cut each block into pieces, so that gradients are sent early; blocks do as pieces.
+            torch._dynamo.config.optimize_ddp = False
             for block in self.encoder.blocks:
                 block.compile(dynamic=False)
         if self.device_mesh is not None:
@@ -154,10 +158,16 @@ class StepModule(pl.LightningModule):
         Fused optimizers leave everything as it is where ``found_inf`` is 1 (it is the gradient scaler's way in).
         """
         sick = 1.0 - torch.as_tensor(self._grad_norm).isfinite().float()
-        if self.trainer.world_size > 1:  # the gradients are the same everywhere, but for a process's own faults
-            sick = self.trainer.strategy.reduce(sick, reduce_op="max")
-        self.sick = sick
+        # The gradients are the same everywhere, but for a process's own faults.
+        self.sick = sick = over_processes(self.trainer, sick, ReduceOp.MAX)
         optimizer.found_inf = sick  # type: ignore[attr-defined]
+
+    @override
+    def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        # A number stays on the host: Lightning would put it on the GPU, and wait for the GPU to take it.
+        if isinstance(value, int | float):
+            value = torch.tensor(float(value))
+        super().log(name, value, *args, **kwargs)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Log the step's figures, once, when its last micro-batch is done."""
@@ -189,6 +199,16 @@ class StepModule(pl.LightningModule):
             restore(checkpoint, *self._new_optimizer())
 
 
+def over_processes(trainer: pl.Trainer, tensor: Tensor, operation: ReduceOp.RedOpType) -> Tensor:
+    """A tensor's sum, maximum, ... over all processes, in place.
+
+    Lightning's ``strategy.reduce`` holds a barrier first, at which the host waits for the GPU.
+    """
+    if trainer.world_size > 1:
+        torch.distributed.all_reduce(tensor, operation)
+    return tensor
+
+
 class RunningLoss:
     """Sums of loss, correct predictions and targets, on the device, read once a step."""
 
@@ -209,8 +229,9 @@ class RunningLoss:
     def collect(self, trainer: pl.Trainer) -> tuple[Tensor, Tensor]:
         """Mean loss and accuracy over all targets of all processes; begins anew."""
         assert self._sums is not None
-        sums = torch.cat((self._sums, self._sums.new_tensor([self._targets])))
-        loss, correct, targets = trainer.strategy.reduce(sums, reduce_op="sum")
+        # Filled on the device: to copy the number there would be to wait for the device.
+        sums = torch.cat((self._sums, self._sums.new_full((1,), self._targets)))
+        loss, correct, targets = over_processes(trainer, sums, ReduceOp.SUM)
         self.reset()
         targets = targets.clamp(min=1)
         return (loss / targets).float(), (correct / targets).float()
