@@ -9,6 +9,7 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 
 from pretrain.corpus.packed import PackedDataModule
 from pretrain.errors import UserError
+from pretrain.model.attention import activate_flash_attention
 from pretrain.train.step import StepModule
 
 _OLDEST_CAPABILITY = (8, 0)  # Ampere: the first with bfloat16, and with the flash kernels behind varlen_attn
@@ -33,6 +34,10 @@ def check_hardware(trainer: pl.Trainer, module: StepModule, data: PackedDataModu
         )
     device = trainer.strategy.root_device
     if device.type != "cuda":
+        if module.flash_attention != "FA2":
+            raise UserError(
+                f"model.flash_attention is {module.flash_attention}, whose kernels are for GPUs; leave it out on a CPU"
+            )
         return
     name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
     if capability < _OLDEST_CAPABILITY:
@@ -50,6 +55,13 @@ def check_hardware(trainer: pl.Trainer, module: StepModule, data: PackedDataModu
             f"torch {torch.__version__} is built without varlen_attn or its flash kernels, which attention over packs "
             "needs on a GPU; install torch 2.11 or newer for CUDA from pytorch.org, or --trainer.accelerator cpu"
         )
+    if module.flash_attention == "FA3" and capability != (9, 0):
+        raise UserError(
+            f"model.flash_attention is FA3, which is for GPUs of compute capability 9.0 (H100, H200); {name} has "
+            f"{'.'.join(map(str, capability))}: leave it out"
+        )
+    if module.flash_attention == "FA3":
+        activate_flash_attention("FA3")  # as `configure_model` will; here, nothing is written yet
     config = module.encoder.config
     if config.head_dim % 8 or config.head_dim > 256:
         raise UserError(

@@ -71,7 +71,7 @@ def execution(trainer: pl.Trainer, module: StepModule) -> dict[str, Any]:
         "accelerator": accelerator,
         "strategy": type(trainer.strategy).__name__,
         "precision": trainer.precision,
-        "attention": "varlen_attn" if accelerator == "cuda" else "SDPA by sequence",
+        "attention": f"varlen_attn ({module.flash_attention})" if accelerator == "cuda" else "SDPA by sequence",
         "compiled": module.compile_blocks,
         "activation_checkpointing": module.encoder.activation_checkpointing,
     }

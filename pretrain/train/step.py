@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from pretrain.corpus.batch import Batch
 from pretrain.corpus.packing import Pack
+from pretrain.model.attention import activate_flash_attention
 from pretrain.model.encoder import Encoder
 from pretrain.train.schedule import restore
 from pretrain.train.sharding import shard
@@ -38,10 +39,12 @@ class StepModule(pl.LightningModule):
         initialized_from: Where the weights are from that training starts with, if they are not random.
         max_steps: Optimizer steps of the run, for a schedule that ends with it; the Trainer's, once there is one.
         optimizer_name: Which optimizer `build_optimizer` builds, for what does not go with each.
+        flash_attention: Whose kernels attention on a GPU calls: ``FA2`` are torch's own.
         sick: 1 where the last step was skipped because its loss or gradient was not finite.
     """
 
     optimizer_name: Literal["adamw", "muon"] = "adamw"
+    flash_attention: Literal["FA2", "FA3"] = "FA2"
 
     def __init__(
         self, encoder: Encoder, activation_checkpointing: bool, compile: bool, scheduler_name: str | None
@@ -78,6 +81,8 @@ class StepModule(pl.LightningModule):
 
         Lightning may ask repeatedly. The blocks are alike, so one compilation a shape serves all but the last.
         """
+        if self.flash_attention != "FA2":
+            activate_flash_attention(self.flash_attention)
         if self.compile_blocks:
             # A few shapes each for training and validation, with and without rows; beyond that, torch would quietly
             # run uncompiled.

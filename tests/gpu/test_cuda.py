@@ -147,5 +147,5 @@ def test_the_command_line_trains_and_continues_on_a_gpu(
     assert len(losses) == 8
     assert losses[-1] < losses[0]
     start = json.loads((tmp_path / "run" / "starts.jsonl").read_text().splitlines()[-1])
-    assert (start["attention"], start["precision"]) == ("varlen_attn", "bf16-mixed")
+    assert (start["attention"], start["precision"]) == ("varlen_attn (FA2)", "bf16-mixed")
     assert start["compiled"] is ("compile" in overlays)

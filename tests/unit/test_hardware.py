@@ -1,6 +1,7 @@
 """What the machine cannot run is refused in one line, before anything is written."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,12 @@ from pretrain.train.hardware import check_hardware, out_of_memory
 
 
 def check(
-    precision: str, capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch, heads: int = 2, flash: bool = True
+    precision: str,
+    capability: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
+    heads: int = 2,
+    flash: bool = True,
+    kernels: str = "FA2",
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla V100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
@@ -26,7 +32,7 @@ def check(
         strategy=SimpleNamespace(root_device=torch.device("cuda", 0)), precision=precision, world_size=1
     )
     config = EncoderConfig(hidden_size=48, num_attention_heads=heads)
-    module: Any = SimpleNamespace(compile_blocks=False, encoder=SimpleNamespace(config=config))
+    module: Any = SimpleNamespace(compile_blocks=False, flash_attention=kernels, encoder=SimpleNamespace(config=config))
     check_hardware(trainer, module, SimpleNamespace(static_shapes=False))  # type: ignore[arg-type]
 
 
@@ -64,6 +70,27 @@ def test_heads_that_the_kernels_do_not_take_are_refused(monkeypatch: pytest.Monk
     with pytest.raises(UserError, match=r"heads of 12 dimensions; .* a multiple of 8"):
         check("bf16-mixed", (9, 0), monkeypatch, heads=4)
     check("bf16-mixed", (9, 0), monkeypatch, heads=6)
+
+
+def test_kernels_for_another_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"FA3, which is for .* 9\.0 .* has 8\.0: leave it out"):
+        check("bf16-mixed", (8, 0), monkeypatch, kernels="FA3")
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
+    with pytest.raises(UserError, match="flash attention FA3 cannot be used"):
+        check("bf16-mixed", (9, 0), monkeypatch, kernels="FA3")
+
+
+def test_kernels_for_a_gpu_are_refused_on_a_cpu(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"model\.flash_attention is FA3, whose kernels are for GPUs"):
+        fit(["-c", str(tiny(model__flash_attention="FA3")), "--run", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
+def test_kernels_that_are_not_installed_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
+    with pytest.raises(UserError, match=r"flash attention FA3 cannot be used .* --model.flash_attention FA2") as raised:
+        MLMModule(EncoderConfig(16, 1, 2), flash_attention="FA3").configure_model()
+    assert "\n" not in str(raised.value)
 
 
 class TritonError(Exception):
