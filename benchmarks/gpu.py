@@ -316,6 +316,12 @@ class Parts:
         return {"did_not_run": reason}
 
 
+def quiet() -> None:
+    warnings.filterwarnings("ignore")
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    transformers.logging.set_verbosity_error()
+
+
 def main() -> int:
     """Measure, print, and write the figures with their conditions."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -333,9 +339,7 @@ def main() -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         print("benchmarks/gpu.py: no CUDA device here; --device cpu tries the script itself", file=sys.stderr)
         return 2
-    warnings.filterwarnings("ignore")
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    transformers.logging.set_verbosity_error()
+    quiet()
     device = torch.device(options.device)
     device_name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu"
     peak, source = peak_flops(device)

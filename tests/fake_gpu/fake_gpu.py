@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import importlib.util
 import json
+import os
 import sys
 import traceback
 from collections.abc import Iterator
@@ -248,20 +249,24 @@ class Peak(TorchDispatchMode):
         return result
 
 
-def memory(size: str, layers: str, tokens: str, recompute: str) -> Any:
-    """Bytes at the fullest moment of a step's second micro-batch, and bytes planned."""
+def memory(cases: str) -> Any:
+    """Bytes at the fullest moment of a step's second micro-batch, and bytes planned, for each case."""
+    return [fullest(*case) for case in json.loads(cases)]
+
+
+def fullest(size: str, layers: int, tokens: int, recompute: bool) -> Any:
     named = EncoderConfig.named(size)
-    config = EncoderConfig(named.hidden_size, int(layers), named.num_attention_heads)
+    config = EncoderConfig(named.hidden_size, layers, named.num_attention_heads)
     with torch.device("meta"):
         planned = TrainingMemory(
-            Encoder(config), "bf16-mixed", target_share=0.15, activation_checkpointing=recompute == "True"
-        ).split(int(tokens))
+            Encoder(config), "bf16-mixed", target_share=0.15, activation_checkpointing=recompute
+        ).split(tokens)
     with fake_gpu(), Peak() as peak:
         with GPU:
             encoder = Encoder(config)
-        encoder.activation_checkpointing = recompute == "True"
+        encoder.activation_checkpointing = recompute
         optimizer = torch.optim.AdamW(encoder.parameters(), fused=True)
-        pack = fake_pack(int(tokens), 1 + int(tokens) // 350)
+        pack = fake_pack(tokens, 1 + tokens // 350)
         for number in range(2):
             with torch.autocast("cuda", torch.bfloat16):
                 loss, _ = encoder.loss(*pack)
@@ -269,12 +274,13 @@ def memory(size: str, layers: str, tokens: str, recompute: str) -> Any:
             if number == 0:
                 optimizer.step()
             del loss
-    allowance = planned.pop("CUDA and fragmentation")
-    return {"peak": peak.most, "planned": sum(planned.values()), "parts": planned, "allowance": allowance}
+    del planned["CUDA and fragmentation"]
+    return {"peak": peak.most, "planned": sum(planned.values()), "parts": planned}
 
 
 if __name__ == "__main__":
     programs: dict[str, Any] = {"waits": waits, "compile": compilations, "memory": memory}
     torch.set_num_threads(1)
     found = programs[sys.argv[2]](*sys.argv[3:])
-    print(json.dumps(found))
+    print(json.dumps(found), flush=True)
+    os._exit(0)  # autograd's threads for a device that is not there do not end by themselves
