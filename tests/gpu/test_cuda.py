@@ -1,6 +1,8 @@
 """The same code on a GPU: run with `pytest -m gpu`; skipped where there is no CUDA device."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +11,6 @@ import pytorch_lightning as pl
 import torch
 
 from pretrain import Encoder, EncoderConfig, MLMDataModule, MLMModule
-from pretrain.cli import main
 from pretrain.train.logging import read_metrics
 from pretrain.train.sick import SickSteps
 from pretrain.train.spikes import LossSpikes
@@ -140,9 +141,10 @@ def test_the_command_line_trains_and_continues_on_a_gpu(
 ) -> None:
     config = tiny(model__encoder={"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2})
     configs = [part for overlay in overlays for part in ("-c", overlay)]
-    command = ["fit", "-c", str(config), *configs, "--trainer.devices", "1", "--run", str(tmp_path / "run")]
-    assert main([*command, "--trainer.max_steps", "4"]) == 0
-    assert main([*command, "--trainer.max_steps", "8", "--allow_change"]) == 0
+    command = [sys.executable, "-m", "pretrain", "fit", "-c", str(config), *configs, "--trainer.devices", "1"]
+    command += ["--run", str(tmp_path / "run")]
+    subprocess.run([*command, "--trainer.max_steps", "4"], check=True, timeout=600)
+    subprocess.run([*command, "--trainer.max_steps", "8", "--allow_change"], check=True, timeout=600)
     losses = [value for _, name, value in read_metrics(tmp_path / "run" / "metrics.csv") if name == "train/loss"]
     assert len(losses) == 8
     assert losses[-1] < losses[0]
