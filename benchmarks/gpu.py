@@ -111,7 +111,7 @@ def graphs() -> int:
 def ours(config: EncoderConfig, tokens: int, options: argparse.Namespace, device: torch.device) -> dict[str, float]:
     """This project's training, through Lightning's Trainer."""
     window = Window(options.warm_up, device)
-    module = MLMModule(config, compile=not options.eager)
+    module = MLMModule(config, compile=not options.eager, flash_attention=options.flash_attention)
     trainer = pl.Trainer(
         max_steps=options.warm_up + options.steps,
         accelerator="gpu" if device.type == "cuda" else "cpu",
@@ -332,6 +332,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=7.5, help="no part begins after so long")
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--eager", action="store_true", help="do not compile")
+    parser.add_argument("--flash-attention", choices=["FA2", "FA3"], default="FA2", help="see MLMModule")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--source", default="data/proteins/train.fasta.gz")
     parser.add_argument("--out", type=Path, help="a JSON file for all figures (on a GPU: in benchmarks/results)")
