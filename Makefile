@@ -57,7 +57,7 @@ bench: install ## Measure training throughput on this machine
 	$(bin)/python benchmarks/throughput.py
 
 bench-gpu: ## Measure training throughput on this machine's GPU, in the Python that is active
-	python benchmarks/gpu.py
+	PYTHONPATH=. python benchmarks/gpu.py
 
 # The stamp appears only when everything is installed; a change of the pins or of the package's metadata renews it.
 .venv/.installed: requirements.lock pyproject.toml

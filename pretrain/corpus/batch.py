@@ -34,8 +34,16 @@ class Batch:
     max_seqlen: int
     pack: Pack
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        """The same batch on another device."""
+    def to(self, device: torch.device | str, non_blocking: bool | None = None) -> "Batch":
+        """The same batch on another device.
+
+        Args:
+            device: Where to.
+            non_blocking: Go on before it has arrived, as is safe on the way to a GPU and not from it. By default so:
+                Lightning asks for it with tensors only, and would wait for the GPU at every batch.
+        """
+        if non_blocking is None:
+            non_blocking = torch.device(device).type == "cuda"
         return replace(self, **{k: v.to(device, non_blocking=non_blocking) for k, v in self._tensors().items()})
 
     def pin_memory(self) -> "Batch":

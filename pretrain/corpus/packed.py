@@ -1,12 +1,15 @@
 """`PackedDataModule`: a corpus in packs, from a data position that is one integer; whatever its targets are."""
 
+import time
 import warnings
 from abc import abstractmethod
+from collections.abc import Iterator
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset
+from typing_extensions import override
 
 from pretrain.corpus.batch import Batch
 from pretrain.corpus.masking import MAX_TOKENS_PER_SEQUENCE
@@ -153,7 +156,7 @@ class PackedDataModule(pl.LightningDataModule):
     def _loader(
         self, planner: StepPlanner, sampler: PackSampler | FixedSampler, pack_tokens: float
     ) -> DataLoader[Batch]:
-        return DataLoader(
+        return TimedLoader(
             self.dataset(planner, pack_tokens),
             sampler=sampler,
             batch_size=None,  # a pack is a batch already
@@ -220,6 +223,31 @@ class PackedDataModule(pl.LightningDataModule):
         # Lightning misses a loader state; there is none to keep, since the sampler seeks to the step.
         warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")
         self._start = (state["step"], self.train_planner().position(state["cursor"], state["tokens"]))
+
+
+class TimedLoader(DataLoader[Batch]):
+    """A loader that counts how long its batches are waited for.
+
+    Between two batches a training loop also waits for the GPU, wherever a figure is read, and that is no want of data.
+
+    Attributes:
+        seconds_waited: Seconds in all, so far.
+    """
+
+    seconds_waited = 0.0
+
+    @override
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        batches = super().__iter__()
+        while True:
+            begin = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            finally:
+                self.seconds_waited += time.perf_counter() - begin
+            yield batch
 
 
 def _unchanged(batch: Any) -> Any:

@@ -72,6 +72,27 @@ def variable_length_attention(
     return cast(Tensor, _attention_by_sequence(query, key, value, queries, keys))
 
 
+def activate_flash_attention(implementation: str) -> None:
+    """Let ``varlen_attn`` call another implementation of flash attention than torch's own, in this process.
+
+    Args:
+        implementation: As ``torch.nn.attention.activate_flash_attention_impl`` takes it: ``FA3``, for Hopper GPUs.
+
+    Raises:
+        UserError: If it is not installed.
+    """
+    from torch.nn.attention import activate_flash_attention_impl
+
+    try:
+        activate_flash_attention_impl(implementation)
+    except (ImportError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise UserError(
+            f"flash attention {implementation} cannot be used ({reason}); install it (flash_attn_interface, from "
+            "flash-attention's folder hopper), or leave torch's own: --model.flash_attention FA2"
+        ) from error
+
+
 # Not compiled: the loop's lengths differ from pack to pack.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _attention_by_sequence(query: Tensor, key: Tensor, value: Tensor, queries: Layout, keys: Layout) -> Tensor:

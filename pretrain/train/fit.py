@@ -9,18 +9,16 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytorch_lightning as pl
-import torch
 import yaml
 from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
 from pytorch_lightning.utilities import rank_zero_only
-from torch._dynamo.exc import TorchDynamoException
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from pretrain.corpus.packed import PackedDataModule
 from pretrain.corpus.store import Corpus, verify
 from pretrain.errors import CrashError, UserError
 from pretrain.train.build import FitCLI
-from pretrain.train.hardware import check_hardware, out_of_memory
+from pretrain.train.hardware import check_hardware, compile_failure, is_out_of_memory, out_of_memory
 from pretrain.train.report import execution
 from pretrain.train.run import Run
 from pretrain.train.saving import RunInterruptedError
@@ -136,7 +134,7 @@ def _check_schedule(trainer: pl.Trainer, module: StepModule, data: PackedDataMod
 def _train(cli: FitCLI) -> int:
     run, trainer, module, data = cli.run, cli.trainer, cli.model, cli.datamodule
     config_text = yaml.safe_dump(cli.settings, sort_keys=False)
-    rank_zero_only(run.record_start)(cli.settings, config_text, cli.changes, execution(trainer))
+    rank_zero_only(run.record_start)(cli.settings, config_text, cli.changes, execution(trainer, module))
     _say(cli.header())
     for change in cli.changes:
         _say(f"  changed   {change}")
@@ -149,15 +147,17 @@ def _train(cli: FitCLI) -> int:
         if interruption.signal_number == signal.SIGUSR1 and "SLURM_JOB_ID" in os.environ:
             rank_zero_only(_requeue)(os.environ["SLURM_JOB_ID"])
         return 128 + interruption.signal_number
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"{run.directory}: {out_of_memory(trainer, data)}") from error
-    except TorchDynamoException as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{run.directory}: model.compile failed ({reason}); install what it asks for, or train with "
-            "--model.compile false"
-        ) from error
-    except RuntimeError as error:
+    except Exception as error:
+        # Memory may also run out while kernels are tried out, and then that is the reason.
+        if is_out_of_memory(error):
+            raise UserError(f"{run.directory}: {out_of_memory(trainer, module, data)}") from error
+        if module.compile_blocks and (reason := compile_failure(error)):
+            raise UserError(
+                f"{run.directory}: model.compile failed ({reason}); install what it asks for, or train with "
+                "--model.compile false"
+            ) from error
+        if not isinstance(error, RuntimeError):
+            raise
         if isinstance(error.__context__, OSError):  # which Lightning met another one while tidying up after
             raise error.__context__ from error
         if problem := _lost_worker(run, str(error)):

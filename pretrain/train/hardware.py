@@ -1,10 +1,15 @@
 """Whether the machine can run what is asked of it, before anything is written; and what to do when it cannot."""
 
+import importlib.util
+from typing import Any
+
 import pytorch_lightning as pl
 import torch
+from torch._dynamo.exc import FailOnRecompileLimitHit
 
 from pretrain.corpus.packed import PackedDataModule
 from pretrain.errors import UserError
+from pretrain.model.attention import activate_flash_attention
 from pretrain.train.step import StepModule
 
 _OLDEST_CAPABILITY = (8, 0)  # Ampere: the first with bfloat16, and with the flash kernels behind varlen_attn
@@ -21,8 +26,18 @@ def check_hardware(trainer: pl.Trainer, module: StepModule, data: PackedDataModu
             "model.compile needs packs of the same shape in every step, or each new shape is compiled anew; "
             "add --data.static_shapes true (configs/compile.yaml sets both)"
         )
+    if trainer.precision not in ("32-true", "bf16-mixed"):
+        # In 16 bits a small update of a weight is lost; and float16 needs gradients in a scale of their own, under
+        # which they would be clipped by another norm.
+        raise UserError(
+            f"trainer.precision is {trainer.precision}; weights are kept in float32: give bf16-mixed, or 32-true (CPU)"
+        )
     device = trainer.strategy.root_device
     if device.type != "cuda":
+        if module.flash_attention != "FA2":
+            raise UserError(
+                f"model.flash_attention is {module.flash_attention}, whose kernels are for GPUs; leave it out on a CPU"
+            )
         return
     name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
     if capability < _OLDEST_CAPABILITY:
@@ -30,18 +45,75 @@ def check_hardware(trainer: pl.Trainer, module: StepModule, data: PackedDataModu
             f"{name} has compute capability {'.'.join(map(str, capability))}; attention over packs and bfloat16 need "
             "8.0 (Ampere) or newer: choose another GPU, or --trainer.accelerator cpu"
         )
-    if trainer.precision not in ("bf16-mixed", "bf16-true", "16-mixed", "16-true"):
+    if trainer.precision != "bf16-mixed":
         raise UserError(
-            f"trainer.precision is {trainer.precision}; attention over packs on CUDA computes in bfloat16 or float16: "
+            f"trainer.precision is {trainer.precision}; attention over packs on CUDA computes in bfloat16: "
             "add -c configs/gpu.yaml, or --trainer.precision bf16-mixed"
+        )
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None or not _has_flash_attention():
+        raise UserError(
+            f"torch {torch.__version__} is built without varlen_attn or its flash kernels, which attention over packs "
+            "needs on a GPU; install torch 2.11 or newer for CUDA from pytorch.org, or --trainer.accelerator cpu"
+        )
+    if module.flash_attention == "FA3" and capability != (9, 0):
+        raise UserError(
+            f"model.flash_attention is FA3, which is for GPUs of compute capability 9.0 (H100, H200); {name} has "
+            f"{'.'.join(map(str, capability))}: leave it out"
+        )
+    if module.flash_attention == "FA3":
+        activate_flash_attention("FA3")  # as `configure_model` will; here, nothing is written yet
+    config = module.encoder.config
+    if config.head_dim % 8 or config.head_dim > 256:
+        raise UserError(
+            f"model.encoder has heads of {config.head_dim} dimensions; on a GPU they must be a multiple of 8, at most "
+            f"256: give another num_attention_heads (or hidden_size {config.hidden_size})"
         )
 
 
-def out_of_memory(trainer: pl.Trainer, data: PackedDataModule) -> str:
-    """What to do about a pack that the GPU cannot hold."""
-    packs = trainer.world_size * trainer.accumulate_grad_batches
-    return (
-        f"a pack of about {data.global_batch_tokens // packs:,} tokens does not fit into the GPU's memory; make packs "
-        f"smaller with --trainer.accumulate_grad_batches {2 * trainer.accumulate_grad_batches} (the step stays the "
-        "same), or add --model.activation_checkpointing true, or shard the model: -c configs/fsdp.yaml"
+def _has_flash_attention() -> bool:
+    return bool(torch.backends.cuda.is_flash_attention_available())
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU's memory ran out, in torch's allocator or in a library that asks for its own."""
+    text = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError)
+        and ("CUDA" in text or "CUBLAS" in text)
+        and ("out of memory" in text or "ALLOC_FAILED" in text)
     )
+
+
+def out_of_memory(trainer: pl.Trainer, module: StepModule, data: PackedDataModule) -> str:
+    """What to do about a pack that the GPU cannot hold: only what is not done already, and works."""
+    packs = trainer.world_size * trainer.accumulate_grad_batches
+    remedies = []
+    if 2 * packs * data.max_length <= data.global_batch_tokens:
+        remedies += [
+            f"make packs smaller with --trainer.accumulate_grad_batches {2 * trainer.accumulate_grad_batches} (the "
+            "step stays the same)"
+        ]
+    if not module.encoder.activation_checkpointing:
+        remedies += ["add --model.activation_checkpointing true"]
+    if trainer.world_size == 1:
+        remedies += ["train on several GPUs, with -c configs/fsdp.yaml"]
+    elif module.device_mesh is None:
+        remedies += ["shard the model: -c configs/fsdp.yaml"]
+    remedies += [f"give a smaller --data.max_length than {data.max_length}"] if not remedies else []
+    return (
+        f"a pack of about {data.global_batch_tokens // packs:,} tokens does not fit into the GPU's memory; "
+        f"{', or '.join(remedies)}; `pretrain plan` says what fits"
+    )
+
+
+def compile_failure(error: BaseException) -> str | None:
+    """Why ``torch.compile`` failed, if that is what an exception tells of; in one line."""
+    chain: list[Any] = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    rooms = ("torch._dynamo", "torch._inductor", "triton")
+    if not any(type(link).__module__.startswith(rooms) for link in chain):
+        return None
+    if any(isinstance(link, FailOnRecompileLimitHit) for link in chain):
+        return "packs of too many different shapes"
+    return " ".join(str(error).split())[:200]

@@ -43,6 +43,8 @@ class MLMModule(StepModule):
         scheduler_name: Name that the learning rate is logged under; Lightning's own (``lr-AdamW``) if not given.
         activation_checkpointing: See `Encoder`.
         compile: Compile the blocks by ``torch.compile``; needs ``data.static_shapes``, or each new shape is compiled.
+        flash_attention: Whose kernels attention on a GPU calls: ``FA2`` are torch's own; ``FA3`` those of the package
+            ``flash_attn_interface``, for Hopper (H100, H200), where it is installed.
         initialize_from: A directory with ``config.json`` and safetensors, as `pretrain import` or transformers'
             ``save_pretrained`` writes it, whose weights training starts from instead of random ones; its shape must be
             ``encoder``'s.
@@ -67,11 +69,13 @@ class MLMModule(StepModule):
         scheduler_name: str | None = None,
         activation_checkpointing: bool = False,
         compile: bool = False,
+        flash_attention: Literal["FA2", "FA3"] = "FA2",
         initialize_from: str | None = None,
     ) -> None:
         if isinstance(encoder, dict):  # from a checkpoint, by Lightning's load_from_checkpoint
             encoder = EncoderConfig(**encoder)
         super().__init__(Encoder(encoder), activation_checkpointing, compile, scheduler_name)
+        self.flash_attention = flash_attention
         self.initialized_from = initialize_from
         if initialize_from is not None:
             load_initial_weights(self.encoder, Path(initialize_from))

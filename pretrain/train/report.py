@@ -14,6 +14,7 @@ from pretrain.corpus.datamodule import MLMDataModule
 from pretrain.corpus.mixture import JoinedCorpus, MixtureOrder, shares
 from pretrain.train.module import MLMModule
 from pretrain.train.run import Run
+from pretrain.train.step import StepModule
 from pretrain.train.throughput import peak_flops
 
 
@@ -26,8 +27,7 @@ def header(run: Run, trainer: pl.Trainer, module: MLMModule, data: MLMDataModule
     held_out = f", {' and '.join(sets)} for validation" if sets else ", no validation"
     shape = f"{config.num_hidden_layers} layers, {config.hidden_size} wide, {config.num_attention_heads} heads"
     rate, source = peak_flops(trainer.strategy.root_device)
-    runs = execution(trainer)
-    hardware = "{processes} x {accelerator}, {strategy}, {precision}, attention by {attention}".format(**runs)
+    hardware = described(execution(trainer, module))
     begin = f"continues after step {run.step} of {trainer.max_steps}" if run.step else f"{trainer.max_steps} steps"
     start = [f"  branch    of {origin}"] if (origin := run.origin) else []
     start += [f"  weights   from {module.initialized_from}"] if module.initialized_from else []
@@ -63,16 +63,26 @@ def _visits(data: MLMDataModule, max_steps: int) -> list[str]:
     return lines
 
 
-def execution(trainer: pl.Trainer) -> dict[str, Any]:
-    """What the run is computed with: processes, the accelerator of each, strategy, precision, attention backend."""
+def execution(trainer: pl.Trainer, module: StepModule) -> dict[str, Any]:
+    """What the run is computed with: processes and their accelerator, strategy, precision, attention, compilation."""
     accelerator = trainer.strategy.root_device.type
     return {
         "processes": trainer.world_size,
         "accelerator": accelerator,
         "strategy": type(trainer.strategy).__name__,
         "precision": trainer.precision,
-        "attention": "varlen_attn" if accelerator == "cuda" else "SDPA by sequence",
+        "attention": f"varlen_attn ({module.flash_attention})" if accelerator == "cuda" else "SDPA by sequence",
+        "compiled": module.compile_blocks,
+        "activation_checkpointing": module.encoder.activation_checkpointing,
     }
+
+
+def described(execution: dict[str, Any]) -> str:
+    """The same in one line."""
+    parts = ["{processes} x {accelerator}, {strategy}, {precision}, attention by {attention}".format(**execution)]
+    parts += ["compiled" if execution["compiled"] else "not compiled"]
+    parts += ["activations computed again"] if execution["activation_checkpointing"] else []
+    return ", ".join(parts)
 
 
 def final_figures(trainer: pl.Trainer, module: MLMModule, data: MLMDataModule) -> dict[str, Any]:

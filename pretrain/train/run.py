@@ -67,7 +67,7 @@ _HISTORY = (
     "trainer.gradient_clip_algorithm",
     "trainer.precision",
 )
-_FREE = ("model.compile", "model.activation_checkpointing", "data.validation_pack_tokens")
+_FREE = ("model.compile", "model.activation_checkpointing", "model.flash_attention", "data.validation_pack_tokens")
 _PACKAGES = ("torch", "pytorch-lightning", "transformers", "numpy", "pyarrow", "tokenizers")
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Checkpoint
+from torch.distributed import ReduceOp
 from typing_extensions import override
 
 from pretrain.errors import UserError, disk_is_full
@@ -88,6 +89,7 @@ class StepCheckpoint(Checkpoint):
         self._tried_time = time.monotonic()
         self._signal: int | None = None
         self._handlers: dict[int, Any] = {}
+        self._group: Any = None
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -103,6 +105,12 @@ class StepCheckpoint(Checkpoint):
         self._saved_step, self._tried_time = trainer.global_step, time.monotonic()
         # Lightning's own handlers act in the middle of a step, and broadcast and save inside the handler.
         self._handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        if trainer.world_size > 1:
+            # Lightning shares a SIGTERM at every batch, and waits for the GPU to do so; here it is agreed upon at every
+            # step, and between the hosts.
+            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
+            if trainer.strategy.root_device.type == "cuda":
+                self._group = torch.distributed.new_group(backend="gloo")
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._signal is not None and number == signal.SIGINT:
@@ -115,9 +123,10 @@ class StepCheckpoint(Checkpoint):
         """Save, and end the run if a signal came, between two steps."""
         if batch_idx % trainer.accumulate_grad_batches:
             return
-        number = self._agreed(trainer, self._signal or 0)
-        saved = self._save(trainer) if number or self._due(trainer) else False
-        if number:
+        late = time.monotonic() - self._tried_time > 60 * self.every_minutes
+        number = self._agreed(trainer, self._signal or int(late))  # a signal's number is 2 or more
+        saved = self._save(trainer) if number or self._due(trainer.global_step) else False
+        if number > 1:
             raise RunInterruptedError(number, trainer.global_step, saved)
 
     @override
@@ -143,12 +152,10 @@ class StepCheckpoint(Checkpoint):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self.teardown(trainer, pl_module, "fit")
 
-    def _due(self, trainer: pl.Trainer) -> bool:
-        step = trainer.global_step
+    def _due(self, step: int) -> bool:
         if any(every and step % every == 0 for every in (self.every_n_steps, self.keep_every_n_steps)):
             return True
-        late = time.monotonic() - self._tried_time > 60 * self.every_minutes
-        return step in self._ranking(step) or bool(self._agreed(trainer, int(late)))
+        return step in self._ranking(step)
 
     def _ranking(self, step: int) -> dict[int, float]:
         """The best by validation loss, best first, with this step where it was validated and is among them."""
@@ -157,13 +164,12 @@ class StepCheckpoint(Checkpoint):
             losses[step] = self._validation[1]
         return dict(sorted(losses.items(), key=lambda item: (item[1], item[0]))[: self.keep_best])
 
-    @staticmethod
-    def _agreed(trainer: pl.Trainer, value: int) -> int:
+    def _agreed(self, trainer: pl.Trainer, value: int) -> int:
         """The largest of the processes' values, on all of them: they must save and stop at the same step."""
-        if trainer.world_size == 1:
-            return value
-        tensor = torch.tensor(value, device=trainer.strategy.root_device)
-        return int(trainer.strategy.reduce(tensor, reduce_op="max"))
+        tensor = torch.tensor(value)
+        if trainer.world_size > 1:
+            torch.distributed.all_reduce(tensor, ReduceOp.MAX, group=self._group)
+        return int(tensor)
 
     def _save(self, trainer: pl.Trainer) -> bool:
         """Save this step, unless it is saved; whether the disk took it."""
@@ -224,6 +230,10 @@ class StepCheckpoint(Checkpoint):
             permanent = self.keep_every_n_steps and int(old.stem.removeprefix("step-")) % self.keep_every_n_steps == 0
             if old.name not in kept and not permanent:
                 old.unlink()
+
+
+def _nothing() -> None:
+    pass
 
 
 def _name(step: int) -> str:

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
-from torch import Tensor
 from typing_extensions import override
 
 from pretrain.corpus.batch import Batch
 from pretrain.errors import UserError
+from pretrain.train.arriving import Arriving
 from pretrain.train.checkpoint import data_state, read_checkpoint, sync_directory
 
 SKIPS = "skips.jsonl"
@@ -86,7 +86,7 @@ class LossSpikes(pl.Callback):
         self.threshold, self.rewind, self.margin, self.max_rewinds = threshold, rewind, margin, max_rewinds
         self._losses: deque[float] = deque(maxlen=window)
         self._in_spike = False
-        self._unread: tuple[int, Tensor, int] | None = None
+        self._unread: tuple[int, Arriving, int] | None = None
         self._finished: tuple[int, int] | None = None
 
     @override
@@ -124,15 +124,15 @@ class LossSpikes(pl.Callback):
         """Keep the finished step's loss, which the module has logged by now."""
         if self._finished is not None and self.threshold is not None:
             step, end = self._finished
-            self._unread = (step, trainer.callback_metrics["train/loss"], end)
+            self._unread = (step, Arriving(trainer.callback_metrics["train/loss"]), end)
         self._finished = None
 
     def _read(self, trainer: pl.Trainer) -> None:
         if self._unread is None:
             return
-        step, tensor, end = self._unread
+        step, arriving, end = self._unread
         self._unread = None
-        loss = float(tensor)
+        loss = float(arriving)
         deviations = self._deviations(loss)
         spike = self.threshold is not None and deviations is not None and deviations > self.threshold
         begins, self._in_spike = spike and not self._in_spike, spike

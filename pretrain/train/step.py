@@ -8,13 +8,16 @@ import torch
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
+from torch.distributed import ReduceOp
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from typing_extensions import override
 
 from pretrain.corpus.batch import Batch
 from pretrain.corpus.packing import Pack
+from pretrain.model.attention import activate_flash_attention
 from pretrain.model.encoder import Encoder
 from pretrain.train.schedule import restore
 from pretrain.train.sharding import shard
@@ -36,10 +39,12 @@ class StepModule(pl.LightningModule):
         initialized_from: Where the weights are from that training starts with, if they are not random.
         max_steps: Optimizer steps of the run, for a schedule that ends with it; the Trainer's, once there is one.
         optimizer_name: Which optimizer `build_optimizer` builds, for what does not go with each.
+        flash_attention: Whose kernels attention on a GPU calls: ``FA2`` are torch's own.
         sick: 1 where the last step was skipped because its loss or gradient was not finite.
     """
 
     optimizer_name: Literal["adamw", "muon"] = "adamw"
+    flash_attention: Literal["FA2", "FA3"] = "FA2"
 
     def __init__(
         self, encoder: Encoder, activation_checkpointing: bool, compile: bool, scheduler_name: str | None
@@ -76,11 +81,15 @@ class StepModule(pl.LightningModule):
 
         Lightning may ask repeatedly. The blocks are alike, so one compilation a shape serves all but the last.
         """
+        if self.flash_attention != "FA2":
+            activate_flash_attention(self.flash_attention)
         if self.compile_blocks:
             # A few shapes each for training and validation, with and without rows; beyond that, torch would quietly
             # run uncompiled.
             torch._dynamo.config.recompile_limit = 32
             torch._dynamo.config.fail_on_recompile_limit_hit = True
+            # Under DDP torch would cut each block into pieces, so that gradients are sent early; blocks do as pieces.
+            torch._dynamo.config.optimize_ddp = False
             for block in self.encoder.blocks:
                 block.compile(dynamic=False)
         if self.device_mesh is not None:
@@ -154,10 +163,16 @@ class StepModule(pl.LightningModule):
         Fused optimizers leave everything as it is where ``found_inf`` is 1 (it is the gradient scaler's way in).
         """
         sick = 1.0 - torch.as_tensor(self._grad_norm).isfinite().float()
-        if self.trainer.world_size > 1:  # the gradients are the same everywhere, but for a process's own faults
-            sick = self.trainer.strategy.reduce(sick, reduce_op="max")
-        self.sick = sick
+        # The gradients are the same everywhere, but for a process's own faults.
+        self.sick = sick = over_processes(self.trainer, sick, ReduceOp.MAX)
         optimizer.found_inf = sick  # type: ignore[attr-defined]
+
+    @override
+    def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        # A number stays on the host: Lightning would put it on the GPU, and wait for the GPU to take it.
+        if isinstance(value, int | float):
+            value = torch.tensor(float(value))
+        super().log(name, value, *args, **kwargs)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Log the step's figures, once, when its last micro-batch is done."""
@@ -191,6 +206,16 @@ class StepModule(pl.LightningModule):
             restore(checkpoint, *self._new_optimizer())
 
 
+def over_processes(trainer: pl.Trainer, tensor: Tensor, operation: ReduceOp.RedOpType) -> Tensor:
+    """A tensor's sum, maximum, ... over all processes, in place.
+
+    Lightning's ``strategy.reduce`` holds a barrier first, at which the host waits for the GPU.
+    """
+    if trainer.world_size > 1:
+        torch.distributed.all_reduce(tensor, operation)
+    return tensor
+
+
 class RunningLoss:
     """Sums of loss, correct predictions and targets, on the device, read once a step."""
 
@@ -211,8 +236,9 @@ class RunningLoss:
     def collect(self, trainer: pl.Trainer) -> tuple[Tensor, Tensor]:
         """Mean loss and accuracy over all targets of all processes; begins anew."""
         assert self._sums is not None
-        sums = torch.cat((self._sums, self._sums.new_tensor([self._targets])))
-        loss, correct, targets = trainer.strategy.reduce(sums, reduce_op="sum")
+        # Filled on the device: to copy the number there would be to wait for the device.
+        sums = torch.cat((self._sums, self._sums.new_full((1,), self._targets)))
+        loss, correct, targets = over_processes(trainer, sums, ReduceOp.SUM)
         self.reset()
         targets = targets.clamp(min=1)
         return (loss / targets).float(), (correct / targets).float()

@@ -10,6 +10,7 @@ import torch
 from typing_extensions import override
 
 from pretrain.corpus.batch import Batch
+from pretrain.corpus.packed import TimedLoader
 from pretrain.train.step import StepModule
 
 
@@ -75,11 +76,10 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 1024, repe
 
 
 class Throughput(pl.Callback):
-    """Logs ``throughput/*`` at every step, over the steps since it last did.
+    """Logs ``throughput/*``, over the steps since the Trainer last passed figures to its loggers.
 
-    It never synchronises a GPU: over many steps the host runs at the GPU's pace. Validation and the writing of
-    checkpoints are not counted. Put it first among the callbacks, so that what others do between batches is not taken
-    for waiting.
+    It never synchronises a GPU: where figures are passed on, the host waits for them, and in between it may run ahead.
+    Validation is not counted.
     """
 
     def __init__(self) -> None:
@@ -88,17 +88,15 @@ class Throughput(pl.Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._peak = self._peak or peak_flops(pl_module.device)[0] * trainer.world_size
+        self._loader = trainer.train_dataloader
         self._last = time.perf_counter()
-        self._tokens, self._flops, self._seconds, self._wait = 0, 0.0, 0.0, 0.0
+        self._begin()
 
-    @override
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
-    ) -> None:
-        now = time.perf_counter()
-        self._wait += now - self._last
-        self._seconds += now - self._last
-        self._last = now
+    def _begin(self) -> None:
+        self._tokens, self._flops, self._seconds, self._waited = 0, 0.0, 0.0, self._seconds_waited()
+
+    def _seconds_waited(self) -> float:
+        return self._loader.seconds_waited if isinstance(self._loader, TimedLoader) else float("nan")
 
     @override
     def on_train_batch_end(
@@ -117,10 +115,11 @@ class Throughput(pl.Callback):
             {
                 "throughput/tokens_per_second": self._tokens * trainer.world_size / self._seconds,
                 "throughput/mfu": self._flops * trainer.world_size / self._seconds / self._peak,
-                "throughput/data_wait": self._wait / self._seconds,
+                "throughput/data_wait": (self._seconds_waited() - self._waited) / self._seconds,
             }
         )
-        self._tokens, self._flops, self._seconds, self._wait = 0, 0.0, 0.0, 0.0
+        if trainer.global_step % max(1, trainer.log_every_n_steps) == 0:  # type: ignore[attr-defined]
+            self._begin()
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

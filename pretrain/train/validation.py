@@ -104,13 +104,14 @@ class Tally:
         bins = 3 * (len(LENGTHS) + 1)
         if self._sums is None:
             self._sums = torch.zeros(bins + self.size + self.size**2, dtype=torch.float64, device=losses.device)
+            self._bounds = torch.tensor(LENGTHS, device=losses.device)
         counted = (batch.targets != IGNORED).double()
         targets = batch.targets.clamp(min=0)
         losses = losses.double() * counted
         correct = (predictions == targets) * counted
         sequence = torch.searchsorted(batch.cu_seqlens[1:].long(), batch.target_positions, right=True)
         lengths = batch.cu_seqlens.diff().long()[sequence.clamp(max=len(batch.cu_seqlens) - 2)]
-        place = 3 * torch.bucketize(lengths, torch.tensor(LENGTHS, device=lengths.device))
+        place = 3 * torch.bucketize(lengths, self._bounds)
         for column, values in enumerate((losses, correct, counted)):
             self._sums.index_add_(0, place + column, values)
         if self.size:

@@ -1,5 +1,9 @@
 """The same code on a GPU: run with `pytest -m gpu`; skipped where there is no CUDA device."""
 
+import json
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -7,6 +11,10 @@ import pytorch_lightning as pl
 import torch
 
 from pretrain import Encoder, EncoderConfig, MLMDataModule, MLMModule
+from pretrain.train.logging import read_metrics
+from pretrain.train.sick import SickSteps
+from pretrain.train.spikes import LossSpikes
+from pretrain.train.throughput import Throughput
 
 pytestmark = [
     pytest.mark.gpu,
@@ -21,14 +29,22 @@ def pack() -> tuple[torch.Tensor, torch.Tensor]:
     return input_ids, torch.cat([torch.zeros(1), lengths.cumsum(0)]).int()
 
 
-@pytest.mark.parametrize("some", [False, True])
-def test_bf16_logits_and_gradients_on_cuda_agree_with_fp32_on_the_cpu(some: bool) -> None:
+POSITIONS = {
+    "all": None,
+    "some of each sequence": range(3, 564, 7),
+    "none of most sequences": range(10, 40),  # whose keys then get a gradient of zero in the last block
+}
+
+
+@pytest.mark.parametrize("asked", POSITIONS)
+def test_bf16_logits_and_gradients_on_cuda_agree_with_fp32_on_the_cpu(asked: str) -> None:
     torch.manual_seed(0)
     cpu = Encoder(CONFIG)
     gpu = Encoder(CONFIG).cuda()
     gpu.load_state_dict(cpu.state_dict())
     input_ids, cu_seqlens = pack()
-    positions = torch.arange(3, len(input_ids), 7) if some else None
+    places = POSITIONS[asked]
+    positions = None if places is None else torch.tensor(list(places))
     expected = cpu(input_ids, cu_seqlens, 300, positions)
     with torch.autocast("cuda", torch.bfloat16):
         found = gpu(input_ids.cuda(), cu_seqlens.cuda(), 300, None if positions is None else positions.cuda())
@@ -80,3 +96,58 @@ def test_padding_with_empty_sequences_changes_nothing_on_cuda() -> None:
         expected, found = encoder(input_ids, cu_seqlens, 300), encoder(padded, bounds, 300)
     torch.testing.assert_close(found[: len(input_ids)], expected)
     assert found.isfinite().all()
+
+
+class Sticklers(pl.Callback):
+    """From the third step on, whatever waits for the GPU is an error."""
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: object) -> None:
+        if trainer.global_step == 2:
+            torch.cuda.set_sync_debug_mode("error")
+
+    def on_train_end(self, *_: object) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+
+    def on_exception(self, *_: object) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_host_never_waits_for_the_gpu_where_nothing_is_logged(
+    proteins: Path, tmp_path: Path, compiled: bool
+) -> None:
+    callbacks = [Throughput(), SickSteps(tmp_path, 0, 10), LossSpikes(tmp_path, []), Sticklers()]
+    trainer = pl.Trainer(
+        max_steps=10,
+        accelerator="gpu",
+        devices=1,
+        precision="bf16-mixed",
+        accumulate_grad_batches=2,
+        gradient_clip_val=1.0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=callbacks,
+    )
+    data = MLMDataModule(str(proteins), max_length=64, global_batch_tokens=2048, static_shapes=True, num_workers=2)
+    trainer.fit(MLMModule(CONFIG, warmup_steps=2, compile=compiled), data)
+    assert trainer.global_step == 10
+
+
+@pytest.mark.parametrize("overlays", [["gpu"], ["gpu", "compile"], ["gpu", "fsdp"]], ids="+".join)
+def test_the_command_line_trains_and_continues_on_a_gpu(
+    tiny: Callable[..., Path], tmp_path: Path, overlays: list[str]
+) -> None:
+    config = tiny(model__encoder={"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2})
+    configs = [part for overlay in overlays for part in ("-c", overlay)]
+    command = [sys.executable, "-m", "pretrain", "fit", "-c", str(config), *configs, "--trainer.devices", "1"]
+    command += ["--run", str(tmp_path / "run")]
+    subprocess.run([*command, "--trainer.max_steps", "4"], check=True, timeout=600)
+    subprocess.run([*command, "--trainer.max_steps", "8", "--allow_change"], check=True, timeout=600)
+    losses = [value for _, name, value in read_metrics(tmp_path / "run" / "metrics.csv") if name == "train/loss"]
+    assert len(losses) == 8
+    assert losses[-1] < losses[0]
+    start = json.loads((tmp_path / "run" / "starts.jsonl").read_text().splitlines()[-1])
+    assert (start["attention"], start["precision"]) == ("varlen_attn (FA2)", "bf16-mixed")
+    assert start["compiled"] is ("compile" in overlays)

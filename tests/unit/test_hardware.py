@@ -1,5 +1,7 @@
 """What the machine cannot run is refused in one line, before anything is written."""
 
+import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,21 +9,30 @@ from typing import Any
 
 import pytest
 import torch
-from torch._dynamo.exc import Unsupported
+from torch._dynamo.exc import FailOnRecompileLimitHit, Unsupported
 
-from pretrain import MLMModule
+from pretrain import EncoderConfig, MLMModule
 from pretrain.errors import UserError
 from pretrain.train.fit import fit
-from pretrain.train.hardware import check_hardware
+from pretrain.train.hardware import check_hardware, out_of_memory
 
 
-def check(precision: str, capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def check(
+    precision: str,
+    capability: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
+    heads: int = 2,
+    flash: bool = True,
+    kernels: str = "FA2",
+) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla V100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: flash)
     trainer: Any = SimpleNamespace(
         strategy=SimpleNamespace(root_device=torch.device("cuda", 0)), precision=precision, world_size=1
     )
-    module: Any = SimpleNamespace(compile_blocks=False)
+    config = EncoderConfig(hidden_size=48, num_attention_heads=heads)
+    module: Any = SimpleNamespace(compile_blocks=False, flash_attention=kernels, encoder=SimpleNamespace(config=config))
     check_hardware(trainer, module, SimpleNamespace(static_shapes=False))  # type: ignore[arg-type]
 
 
@@ -36,11 +47,67 @@ def test_single_precision_on_a_gpu_names_the_overlay(monkeypatch: pytest.MonkeyP
     check("bf16-mixed", (9, 0), monkeypatch)
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_weights_of_another_precision_are_refused(precision: str, tiny: Callable[..., Path], tmp_path: Path) -> None:
+    config = tiny(trainer__precision=precision)
+    with pytest.raises(UserError, match=rf"trainer\.precision is {precision}; .* give bf16-mixed"):
+        fit(["-c", str(config), "--run", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_torch_without_flash_kernels_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"built without varlen_attn .* install torch 2\.11"):
+        check("bf16-mixed", (9, 0), monkeypatch, flash=False)
+
+
+def test_a_torch_without_varlen_attn_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(UserError, match=r"built without varlen_attn .* install torch 2\.11"):
+        check("bf16-mixed", (9, 0), monkeypatch)
+
+
+def test_heads_that_the_kernels_do_not_take_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"heads of 12 dimensions; .* a multiple of 8"):
+        check("bf16-mixed", (9, 0), monkeypatch, heads=4)
+    check("bf16-mixed", (9, 0), monkeypatch, heads=6)
+
+
+def test_kernels_for_another_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"FA3, which is for .* 9\.0 .* has 8\.0: leave it out"):
+        check("bf16-mixed", (8, 0), monkeypatch, kernels="FA3")
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
+    with pytest.raises(UserError, match="flash attention FA3 cannot be used"):
+        check("bf16-mixed", (9, 0), monkeypatch, kernels="FA3")
+
+
+def test_kernels_for_a_gpu_are_refused_on_a_cpu(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"model\.flash_attention is FA3, whose kernels are for GPUs"):
+        fit(["-c", str(tiny(model__flash_attention="FA3")), "--run", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
+def test_kernels_that_are_not_installed_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
+    with pytest.raises(UserError, match=r"flash attention FA3 cannot be used .* --model.flash_attention FA2") as raised:
+        MLMModule(EncoderConfig(16, 1, 2), flash_attention="FA3").configure_model()
+    assert "\n" not in str(raised.value)
+
+
+class TritonError(Exception):
+    """As triton's own, by where it is defined."""
+
+
+TritonError.__module__ = "triton.runtime.errors"
+
+
 @pytest.mark.parametrize(
     ("error", "message"),
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB\n..."), "accumulate_grad_batches 4"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), "accumulate_grad_batches"),
         (Unsupported("no compiler\nfound"), r"model\.compile failed \(no compiler found.*--model.compile false"),
+        (TritonError("no Python.h\nhere"), r"model\.compile failed \(no Python\.h here.*--model.compile false"),
+        (FailOnRecompileLimitHit("limit"), "packs of too many different shapes"),
     ],
 )
 def test_what_fails_in_the_first_step_says_what_to_do(
@@ -50,6 +117,53 @@ def test_what_fails_in_the_first_step_says_what_to_do(
         raise error
 
     monkeypatch.setattr(MLMModule, "training_step", fail)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)  # nothing gets as far as that
+    config = tiny(model__compile=True, data__static_shapes=True)
     with pytest.raises(UserError, match=message) as raised:
-        fit(["-c", str(tiny()), "--run", str(tmp_path / "run")])
+        fit(["-c", str(config), "--run", str(tmp_path / "run")])
     assert "\n" not in str(raised.value)
+
+
+def test_what_went_wrong_elsewhere_is_not_taken_for_the_compiler(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("something else, not out of memory")
+
+    monkeypatch.setattr(MLMModule, "training_step", fail)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)  # nothing gets as far as that
+    config = tiny(model__compile=True, data__static_shapes=True)
+    with pytest.raises(RuntimeError, match="something else"):
+        fit(["-c", str(config), "--run", str(tmp_path / "run")])
+
+
+@pytest.mark.parametrize(
+    ("micro_batches", "recompute", "processes", "said", "unsaid"),
+    [
+        (2, False, 1, ["accumulate_grad_batches 4", "activation_checkpointing", "fsdp.yaml"], "max_length"),
+        (8, False, 1, ["activation_checkpointing", "fsdp.yaml"], "accumulate_grad_batches"),
+        (8, True, 1, ["on several GPUs"], "activation_checkpointing"),
+        (2, True, 4, ["shard the model"], "several GPUs"),
+    ],
+)
+def test_remedies_for_a_full_gpu_are_those_that_work(
+    micro_batches: int, recompute: bool, processes: int, said: list[str], unsaid: str
+) -> None:
+    trainer: Any = SimpleNamespace(world_size=processes, accumulate_grad_batches=micro_batches)
+    module: Any = SimpleNamespace(encoder=SimpleNamespace(activation_checkpointing=recompute), device_mesh=None)
+    message = out_of_memory(trainer, module, SimpleNamespace(global_batch_tokens=512, max_length=64))  # type: ignore[arg-type]
+    assert all(words in message for words in said)
+    assert unsaid not in message
+
+
+def test_what_runs_is_printed_and_logged(
+    tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(["-c", str(tiny(trainer__max_steps=1, model__activation_checkpointing=True)), "--run", str(tmp_path / "run")])
+    said = "1 x cpu, SingleDeviceStrategy, 32-true, attention by SDPA by sequence, not compiled, activations computed"
+    assert said in capsys.readouterr().out
+    start = json.loads((tmp_path / "run" / "starts.jsonl").read_text())
+    assert start["attention"] == "SDPA by sequence"
+    assert start["precision"] == "32-true"
+    assert start["compiled"] is False
+    assert start["activation_checkpointing"] is True

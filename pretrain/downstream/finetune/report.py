@@ -13,7 +13,7 @@ from pretrain.downstream.finetune.metrics import Answers, bootstrap, main_metric
 from pretrain.downstream.finetune.model import FineTuned, load_fine_tuned
 from pretrain.downstream.finetune.module import FineTuneModule
 from pretrain.train.picture import drawing
-from pretrain.train.report import execution, program
+from pretrain.train.report import described, execution, program
 from pretrain.train.run import Run
 
 PICTURE = "test.png"
@@ -36,7 +36,6 @@ def header(run: Run, trainer: pl.Trainer, module: FineTuneModule, data: FineTune
     head = (
         "a linear layer on each residue" if spec.task == "token" else f"{module.pooling} pooling, dense, tanh, output"
     )
-    runs = execution(trainer)
     return "\n".join(
         [
             f"{run.directory}: {begin}",
@@ -47,7 +46,7 @@ def header(run: Run, trainer: pl.Trainer, module: FineTuneModule, data: FineTune
             f"  data      sequences: {sizes}",
             f"  step      {data.global_batch_tokens:,} tokens, at most {data.max_length} of a sequence; an epoch is "
             f"about {max(1, round(epoch)):,} steps",
-            "  hardware  {processes} x {accelerator}, {strategy}, {precision}".format(**runs),
+            f"  hardware  {described(execution(trainer, module))}",
         ]
     )
 
