@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 from pretrain.corpus.store import file_checksum
 from pretrain.corpus.whole import exclusive
@@ -153,7 +153,7 @@ class Cache:
         url = f"{self.url}/{file.name}"
 
         def attempt() -> None:
-            files, remote = _file_system(url)
+            files, remote = file_system(url)
             files.get_file(remote, str(partial))
             if (found := file_checksum(partial)) != file.sha256:
                 raise _CorruptError(f"checksum {found[:12]}... instead of {file.sha256[:12]}...")
@@ -171,7 +171,9 @@ class _CorruptError(Exception):
     """What came is not what was sent."""
 
 
-def with_retries(url: str, attempt: Callable[[], None], attempts: int = ATTEMPTS) -> None:
+def with_retries(
+    url: str, attempt: Callable[[], None], attempts: int = ATTEMPTS, use: Literal["read", "write"] = "read"
+) -> None:
     """Try something with an address until it succeeds, waiting longer each time; each failure is told on stderr.
 
     Raises:
@@ -182,16 +184,17 @@ def with_retries(url: str, attempt: Callable[[], None], attempts: int = ATTEMPTS
         try:
             return attempt()
         except (FileNotFoundError, PermissionError) as error:
-            raise UserError(f"{url}: {_said(error)}; check the address and the rights to read it") from error
+            raise UserError(f"{url}: {_said(error)}; check the address and the rights to {use} it") from error
         except ImportError as error:
             raise UserError(f"{url}: {_said(error)}; s3:// needs `pip install 'pretrain-mlm[s3]'`") from error
         except Exception as error:  # each protocol's library has exceptions of its own
             if isinstance(error, OSError) and (disk_is_full(error) or error.errno in (errno.EACCES, errno.EROFS)):
                 raise
             if number == attempts:
+                done = "read" if use == "read" else "written"
                 raise UserError(
-                    f"{url}: cannot be read ({_said(error)}) in {attempts} attempts; check the address and the "
-                    "network, and give the same command again"
+                    f"{url}: cannot be {done} ({_said(error)}) in {attempts} attempts; "
+                    "check the address and the network, and give the same command again"
                 ) from error
             seconds = min(2.0 ** (number - 1), 60.0)
             print(f"pretrain: warning: {url}: {_said(error)}; again in {seconds:.0f} s", file=sys.stderr, flush=True)
@@ -207,7 +210,8 @@ def _said(error: BaseException) -> str:
     return said[:300] or type(error).__name__
 
 
-def _file_system(url: str) -> tuple[Any, str]:
+def file_system(url: str) -> tuple[Any, str]:
+    """What reads and writes an address, and the path there."""
     import fsspec
 
     files, path = fsspec.core.url_to_fs(url)
@@ -224,7 +228,7 @@ def read_remote(url: str, attempts: int = 3) -> bytes:
     content: list[bytes] = []
 
     def attempt() -> None:
-        files, path = _file_system(url)
+        files, path = file_system(url)
         content.append(files.cat_file(path))
 
     with_retries(url, attempt, attempts)

@@ -80,6 +80,8 @@ def _fit(cli: FitCLI) -> int:
         )
     result = run.result
     if result and cli.finished(result) and run.config and run.config["data"]["train"] == cli.settings["data"]["train"]:
+        if run.mirror and trainer.is_global_zero:
+            run.mirror.push_all()
         _say(f"{run.directory}: finished already (step {run.step} of {trainer.max_steps})")
         _say(cli.summary(result))
         return 0
@@ -137,6 +139,8 @@ def _train(cli: FitCLI) -> int:
     run, trainer, module, data = cli.run, cli.trainer, cli.model, cli.datamodule
     config_text = yaml.safe_dump(cli.settings, sort_keys=False)
     rank_zero_only(run.record_start)(cli.settings, config_text, cli.changes, execution(trainer))
+    if run.mirror and trainer.is_global_zero:
+        run.mirror.push_all(attempts=3)
     _say(cli.header())
     for change in cli.changes:
         _say(f"  changed   {change}")
@@ -165,6 +169,8 @@ def _train(cli: FitCLI) -> int:
         raise
     result = cli.final_figures()
     rank_zero_only(run.record_result)(result)
+    if run.mirror and trainer.is_global_zero:
+        run.mirror.push_all()
     _say(f"\n{run.directory}: finished\n{cli.summary(result)}")
     return 0
 

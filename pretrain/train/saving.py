@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from pretrain.errors import UserError, disk_is_full
 from pretrain.train.checkpoint import link
+from pretrain.train.mirror import Mirror
 
 LAST, BEST = "last.ckpt", "best.ckpt"
 
@@ -44,11 +45,14 @@ class StepCheckpoint(Checkpoint):
     Args:
         directory: Where checkpoints go.
         before_save: Called on all processes before each attempt; what has to be on disk before a checkpoint is.
+        mirror: The copy at ``remote``.
         every_n_steps: Steps between checkpoints; None for none by step.
         every_minutes: Minutes after which one is due in any case.
         keep_last: How many of the newest to keep.
         keep_every_n_steps: Save at the multiples of this, and keep those for good; None for none.
         keep_best: How many of the best by validation loss to keep, saved when validated; None for none.
+        remote: Address to copy each checkpoint and the run's files to, in the background (``s3://bucket/runs/a``, or
+            whatever fsspec knows); a run whose disk is gone continues from there. None for none.
 
     Raises:
         UserError: If an interval or a number to keep is not positive.
@@ -58,11 +62,13 @@ class StepCheckpoint(Checkpoint):
         self,
         directory: Path,
         before_save: Callable[[pl.Trainer], None] = lambda trainer: None,
+        mirror: Mirror | None = None,
         every_n_steps: int | None = None,
         every_minutes: float = 15.0,
         keep_last: int = 2,
         keep_every_n_steps: int | None = None,
         keep_best: int | None = None,
+        remote: str | None = None,
     ) -> None:
         counts = {
             "every_n_steps": every_n_steps,
@@ -77,6 +83,8 @@ class StepCheckpoint(Checkpoint):
                 raise UserError(f"checkpoint.{name} is {count}; give a positive number{remedy}")
         self.directory = Path(directory)
         self.before_save = before_save
+        self.mirror = mirror
+        self.remote = remote
         self.every_n_steps = every_n_steps
         self.every_minutes = every_minutes
         self.keep_last = keep_last
@@ -95,8 +103,9 @@ class StepCheckpoint(Checkpoint):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        best = state_dict["best"].items()
-        self._best = {step: loss for step, loss in best if (self.directory / _name(step)).exists()}
+        there = {path.name for path in self.directory.glob("step-*.ckpt")}
+        there |= set(self.mirror.checkpoints() if self.mirror else ())
+        self._best = {step: loss for step, loss in state_dict["best"].items() if _name(step) in there}
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -118,6 +127,7 @@ class StepCheckpoint(Checkpoint):
         number = self._agreed(trainer, self._signal or 0)
         saved = self._save(trainer) if number or self._due(trainer) else False
         if number:
+            self._finish_copies(trainer)
             raise RunInterruptedError(number, trainer.global_step, saved)
 
     @override
@@ -132,6 +142,12 @@ class StepCheckpoint(Checkpoint):
         """
         if not self._save(trainer):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.directory))
+        self._finish_copies(trainer)
+
+    def _finish_copies(self, trainer: pl.Trainer) -> None:
+        if self.mirror:
+            self.mirror.finish()
+            trainer.strategy.barrier()  # a launcher would end the process that copies when the others have ended
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -215,15 +231,21 @@ class StepCheckpoint(Checkpoint):
         if not trainer.is_global_zero:
             return
         link(self.directory / LAST, _name(step))
-        if self._best:
-            link(self.directory / BEST, _name(next(iter(self._best))))
+        best = [_name(step) for step in self._best]
+        if best and (self.directory / best[0]).exists():
+            link(self.directory / BEST, best[0])
+        if self.mirror:
+            self.mirror.push(self.directory / _name(step), lambda names: self._surplus(names, step, best))
+        for name in self._surplus([path.name for path in self.directory.glob("step-*.ckpt")], step, best):
+            if not self.mirror or name not in self.mirror.in_use:
+                (self.directory / name).unlink()
+
+    def _surplus(self, names: list[str], step: int, best: list[str]) -> list[str]:
+        """Which of these checkpoints are neither among the last, the best nor the permanent ones, after a step."""
         # What is newer than this step was passed over when the run began, or is about to be written anew.
-        files = [path for path in sorted(self.directory.glob("step-*.ckpt")) if path.name <= _name(step)]
-        kept = {_name(best) for best in self._best}
-        for old in files[: -self.keep_last]:
-            permanent = self.keep_every_n_steps and int(old.stem.removeprefix("step-")) % self.keep_every_n_steps == 0
-            if old.name not in kept and not permanent:
-                old.unlink()
+        old = [name for name in sorted(names) if name <= _name(step)][: -self.keep_last]
+        every = self.keep_every_n_steps
+        return [name for name in old if name not in best and not (every and int(name[5:-5]) % every == 0)]
 
 
 def _name(step: int) -> str:

@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 from collections import deque
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -203,6 +204,16 @@ def read_skips(directory: Path) -> list[Skip]:
                 f"{path}:{number + 1}: damaged ({error}); restore it: what the run trains on depends on it"
             ) from error
     return skips
+
+
+def of_history(skips: Sequence[Skip]) -> Callable[[dict[str, Any]], bool]:
+    """Tells the checkpoints of a run that leaves this out from those whose steps a later skip has taken back."""
+
+    def holds(checkpoint: dict[str, Any]) -> bool:
+        known = (data_state(checkpoint) or {}).get("skips", 0)
+        return all(checkpoint["global_step"] <= skip.step for skip in skips[known:])
+
+    return holds
 
 
 def _append(path: Path, line: str) -> None:

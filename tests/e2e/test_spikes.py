@@ -12,7 +12,10 @@ from test_ledger import audit
 from test_resume import equal, events, figures, kill
 
 from pretrain.cli import main
+from pretrain.downstream.load import checkpoint_of, load
+from pretrain.errors import UserError
 from pretrain.train.checkpoint import read_checkpoint
+from pretrain.train.fit import fit as fit_here
 from pretrain.train.spikes import LossSpikes, read_skips
 
 STEPS = 30
@@ -103,6 +106,30 @@ def test_a_branch_of_a_run_that_went_back_continues_from_its_own_checkpoints(
     assert [json.loads(line)["step"] for line in (branch / "starts.jsonl").read_text().splitlines()] == [STEPS, newest]
     code, message = audit(branch, capsys)
     assert code == 0, message
+
+
+def test_until_the_run_has_gone_back_nobody_takes_what_it_takes_back(
+    tiny: Callable[..., Path], fit: Callable[..., int], tmp_path: Path
+) -> None:
+    run, command = tmp_path / "run", ("-c", config(tiny), *REWIND)
+    keep = ("--checkpoint.keep_last", "20")
+    assert fit(*command, *keep, "--run", run, "--trainer.callbacks", _callbacks("rewind", 1)) == -9
+    (skip,) = skips(run)
+    target, *_, newest = (path for path in steps_of(run) if int(path.stem[5:]) >= skip["step"])
+    assert int(target.stem[5:]) == skip["step"] < int(newest.stem[5:])
+    assert checkpoint_of(run)["global_step"] == skip["step"]
+    assert load(run).embedding.weight.equal(read_checkpoint(target)["state_dict"]["encoder.embedding.weight"])
+    with pytest.raises(UserError, match=r"was taken back after a loss spike; give an earlier one"):
+        fit_here(["-c", str(config(tiny)), "--run", str(tmp_path / "branch"), "--branch_from", str(newest)])
+    for path in steps_of(run):
+        if int(path.stem[5:]) <= skip["step"]:
+            path.unlink()
+    with pytest.raises(UserError, match=r"goes back to its first step after a loss spike"):
+        load(run)
+
+
+def steps_of(run: Path) -> list[Path]:
+    return sorted((run / "checkpoints").glob("step-*.ckpt"))
 
 
 def test_without_its_skip_the_audit_fails(
