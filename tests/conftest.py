@@ -171,6 +171,8 @@ def fit() -> Callable[..., int]:
                     process.join()
             assert not late, f"fit {arguments} did not end within 120 s"
         codes = {process.exitcode for process in started}
+        if -signal.SIGKILL in codes:  # another may have noticed, and ended by itself
+            return -signal.SIGKILL
         assert len(codes) == 1, f"fit {arguments} ended with {codes}"
         return codes.pop()  # type: ignore[return-value]
 

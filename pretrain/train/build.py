@@ -112,14 +112,15 @@ class FitCLI(SettingsCLI):
             self.run.check_in_place()
             ledger.write(trainer)
 
-        spikes = LossSpikes(self.run.directory, self.run.skips, **self.config_init.spikes)
+        saving = StepCheckpoint(checkpoints, before_save, self.run.mirror, **self.config_init.checkpoint)
+        spikes = LossSpikes(self.run.directory, self.run.skips, settle=saving.finish, **self.config_init.spikes)
         # What else decides at a validation comes before the checkpoint that follows it.
         callbacks += [
             *self.callbacks(),
             sick,
             spikes,
             ledger,
-            StepCheckpoint(checkpoints, before_save, self.run.mirror, **self.config_init.checkpoint),
+            saving,
         ]
         given = settings.callbacks or []
         plugins = settings.plugins or []

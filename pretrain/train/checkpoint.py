@@ -58,6 +58,16 @@ class AtomicCheckpointIO(CheckpointIO):
         Path(path).unlink(missing_ok=True)
 
 
+def snapshot(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """A copy in host memory that no further step changes."""
+
+    def copy(tensor: Tensor) -> Tensor:
+        return tensor.detach().cpu() if tensor.device.type != "cpu" else tensor.detach().clone()
+
+    copied: dict[str, Any] = tree_map_only(Tensor, copy, checkpoint)
+    return copied
+
+
 def read_checkpoint(path: Path, mapped: bool = True) -> dict[str, Any]:
     """A checkpoint's content on the CPU. Tensors and plain values only: nothing is executed.
 

@@ -157,13 +157,26 @@ def test_going_back_that_does_not_help_ends_the_run(
     assert len(skips(run)) == 2
 
 
+TWO = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
+
+
+def test_two_processes_go_back_together_and_leave_out_what_one_does(
+    tiny: Callable[..., Path], fit: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ("-c", config(tiny), *REWIND, *spike(PLACE))
+    assert fit(*command, "--run", tmp_path / "one") == 0
+    assert fit(*command, "--run", tmp_path / "two", *TWO, processes=2) == 0
+    assert len(skips(tmp_path / "two")) == 1
+    assert read_skips(tmp_path / "two") == read_skips(tmp_path / "one")
+    assert audit(tmp_path / "two", capsys)[0] == 0
+
+
 @pytest.mark.slow
-def test_two_processes_go_back_together(
+def test_processes_that_lightning_has_started_go_back_together(
     tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, here = tmp_path / "run", Path(__file__).parent
-    two = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
-    command = [sys.executable, "-m", "pretrain", "fit", "-c", str(config(tiny)), "--run", str(run), *two, *REWIND]
+    command = [sys.executable, "-m", "pretrain", "fit", "-c", str(config(tiny)), "--run", str(run), *TWO, *REWIND]
     path = os.pathsep.join([str(here), str(here.parents[1])])
     environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "PYTHONPATH": path}
     subprocess.run([*command, *spike(PLACE)], check=True, env=environment, timeout=250)
