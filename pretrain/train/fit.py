@@ -32,8 +32,8 @@ _DESCRIPTION = """Train as the config says, or continue its run where it stopped
 
 Exit codes: 0 the run is finished; 2 a person is needed (one line says for what); 130, 138 and 143 a signal (SIGINT,
 SIGUSR1, SIGTERM) ended it after a whole step: the same command continues it; anything else is a crash, from which the
-same command continues, too. With SIGUSR1 under SLURM (sbatch --signal=USR1@120) the job puts itself back into the
-queue.
+same command continues, too. A second SIGINT ends it at once, without a checkpoint. With SIGUSR1 under SLURM (sbatch
+--signal=USR1@120) the job puts itself back into the queue.
 """
 
 
@@ -153,6 +153,10 @@ def _train(cli: FitCLI) -> int:
         if interruption.signal_number == signal.SIGUSR1 and "SLURM_JOB_ID" in os.environ:
             rank_zero_only(_requeue)(os.environ["SLURM_JOB_ID"])
         return 128 + interruption.signal_number
+    except SystemExit as end:
+        if isinstance(end.__context__, KeyboardInterrupt):  # which Lightning tidied up after, and made an exit of
+            raise end.__context__ from None
+        raise
     except torch.OutOfMemoryError as error:
         raise UserError(f"{run.directory}: {out_of_memory(trainer, data)}") from error
     except TorchDynamoException as error:

@@ -160,7 +160,13 @@ class StepCheckpoint(Checkpoint):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._saved_step, self._tried_time = trainer.global_step, time.monotonic()
+        step = trainer.global_step
+        if (newest := self._agreed(trainer, step)) != (oldest := -self._agreed(trainer, -step)):
+            raise UserError(
+                f"{self.directory}: the processes continue from different steps, {oldest} to {newest}; put the run "
+                "where all machines see the same directory"
+            )
+        self._saved_step, self._tried_time = step, time.monotonic()
         # Lightning's own handlers act in the middle of a step, and broadcast and save inside the handler.
         self._handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
 
