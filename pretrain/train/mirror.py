@@ -17,7 +17,7 @@ from pretrain.corpus.remote import is_remote
 from pretrain.corpus.whole import exclusive
 from pretrain.errors import UserError
 from pretrain.train.lock import locked
-from pretrain.train.run import CHECKPOINTS, LOCK
+from pretrain.train.run import CHECKPOINTS, LOCK, RESULT
 from pretrain.train.spikes import read_skips
 
 _BUCKETS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci"}
@@ -60,10 +60,12 @@ class Mirror:
         So it has, if it has a newer checkpoint there, unless a loss spike took that back: of two histories that with
         more skips is the later one. Where a process trains here, nothing changes.
         """
+        if not (there := self.checkpoints()):
+            return
         self.directory.mkdir(parents=True, exist_ok=True)
         with exclusive(self.directory.with_name(f".{self.directory.name}.mirror.lock")):
             here = sorted(path.name for path in (self.directory / CHECKPOINTS).glob("step-*.ckpt"))
-            if not (there := self.checkpoints()) or (here and here[-1] >= there[-1]):
+            if here and here[-1] >= there[-1]:
                 return
             try:
                 with locked(self.directory / LOCK):
@@ -133,6 +135,8 @@ class Mirror:
         """
         self.finish()
         self._push_files(attempts)
+        if RESULT in self._list("") and not (self.directory / RESULT).exists():  # the run goes on
+            self._remove(RESULT)
         here = sorted((self.directory / CHECKPOINTS).glob("step-*.ckpt"))
         if here and here[-1].name not in self.checkpoints():
             self._put(here[-1], f"{CHECKPOINTS}/{here[-1].name}", attempts)
@@ -150,8 +154,7 @@ class Mirror:
                 self._push_files(ATTEMPTS)
                 self._put(checkpoint, f"{CHECKPOINTS}/{checkpoint.name}", ATTEMPTS)
                 for name in surplus(self.checkpoints()):
-                    files, path = file_system(f"{self.url}/{CHECKPOINTS}/{name}")
-                    files.rm_file(path)
+                    self._remove(f"{CHECKPOINTS}/{name}")
             except Exception as error:  # each protocol's library has exceptions of its own
                 said = " ".join(str(error).split())[:300]
                 print(
@@ -195,6 +198,10 @@ class Mirror:
         with_retries(f"{self.url}/{name}", attempt, 3)
         with to.open("rb") as file:
             os.fsync(file.fileno())
+
+    def _remove(self, name: str) -> None:
+        files, path = file_system(f"{self.url}/{name}")
+        files.rm_file(path)
 
     def _put(self, file: Path, name: str, attempts: int) -> None:
         def attempt() -> None:

@@ -158,6 +158,8 @@ class Run:
                     raise UserError(
                         f"{self.directory}: another process has trained here meanwhile; give the command again"
                     )
+                for path in (self.directory / CHECKPOINTS).glob(".step-*.partial"):  # of a process that was killed
+                    path.unlink()
                 if self.skips:
                     self._take_back()
                 yield

@@ -187,6 +187,17 @@ def test_what_is_written_in_the_background_is_the_state_at_its_step(
     assert (background / "checkpoints" / "last.ckpt").readlink() == Path(written[-1])
 
 
+def test_what_a_killed_process_left_half_written_does_not_stay(
+    tiny: Callable[..., Path], fit: Callable[..., int], tmp_path: Path
+) -> None:
+    run, command = tmp_path / "run", ("-c", tiny(), "--run", tmp_path / "run")
+    assert fit(*command, *kill("save", 2)) == -9
+    (left,) = (run / "checkpoints").glob(".step-*")
+    # The next process saves at other steps, as it does where minutes decide.
+    assert fit(*command, "--checkpoint.every_n_steps", 4) == 0
+    assert not left.exists()
+
+
 def test_what_fails_in_the_background_ends_the_run_and_leaves_the_checkpoint_before(
     tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
