@@ -161,8 +161,16 @@ def test_the_monitor_of_learning_rates_remembers_no_more_than_the_last(proteins:
     monitor = logging.LearningRateMonitor()
     data = MLMDataModule(str(proteins), max_length=64, global_batch_tokens=512)
     module = MLMModule(EncoderConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2))
-    options = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    logger = TensorBoardLogger(tmp_path)
-    trainer = pl.Trainer(accelerator="cpu", logger=logger, callbacks=[monitor], max_steps=6, **options)  # type: ignore[arg-type]
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        logger=TensorBoardLogger(tmp_path),
+        callbacks=[monitor],
+        max_steps=6,
+        log_every_n_steps=1,
+        limit_val_batches=0,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
     trainer.fit(module, data)
     assert {name: len(past) for name, past in monitor.lrs.items()} == {"lr-AdamW": 1}
