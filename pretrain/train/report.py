@@ -31,6 +31,7 @@ def header(run: Run, trainer: pl.Trainer, module: MLMModule, data: MLMDataModule
     begin = f"continues after step {run.step} of {trainer.max_steps}" if run.step else f"{trainer.max_steps} steps"
     start = [f"  branch    of {origin}"] if (origin := run.origin) else []
     start += [f"  weights   from {module.initialized_from}"] if module.initialized_from else []
+    start += [f"  copies    to {run.mirror.url}"] if run.mirror else []
     return "\n".join(
         [
             f"{run.directory}: {begin}",

@@ -8,8 +8,11 @@ import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from test_ledger import audit
 from test_resume import STEPS, equal, figures, final_state, kill
@@ -19,6 +22,7 @@ from pretrain.errors import UserError
 from pretrain.train.checkpoint import AtomicCheckpointIO, newest_checkpoint, read_checkpoint
 from pretrain.train.ledger import Ledger
 from pretrain.train.logging import read_metrics
+from pretrain.train.saving import StepCheckpoint
 
 
 def save(directory: Path, step: int) -> Path:
@@ -185,6 +189,22 @@ def test_what_is_written_in_the_background_is_the_state_at_its_step(
         for part in ("state_dict", "optimizer_states", "lr_schedulers", "MLMDataModule", "loops", "global_step"):
             assert equal(ours[part], theirs[part]), (name, part)
     assert (background / "checkpoints" / "last.ckpt").readlink() == Path(written[-1])
+
+
+def test_processes_that_found_different_checkpoints_do_not_train_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = 9
+    monkeypatch.setattr(
+        StepCheckpoint, "_agreed", lambda self, trainer, value: max(value, others if value > 0 else -others)
+    )
+    trainer: Any = SimpleNamespace(global_step=4)
+    with pytest.raises(UserError, match=r"the processes continue from different steps, 4 to 9; put the run where"):
+        StepCheckpoint(tmp_path).on_train_start(trainer, pl.LightningModule())
+    trainer.global_step = others
+    saving = StepCheckpoint(tmp_path)
+    saving.on_train_start(trainer, pl.LightningModule())
+    saving.teardown(trainer, pl.LightningModule(), "fit")
 
 
 def test_what_a_killed_process_left_half_written_does_not_stay(
