@@ -34,6 +34,7 @@ class Kill(pl.Callback):
             saving: Any = trainer.checkpoint_callback
             saving.finish(trainer)
             saving.mirror.finish()
+            trainer.strategy.barrier()
             self._kill("copied", batch_idx)
         self._kill("batch_start", batch_idx)
 

@@ -63,6 +63,22 @@ def test_a_run_whose_disk_is_gone_continues_from_afar_with_the_same_bits(
     assert not (afar / "result.json").exists()
 
 
+def test_two_processes_fetch_the_newest_one_once_and_continue(
+    tiny: Callable[..., Path], fit: Callable[..., int], tmp_path: Path
+) -> None:
+    straight, broken, afar = tmp_path / "straight", tmp_path / "broken", tmp_path / "afar"
+    command = ("-c", tiny(checkpoint__every_n_steps=1), "--trainer.devices", 2, "--trainer.strategy", "ddp", "--run")
+    remote = ("--checkpoint.remote", f"file://{afar}")
+    assert fit(*command, straight, processes=2) == 0
+    assert fit(*command, broken, *remote, *kill("copied", 9), processes=2) == -9
+    shutil.rmtree(broken)
+    assert fit(*command, broken, *remote, processes=2) == 0
+    assert [json.loads(line)["step"] for line in (broken / "starts.jsonl").read_text().splitlines()] == [0, 4]
+    assert equal(final_state(straight), final_state(broken))
+    assert figures(straight) == figures(broken)
+    assert names(afar) == [STEPS - 1, STEPS]
+
+
 @pytest.mark.parametrize("damage", ["half", "flipped"])
 def test_one_that_was_copied_by_half_is_passed_over_for_the_one_before(
     tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
