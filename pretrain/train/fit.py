@@ -140,7 +140,7 @@ def _train(cli: FitCLI) -> int:
     config_text = yaml.safe_dump(cli.settings, sort_keys=False)
     rank_zero_only(run.record_start)(cli.settings, config_text, cli.changes, execution(trainer))
     if run.mirror and trainer.is_global_zero:
-        run.mirror.push_all(attempts=3)
+        run.mirror.begin()
     _say(cli.header())
     for change in cli.changes:
         _say(f"  changed   {change}")

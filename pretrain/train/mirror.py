@@ -46,6 +46,7 @@ class Mirror:
         self._waiting: tuple[Path, Callable[[list[str]], list[str]]] | None = None
         self._thread: threading.Thread | None = None
         self._running = False
+        self._unreachable = False
         self.in_use: set[str] = set()
 
     # --- what is there ------------------------------------------------------------------------------------------------
@@ -54,13 +55,29 @@ class Mirror:
         """Names of the checkpoints there, the oldest first."""
         return [name for name in self._list(CHECKPOINTS) if re.fullmatch(r"step-\d+\.ckpt", name)]
 
+    def reachable_checkpoints(self) -> list[str]:
+        """As `checkpoints`; none, with a warning, if the address cannot be reached and there is one to go on from here.
+
+        That may be an older one. Then its steps are taken again, to the same bits.
+        """
+        if self._unreachable:
+            return []
+        try:
+            return self.checkpoints()
+        except UserError as error:
+            if not any((self.directory / CHECKPOINTS).glob("step-*.ckpt")):
+                raise
+            self._unreachable = True
+            _warn(f"{error}; the run goes on from what is here")
+            return []
+
     def bring_files(self) -> None:
         """Put the files of the run that lie there in place of those here, where the run has gone on there.
 
         So it has, if it has a newer checkpoint there, unless a loss spike took that back: of two histories that with
         more skips is the later one. Where a process trains here, nothing changes.
         """
-        if not (there := self.checkpoints()):
+        if not (there := self.reachable_checkpoints()):
             return
         self.directory.mkdir(parents=True, exist_ok=True)
         with exclusive(self.directory.with_name(f".{self.directory.name}.mirror.lock")):
@@ -127,13 +144,29 @@ class Mirror:
         if self._thread is not None:
             self._thread.join()
 
-    def push_all(self, attempts: int = ATTEMPTS) -> None:
+    def push_all(self) -> None:
         """Copy, before this returns, what is not there: the newest checkpoint, and the run's files.
 
         Raises:
             UserError: If that fails.
         """
         self.finish()
+        self._push_all(ATTEMPTS)
+
+    def begin(self) -> None:
+        """As `push_all`, before a run trains; if it fails, a run that has begun before goes on with a warning.
+
+        Raises:
+            UserError: If it fails and there is no checkpoint here yet: then the address is probably wrong.
+        """
+        try:
+            self._push_all(3)
+        except UserError as error:
+            if not any((self.directory / CHECKPOINTS).glob("step-*.ckpt")):
+                raise
+            _warn(f"{error}; the run goes on, and tries again with its next checkpoint")
+
+    def _push_all(self, attempts: int) -> None:
         self._push_files(attempts)
         if RESULT in self._list("") and not (self.directory / RESULT).exists():  # the run goes on
             self._remove(RESULT)
@@ -157,12 +190,7 @@ class Mirror:
                     self._remove(f"{CHECKPOINTS}/{name}")
             except Exception as error:  # each protocol's library has exceptions of its own
                 said = " ".join(str(error).split())[:300]
-                print(
-                    f"pretrain: warning: {checkpoint.name} is not copied ({said}); the run goes on, and tries again "
-                    "with its next checkpoint",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                _warn(f"{checkpoint.name} is not copied ({said}); the run goes on, and tries again with its next one")
 
     def _push_files(self, attempts: int) -> None:
         for path in sorted(self.directory.iterdir()):
@@ -216,3 +244,7 @@ class Mirror:
                 raise OSError(f"{stored} of {size} bytes are there")
 
         with_retries(f"{self.url}/{name}", attempt, attempts, "write")
+
+
+def _warn(text: str) -> None:
+    print(f"pretrain: warning: {text}", file=sys.stderr, flush=True)

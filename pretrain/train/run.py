@@ -107,7 +107,7 @@ class Run:
             if not of_history(self.skips)(newest[1]):
                 raise UserError(f"{checkpoint}: was taken back after a loss spike; give an earlier one")
         else:
-            afar = mirror.checkpoints() if mirror else []
+            afar = mirror.reachable_checkpoints() if mirror else []
             bring = mirror.bring if mirror else lambda name, replace: None
             newest = newest_checkpoint(directory / CHECKPOINTS, of_history(self.skips), afar, bring)
             if mirror:

@@ -155,7 +155,7 @@ class StepCheckpoint(Checkpoint):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         there = {path.name for path in self.directory.glob("step-*.ckpt")}
-        there |= set(self.mirror.checkpoints() if self.mirror else ())
+        there |= set(self.mirror.reachable_checkpoints() if self.mirror else ())
         self._best = {step: loss for step, loss in state_dict["best"].items() if _name(step) in there}
 
     @override

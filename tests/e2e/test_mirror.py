@@ -155,6 +155,30 @@ def test_what_the_network_refuses_is_tried_again_and_does_not_stop_the_run(
     assert mirror.checkpoints()[-1] == "step-000000004.ckpt"
 
 
+def test_a_run_starts_again_from_its_disk_while_the_address_cannot_be_reached(
+    tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, run = f"memory://bucket{tmp_path}", tmp_path / "run"
+    command = ["fit", "-c", str(tiny()), "--run", str(run), "--checkpoint.remote", url]
+    assert main([*command, "--trainer.max_steps", "3"]) == 0
+
+    def fail(*_: object, **__: object) -> None:
+        raise ConnectionError("no route to host")
+
+    with monkeypatch.context() as broken:
+        for method in ("ls", "put_file", "get_file"):
+            broken.setattr(type(fsspec.filesystem("memory")), method, fail)
+        assert main([*command, "--trainer.max_steps", "4", "--allow_change"]) == 2  # trained, but not copied
+        error = capsys.readouterr().err
+        assert error.count("the run goes on from what is here") == 1
+        assert error.count("; the run goes on, and tries again with its next checkpoint") == 1
+        assert read_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 4
+        assert main([*command[:-3], str(tmp_path / "new"), *command[-2:]]) == 2  # there may be a run to continue
+        assert not (tmp_path / "new" / "checkpoints").exists()
+    assert main([*command, "--trainer.max_steps", "4", "--allow_change"]) == 0
+    assert Mirror(url, run).checkpoints() == ["step-000000003.ckpt", "step-000000004.ckpt"]
+
+
 def test_what_is_no_address_or_cannot_be_written_is_told_before_the_first_step(
     tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
