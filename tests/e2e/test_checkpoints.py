@@ -191,6 +191,17 @@ def test_what_is_written_in_the_background_is_the_state_at_its_step(
     assert (background / "checkpoints" / "last.ckpt").readlink() == Path(written[-1])
 
 
+def test_a_checkpoint_is_due_after_so_many_minutes_whatever_the_steps(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    run, keep = tmp_path / "run", {"keep_last": 99, "every_minutes": 1e-9}
+    command = ["fit", "-c", str(tiny(checkpoint=keep)), "--run", str(run)]
+    assert main([*command, "--trainer.max_steps", "4"]) == 0
+    assert len(list((run / "checkpoints").glob("step-*.ckpt"))) == 4
+    assert main([*command, "--checkpoint.every_minutes", "60", "--trainer.max_steps", "9", "--allow_change"]) == 0
+    assert len(list((run / "checkpoints").glob("step-*.ckpt"))) == 5  # and the last one
+
+
 def test_processes_that_found_different_checkpoints_do_not_train_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
