@@ -21,6 +21,7 @@ from typing_extensions import override
 from pretrain.errors import UserError, disk_is_full
 from pretrain.train.checkpoint import link, snapshot
 from pretrain.train.mirror import Mirror
+from pretrain.train.sharding import FullyShardedStrategy
 
 LAST, BEST = "last.ckpt", "best.ckpt"
 
@@ -260,8 +261,9 @@ class StepCheckpoint(Checkpoint):
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         self._writing = Writing(step, previous)
         if trainer.is_global_zero:
-            # Further steps change the tensors, so that a thread needs a copy of them.
-            content = snapshot(checkpoint) if self.in_background else checkpoint
+            # Further steps change the tensors, so that a thread needs a copy of them, which FSDP2's are already.
+            live = self.in_background and not isinstance(trainer.strategy, FullyShardedStrategy)
+            content = snapshot(checkpoint) if live else checkpoint
             self._writing.start(lambda: self._write(trainer.strategy.checkpoint_io, content, step), self.in_background)
         if not self.in_background:
             self.finish(trainer)
