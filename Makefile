@@ -16,11 +16,11 @@ quickstart: install ## Train a small protein model from start to finish on a lap
 test: install ## Run the tests, offline and on the CPU
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(bin)/pytest -n 2
 
-faults: install ## Kill runs in every way, on one and two processes, and compare with runs that were not (an hour or more)
+faults: install ## Kill runs in every way, on one and two processes, and compare with runs that were not
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(bin)/pytest -n 2 -m "slow or not slow" tests/faults \
-		$(foreach topic,resume ledger sick_steps spikes branch one_process checkpoints signals,tests/e2e/test_$(topic).py)
+		$(foreach topic,resume ledger sick_steps spikes branch one_process checkpoints signals mirror dropout,tests/e2e/test_$(topic).py)
 
-soak: install ## Train for 30 minutes with kills at random times; check memory, files, processes and curves (MINUTES=5: shorter)
+soak: install ## Train for 30 minutes, the second half with kills at random times; check memory, files, processes and curves (MINUTES=10: shorter)
 	$(bin)/python benchmarks/soak.py --minutes $(or $(MINUTES),30)
 
 lint: install ## Check style, formatting, which package may import which, and the Dockerfile

@@ -3,10 +3,13 @@
 import multiprocessing
 import os
 import random
+import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +31,8 @@ settings.load_profile("pretrain")
 install_import_hook("pretrain.model", "beartype.beartype")  # the shapes in the signatures are checked
 
 _PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["pretrain.train.fit"])  # imports torch once; each run is then a quick fork
+# Imports once what every run imports; each is then a quick fork.
+_PROCESSES.set_forkserver_preload(["pretrain.train.fit", "pandas", "torch.utils.tensorboard"])
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -145,7 +149,8 @@ def _run(arguments: list[str], environment: dict[str, str]) -> None:
 def fit() -> Callable[..., int]:
     """``pretrain fit`` (or another ``command``) in a process of its own; returns its exit code, -9 if it was killed.
 
-    With ``processes``, in several, as torchrun starts them; they talk over the loopback only.
+    With ``processes``, in several, as torchrun starts them; they talk over the loopback only. When one is killed, the
+    others are, too, as a launcher does it.
     """
 
     def run(*arguments: object, processes: int = 1, command: str = "fit") -> int:
@@ -157,14 +162,17 @@ def fit() -> Callable[..., int]:
         started = [_PROCESSES.Process(target=_run, args=(given, environment)) for environment in environments]
         for process in started:
             process.start()
-        for process in started:
-            process.join(120)
-        if any(process.is_alive() for process in started):
-            for process in started:
-                process.kill()
-                process.join()
-            raise AssertionError(f"fit {arguments} did not end within 120 s")
+        end = time.monotonic() + 120
+        while alive := [process for process in started if process.is_alive()]:
+            late = not wait([process.sentinel for process in alive], max(0.0, end - time.monotonic()))
+            if late or any(process.exitcode == -signal.SIGKILL for process in started):
+                for process in alive:
+                    process.kill()
+                    process.join()
+            assert not late, f"fit {arguments} did not end within 120 s"
         codes = {process.exitcode for process in started}
+        if -signal.SIGKILL in codes:  # another may have noticed, and ended by itself
+            return -signal.SIGKILL
         assert len(codes) == 1, f"fit {arguments} ended with {codes}"
         return codes.pop()  # type: ignore[return-value]
 

@@ -153,7 +153,7 @@ class Cache:
         url = f"{self.url}/{file.name}"
 
         def attempt() -> None:
-            files, remote = _file_system(url)
+            files, remote = file_system(url)
             files.get_file(remote, str(partial))
             if (found := file_checksum(partial)) != file.sha256:
                 raise _CorruptError(f"checksum {found[:12]}... instead of {file.sha256[:12]}...")
@@ -207,7 +207,8 @@ def _said(error: BaseException) -> str:
     return said[:300] or type(error).__name__
 
 
-def _file_system(url: str) -> tuple[Any, str]:
+def file_system(url: str) -> tuple[Any, str]:
+    """What reads and writes an address, and the path there."""
     import fsspec
 
     files, path = fsspec.core.url_to_fs(url)
@@ -223,7 +224,7 @@ def put_file(file: Path, url: str) -> None:
     """
 
     def attempt() -> None:
-        files, remote = _file_system(url)
+        files, remote = file_system(url)
         files.put_file(str(file), remote)
 
     with_retries(url, attempt, action="written")
@@ -237,7 +238,7 @@ def get_file(url: str, file: Path) -> bool:
     """
 
     def attempt() -> None:
-        files, remote = _file_system(url)
+        files, remote = file_system(url)
         if files.exists(remote):
             files.get_file(remote, str(file))
 
@@ -249,7 +250,7 @@ def remove_file(url: str) -> None:
     """Remove a file at an address, if it is there."""
 
     def attempt() -> None:
-        files, remote = _file_system(url)
+        files, remote = file_system(url)
         if files.exists(remote):
             files.rm_file(remote)
 
@@ -265,7 +266,7 @@ def written_at(url: str) -> float | None:
     found: list[float | None] = []
 
     def attempt() -> None:
-        files, remote = _file_system(url)
+        files, remote = file_system(url)
         if not files.exists(remote):
             found.append(None)
             return
@@ -287,7 +288,7 @@ def read_remote(url: str, attempts: int = 3) -> bytes:
     content: list[bytes] = []
 
     def attempt() -> None:
-        files, path = _file_system(url)
+        files, path = file_system(url)
         content.append(files.cat_file(path))
 
     with_retries(url, attempt, attempts)

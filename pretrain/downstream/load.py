@@ -16,6 +16,7 @@ from pretrain.model.hf import from_hf_config
 from pretrain.train.checkpoint import data_state, newest_checkpoint, read_checkpoint
 from pretrain.train.pretrained import CONFIG, load_tensors, read_config, read_tensors
 from pretrain.train.run import CHECKPOINTS
+from pretrain.train.spikes import of_history, read_skips
 
 
 def load(path: str | Path) -> PretrainedEncoder:
@@ -54,12 +55,15 @@ def _tokenizer_of_run(serialized: str | None, source: str) -> Tokenizer:
 
 
 def checkpoint_of(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint file, or of a run's newest readable checkpoint."""
+    """The content of a checkpoint file, or of a run's newest readable checkpoint that it has not taken back."""
     if path.is_file():
         return read_checkpoint(path)
     if not path.exists():
         raise UserError(f"{path}: not found; give a run directory, a .ckpt file or a transformers directory")
-    newest = newest_checkpoint(path / CHECKPOINTS)
+    skips = read_skips(path)
+    newest = newest_checkpoint(path / CHECKPOINTS, of_history(skips))
+    if newest is None and skips:
+        raise UserError(f"{path}: goes back to its first step after a loss spike; continue it first")
     if newest is None:
         raise UserError(
             f"{path}: holds neither {CHECKPOINTS}/step-*.ckpt nor config.json; give a run or a transformers directory"

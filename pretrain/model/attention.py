@@ -14,6 +14,11 @@ from torch import Tensor
 
 from pretrain.errors import UserError
 
+NO_DROPOUT = (
+    "attention over packs on CUDA drops no attention weights; set attention_probs_dropout_prob to 0 (model.encoder, or "
+    "the config.json that training starts from), hidden_dropout_prob works on any device"
+)
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -45,6 +50,7 @@ def variable_length_attention(
     value: Float[Tensor, "T H d"],
     queries: Layout,
     keys: Layout,
+    dropout: float = 0.0,
 ) -> Float[Tensor, "Q H d"]:
     """Softmax attention within each sequence, scaled by 1/sqrt(d).
 
@@ -54,6 +60,7 @@ def variable_length_attention(
         value: Values of the same sequences.
         queries: Layout of ``query``.
         keys: Layout of ``key`` and ``value``.
+        dropout: Share of the attention weights to drop; on the CPU only.
 
     Returns:
         The attended values, laid out as ``query``.
@@ -64,12 +71,14 @@ def variable_length_attention(
                 f"attention on CUDA computes in bfloat16 or float16, not in {query.dtype}; train with "
                 "--trainer.precision bf16-mixed (configs/gpu.yaml), or call the model under torch.autocast"
             )
+        if dropout:
+            raise UserError(NO_DROPOUT)
         from torch.nn.attention.varlen import varlen_attn
 
         # By position: the keyword arguments after these changed between torch 2.10 and 2.13.
         layout = (queries.cu_seqlens, keys.cu_seqlens, queries.max_seqlen, keys.max_seqlen)
         return cast(Tensor, varlen_attn(query, key, value, *layout))
-    return cast(Tensor, _attention_by_sequence(query, key, value, queries, keys))
+    return cast(Tensor, _attention_by_sequence(query, key, value, queries, keys, dropout))
 
 
 def activate_flash_attention(implementation: str) -> None:
@@ -95,7 +104,9 @@ def activate_flash_attention(implementation: str) -> None:
 
 # Not compiled: the loop's lengths differ from pack to pack.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _attention_by_sequence(query: Tensor, key: Tensor, value: Tensor, queries: Layout, keys: Layout) -> Tensor:
+def _attention_by_sequence(
+    query: Tensor, key: Tensor, value: Tensor, queries: Layout, keys: Layout, dropout: float
+) -> Tensor:
     assert queries.lengths is not None
     assert keys.lengths is not None
     # Neighbours of the same shape go into one call; the sampler sorts packs by length, so there are many.
@@ -108,6 +119,7 @@ def _attention_by_sequence(query: Tensor, key: Tensor, value: Tensor, queries: L
     for q, k, v, ((rows, _), count) in runs:
         if not rows:
             continue
-        batch = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in (q, k, v))  # [count, H, length, d] each
-        attended.append(F.scaled_dot_product_attention(*batch).transpose(1, 2).flatten(0, 1))
+        q, k, v = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in (q, k, v))  # [count, H, length, d] each
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        attended.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(attended) if attended else query

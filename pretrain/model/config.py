@@ -25,6 +25,9 @@ class EncoderConfig:
         layer_norm_eps: Epsilon of every layer norm.
         rope_theta: Base period of the rotary embedding.
         initializer_range: Standard deviation of the initial weights.
+        hidden_dropout_prob: Share of each block's two outputs that training drops, before they are added to the
+            residual stream.
+        attention_probs_dropout_prob: Share of the attention weights that training drops; on the CPU only.
     """
 
     hidden_size: int = 320
@@ -38,6 +41,8 @@ class EncoderConfig:
     layer_norm_eps: float = 1e-5
     rope_theta: float = 10_000.0
     initializer_range: float = 0.02
+    hidden_dropout_prob: float = 0.0
+    attention_probs_dropout_prob: float = 0.0
 
     def __post_init__(self) -> None:
         if self.intermediate_size is None:
@@ -49,6 +54,10 @@ class EncoderConfig:
                 f"hidden_size {self.hidden_size} cannot be divided into {self.num_attention_heads} heads of even size "
                 f"(rotary embeddings turn pairs); give a multiple of {2 * self.num_attention_heads}"
             )
+
+        for name in DROPOUT:
+            if not 0 <= (share := getattr(self, name)) < 1:
+                raise UserError(f"{name} is {share}; give a share of at least 0 and less than 1")
 
     @classmethod
     def named(cls, size: str) -> "EncoderConfig":
@@ -79,6 +88,11 @@ class EncoderConfig:
         """``intermediate_size``, filled in."""
         assert self.intermediate_size is not None
         return self.intermediate_size
+
+    @property
+    def drops(self) -> bool:
+        """Whether training draws random numbers."""
+        return any(getattr(self, name) for name in DROPOUT)
 
     def check_size(self, elements: int) -> None:
         """Refuse a shape that so many stored numbers cannot fill, before memory is asked for.
@@ -114,6 +128,9 @@ class EncoderConfig:
         head = rows * (2 * width * width + 2 * width * self.vocab_size)
         return float(3 * ((self.num_hidden_layers - 1) * block + last + head))
 
+
+DROPOUT = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+"""The fields that say how to train, and nothing about the function that is trained."""
 
 ESM2_SIZES = {
     "8M": (6, 320, 20),

@@ -147,7 +147,7 @@ class Encoder(nn.Module):
         """All hidden states and all attention maps, for looking inside.
 
         The same function as `forward`, with attention computed from its formula rather than by a kernel: slower, and
-        it holds L x L numbers a head. Arguments as for `forward`.
+        it holds L x L numbers a head, and nothing is dropped. Arguments as for `forward`.
         """
         hidden, rotation, _ = self._embed(input_ids, cu_seqlens)
         lengths = cu_seqlens.diff().tolist()
@@ -235,6 +235,7 @@ class Block(nn.Module):
         self.ffn_norm = nn.LayerNorm(width, config.layer_norm_eps)
         self.ffn_in = nn.Linear(width, config.ffn_size)
         self.ffn_out = nn.Linear(config.ffn_size, width)
+        self.hidden_dropout, self.attention_dropout = config.hidden_dropout_prob, config.attention_probs_dropout_prob
 
     def forward(
         self,
@@ -257,10 +258,14 @@ class Block(nn.Module):
             cos, sin = rotation
             (query,) = rotate(query.unflatten(-1, (1, *self.heads)), (cos[rows.positions], sin[rows.positions]), 1)
             key, value = rotate(key_value.unflatten(-1, (2, *self.heads)), rotation, 1)
-        attended = variable_length_attention(query, key, value, query_layout, layout)
-        hidden = hidden + self.out(attended.flatten(1))
-        output: Tensor = hidden + self.ffn_out(F.gelu(self.ffn_in(self.ffn_norm(hidden))))
+        dropout = self.attention_dropout if self.training else 0.0
+        attended = variable_length_attention(query, key, value, query_layout, layout, dropout)
+        hidden = hidden + self._dropped(self.out(attended.flatten(1)))
+        output: Tensor = hidden + self._dropped(self.ffn_out(F.gelu(self.ffn_in(self.ffn_norm(hidden)))))
         return output
+
+    def _dropped(self, output: Tensor) -> Tensor:
+        return F.dropout(output, self.hidden_dropout) if self.training and self.hidden_dropout else output
 
     def trace(
         self,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pretrain.errors import UserError
-from pretrain.model.config import EncoderConfig
+from pretrain.model.config import DROPOUT, EncoderConfig
 
 _NAMES = {
     "embedding.weight": "esm.embeddings.word_embeddings.weight",
@@ -55,8 +55,7 @@ def to_hf_config(config: EncoderConfig, **special: Any) -> dict[str, Any]:
         "initializer_range": config.initializer_range,
         "position_embedding_type": "rotary",
         "emb_layer_norm_before": False,
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
+        **{name: getattr(config, name) for name in DROPOUT},
         **special,
     }
 
@@ -80,8 +79,9 @@ def from_hf_config(config: dict[str, Any]) -> EncoderConfig:
                 f"{name} is {value!r} in the model's config; only ESM-2 models ({name} {allowed[0]!r}) can be read"
             )
     ours = {field: config[field] for field in EncoderConfig.__dataclass_fields__ if config.get(field) is not None}
-    # Only these two have the same defaults here and there; any other, if missing, would be a guess.
-    if missing := EncoderConfig.__dataclass_fields__.keys() - ours.keys() - {"rope_theta", "initializer_range"}:
+    # Two have the same defaults here and there, dropout does not change the function; any other would be a guess.
+    known = {"rope_theta", "initializer_range", *DROPOUT}
+    if missing := EncoderConfig.__dataclass_fields__.keys() - ours.keys() - known:
         names = ", ".join(sorted(missing))
         raise UserError(f"{names} is missing in the model's config; give the config.json that was saved with it")
     try:

@@ -16,6 +16,7 @@ from pretrain.train.branch import Branch
 from pretrain.train.checkpoint import AtomicCheckpointIO
 from pretrain.train.ledger import Ledger
 from pretrain.train.logging import EventLogger, LearningRateMonitor, MetricsFile, ProgressBar
+from pretrain.train.mirror import Mirror
 from pretrain.train.report import final_figures, header, summary
 from pretrain.train.run import CHECKPOINTS, Run
 from pretrain.train.saving import StepCheckpoint
@@ -64,11 +65,15 @@ class FitCLI(SettingsCLI):
         if config.run is None and first is None:
             raise UserError("no config file and no run directory; give -c CONFIG or --run DIR")
         self.branch: Branch | None = None
+        directory = Path(config.run) if config.run else Path("runs") / first.stem  # type: ignore[union-attr]
+        mirror = Mirror(config.checkpoint.remote, directory) if config.checkpoint.remote else None
+        if mirror:
+            mirror.bring_files()
         if config.branch_from and config.run is None:
             raise UserError("a branch is a run of its own; say where with --run DIR")
         if config.branch_from:
             self.branch = Branch(Path(config.run), Path(config.branch_from))
-        self.run = Run(Path(config.run) if config.run else Path("runs") / first.stem)  # type: ignore[union-attr]
+        self.run = Run(directory, mirror=mirror)
         if self.branch and self.branch.origin:
             self.run.begin_at(self.branch.origin)
         self.settings = yaml.safe_load(self.parser.dump(config))
@@ -107,14 +112,15 @@ class FitCLI(SettingsCLI):
             self.run.check_in_place()
             ledger.write(trainer)
 
-        spikes = LossSpikes(self.run.directory, self.run.skips, **self.config_init.spikes)
+        saving = StepCheckpoint(checkpoints, before_save, self.run.mirror, **self.config_init.checkpoint)
+        spikes = LossSpikes(self.run.directory, self.run.skips, settle=saving.finish, **self.config_init.spikes)
         # What else decides at a validation comes before the checkpoint that follows it.
         callbacks += [
             *self.callbacks(),
             sick,
             spikes,
             ledger,
-            StepCheckpoint(checkpoints, before_save, **self.config_init.checkpoint),
+            saving,
         ]
         given = settings.callbacks or []
         plugins = settings.plugins or []

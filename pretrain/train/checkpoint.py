@@ -5,7 +5,7 @@ import hashlib
 import os
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from io import BufferedRandom
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,16 @@ class AtomicCheckpointIO(CheckpointIO):
     @override
     def remove_checkpoint(self, path: str | Path) -> None:
         Path(path).unlink(missing_ok=True)
+
+
+def snapshot(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """A copy in host memory that no further step changes."""
+
+    def copy(tensor: Tensor) -> Tensor:
+        return tensor.detach().cpu() if tensor.device.type != "cpu" else tensor.detach().clone()
+
+    copied: dict[str, Any] = tree_map_only(Tensor, copy, checkpoint)
+    return copied
 
 
 def read_checkpoint(path: Path, mapped: bool = True) -> dict[str, Any]:
@@ -162,17 +172,36 @@ def _verify(path: Path) -> None:
 
 
 def newest_checkpoint(
-    directory: Path, usable: Callable[[dict[str, Any]], bool] = lambda checkpoint: True
+    directory: Path,
+    usable: Callable[[dict[str, Any]], bool] = lambda checkpoint: True,
+    elsewhere: Sequence[str] = (),
+    bring: Callable[[str, bool], None] = lambda name, replace: None,
 ) -> tuple[Path, dict[str, Any], list[str]] | None:
-    """The newest readable and usable checkpoint of a directory: path, content, why damaged ones were passed over."""
+    """The newest readable and usable checkpoint of a directory: path, content, why damaged ones were passed over.
+
+    Args:
+        directory: Where they are.
+        usable: Whether one that can be read will do.
+        elsewhere: Names of those that can be brought.
+        bring: Puts one of these into the directory; also in the place of a damaged one.
+
+    Raises:
+        UserError: If there are some, and none can be read.
+    """
     problems: list[str] = []
-    for path in sorted(directory.glob("step-*.ckpt"), reverse=True):
-        try:
-            checkpoint = read_checkpoint(path)
-            if usable(checkpoint):
-                return path, checkpoint, problems
-        except UserError as error:
-            problems.append(str(error))
+    here = {path.name for path in directory.glob("step-*.ckpt")}
+    for name in sorted(here.union(elsewhere), reverse=True):
+        path = directory / name
+        for brought in [False] * (name in here) + [True] * (name in elsewhere):
+            try:
+                if brought:
+                    bring(name, name in here)
+                checkpoint = read_checkpoint(path)
+                if usable(checkpoint):
+                    return path, checkpoint, problems
+                break
+            except UserError as error:
+                problems.append(str(error))
     if problems:
         raise UserError(f"{problems[0]}; no other checkpoint is left in {directory}: remove the run to start it again")
     return None

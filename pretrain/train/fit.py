@@ -30,8 +30,8 @@ _DESCRIPTION = """Train as the config says, or continue its run where it stopped
 
 Exit codes: 0 the run is finished; 2 a person is needed (one line says for what); 130, 138 and 143 a signal (SIGINT,
 SIGUSR1, SIGTERM) ended it after a whole step: the same command continues it; anything else is a crash, from which the
-same command continues, too. With SIGUSR1 under SLURM (sbatch --signal=USR1@120) the job puts itself back into the
-queue.
+same command continues, too. A second SIGINT ends it at once, without a checkpoint. With SIGUSR1 under SLURM (sbatch
+--signal=USR1@120) the job puts itself back into the queue.
 """
 
 
@@ -78,6 +78,8 @@ def _fit(cli: FitCLI) -> int:
         )
     result = run.result
     if result and cli.finished(result) and run.config and run.config["data"]["train"] == cli.settings["data"]["train"]:
+        if run.mirror and trainer.is_global_zero:
+            run.mirror.push_all()
         _say(f"{run.directory}: finished already (step {run.step} of {trainer.max_steps})")
         _say(cli.summary(result))
         return 0
@@ -135,6 +137,8 @@ def _train(cli: FitCLI) -> int:
     run, trainer, module, data = cli.run, cli.trainer, cli.model, cli.datamodule
     config_text = yaml.safe_dump(cli.settings, sort_keys=False)
     rank_zero_only(run.record_start)(cli.settings, config_text, cli.changes, execution(trainer, module))
+    if run.mirror and trainer.is_global_zero:
+        run.mirror.begin()
     _say(cli.header())
     for change in cli.changes:
         _say(f"  changed   {change}")
@@ -147,6 +151,10 @@ def _train(cli: FitCLI) -> int:
         if interruption.signal_number == signal.SIGUSR1 and "SLURM_JOB_ID" in os.environ:
             rank_zero_only(_requeue)(os.environ["SLURM_JOB_ID"])
         return 128 + interruption.signal_number
+    except SystemExit as end:
+        if isinstance(end.__context__, KeyboardInterrupt):  # which Lightning tidied up after, and made an exit of
+            raise end.__context__ from None
+        raise
     except Exception as error:
         # Memory may also run out while kernels are tried out, and then that is the reason.
         if is_out_of_memory(error):
@@ -165,6 +173,8 @@ def _train(cli: FitCLI) -> int:
         raise
     result = cli.final_figures()
     rank_zero_only(run.record_result)(result)
+    if run.mirror and trainer.is_global_zero:
+        run.mirror.push_all()
     _say(f"\n{run.directory}: finished\n{cli.summary(result)}")
     return 0
 

@@ -9,7 +9,7 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 
 from pretrain.corpus.packed import PackedDataModule
 from pretrain.errors import UserError
-from pretrain.model.attention import activate_flash_attention
+from pretrain.model.attention import NO_DROPOUT, activate_flash_attention
 from pretrain.train.step import StepModule
 
 _OLDEST_CAPABILITY = (8, 0)  # Ampere: the first with bfloat16, and with the flash kernels behind varlen_attn
@@ -45,6 +45,8 @@ def check_hardware(trainer: pl.Trainer, module: StepModule, data: PackedDataModu
             f"{name} has compute capability {'.'.join(map(str, capability))}; attention over packs and bfloat16 need "
             "8.0 (Ampere) or newer: choose another GPU, or --trainer.accelerator cpu"
         )
+    if module.encoder.config.attention_probs_dropout_prob:
+        raise UserError(f"{name}: {NO_DROPOUT}")
     if trainer.precision != "bf16-mixed":
         raise UserError(
             f"trainer.precision is {trainer.precision}; attention over packs on CUDA computes in bfloat16: "

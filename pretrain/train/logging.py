@@ -225,6 +225,8 @@ class LearningRateMonitor(callbacks.LearningRateMonitor):
     def on_train_batch_start(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         if args[-1] % trainer.accumulate_grad_batches == 0:
             super().on_train_batch_start(trainer, *args, **kwargs)
+            for past in self.lrs.values():
+                del past[:-1]  # Lightning keeps every one: memory that grows with the run
 
 
 class ProgressBar(callbacks.ProgressBar):

@@ -120,6 +120,8 @@ class TrainingMemory:
         # The turned query, what attention gives with its log-sum-exp; the second norm, feed-forward layer and GELU.
         by_row = compute * width * 2 + 4 * config.num_attention_heads
         by_row += weight * width + 4 * _NORM_STATISTICS + compute * (width + 2 * config.ffn_size)
+        if config.hidden_dropout_prob:
+            by_row += 2 * width  # what was dropped, a byte each
         if rows == tokens:
             by_row += compute * width  # the query's part of the whole projection
         else:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from pretrain.errors import UserError
+from pretrain.model.config import DROPOUT
 from pretrain.model.encoder import Encoder
 from pretrain.model.hf import from_hf, from_hf_config
 
@@ -79,7 +80,8 @@ def load_initial_weights(encoder: Encoder, directory: Path) -> None:
         )
     ours, theirs = asdict(encoder.config), asdict(from_hf_config(read_config(directory)))
     for name, value in ours.items():
-        if name != "initializer_range" and value != theirs[name]:  # no say over weights that exist
+        # Those have no say over weights that exist.
+        if name not in ("initializer_range", *DROPOUT) and value != theirs[name]:
             raise UserError(
                 f"model.initialize_from: {directory} has {name} {theirs[name]!r}, model.encoder has {value!r}; the "
                 "fit.yaml that `pretrain import` writes sets them to agree"

@@ -24,16 +24,20 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
 from torch import Tensor
 
 from pretrain.errors import UserError
+from pretrain.model.config import DROPOUT
 from pretrain.train.checkpoint import data_state, link, newest_checkpoint, read_checkpoint, write_whole
 from pretrain.train.lock import Lock, locked
-from pretrain.train.spikes import read_skips
+from pretrain.train.spikes import of_history, read_skips
+
+if TYPE_CHECKING:
+    from pretrain.train.mirror import Mirror
 
 CONFIG, CHECKPOINTS, STARTS, RESULT = "config.yaml", "checkpoints", "starts.jsonl", "result.json"
 LEDGER, SICK, ORIGIN, LOCK = "ledger.csv", "sick.jsonl", "origin.json", ".lock"
@@ -67,6 +71,7 @@ _HISTORY = (
     "trainer.gradient_clip_algorithm",
     "trainer.precision",
 )
+_DROPOUT = tuple(f"model.encoder.{name}" for name in DROPOUT)  # says how to train, not what
 _FREE = ("model.compile", "model.activation_checkpointing", "model.flash_attention", "data.validation_pack_tokens")
 _PACKAGES = ("torch", "pytorch-lightning", "transformers", "numpy", "pyarrow", "tokenizers")
 
@@ -77,13 +82,15 @@ class Run:
     Args:
         directory: Where it is, or will be.
         checkpoint: Its checkpoint to begin with, rather than the newest.
+        mirror: Its copy from afar, where the newest may be.
 
     Raises:
-        UserError: If the directory holds something else, or no checkpoint in it can be read.
+        UserError: If the directory holds something else, no checkpoint in it can be read, or the given one is not of
+            the run's history any more.
     """
 
-    def __init__(self, directory: Path, checkpoint: Path | None = None) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, checkpoint: Path | None = None, mirror: "Mirror | None" = None) -> None:
+        self.directory, self.mirror = directory, mirror
         if directory.exists() and not directory.is_dir():
             raise UserError(f"{directory}: is a file; a run is a directory: choose another with --run")
         self.config: dict[str, Any] | None = None
@@ -97,19 +104,20 @@ class Run:
         newest: tuple[Path, dict[str, Any], list[str]] | None
         if checkpoint:
             newest = checkpoint, read_checkpoint(checkpoint), []
+            if not of_history(self.skips)(newest[1]):
+                raise UserError(f"{checkpoint}: was taken back after a loss spike; give an earlier one")
         else:
-            newest = newest_checkpoint(directory / CHECKPOINTS, self._is_of_this_history)
+            afar = mirror.reachable_checkpoints() if mirror else []
+            bring = mirror.bring if mirror else lambda name, replace: None
+            newest = newest_checkpoint(directory / CHECKPOINTS, of_history(self.skips), afar, bring)
+            if mirror:
+                self.reopened()
         self.checkpoint: Path | None = newest[0] if newest else None
         self.step: int = newest[1]["global_step"] if newest else 0
         self.data_state: dict[str, Any] | None = data_state(newest[1]) if newest else None
         self.hyper_parameters: dict[str, Any] = newest[1].get("hyper_parameters", {}) if newest else {}
         self.problems = newest[2] if newest else []
         self._content = _outline(newest[1]) if newest else {}
-
-    def _is_of_this_history(self, checkpoint: dict[str, Any]) -> bool:
-        """Whether no skip that was decided later takes a checkpoint's steps back."""
-        known = (data_state(checkpoint) or {}).get("skips", 0)
-        return all(checkpoint["global_step"] <= skip.step for skip in self.skips[known:])
 
     def _take_back(self) -> None:
         """Remove the checkpoints of steps that a skip has taken back."""
@@ -150,6 +158,8 @@ class Run:
                     raise UserError(
                         f"{self.directory}: another process has trained here meanwhile; give the command again"
                     )
+                for path in (self.directory / CHECKPOINTS).glob(".step-*.partial"):  # of a process that was killed
+                    path.unlink()
                 if self.skips:
                     self._take_back()
                 yield
@@ -217,7 +227,7 @@ class Run:
         history: list[str] = []
         for name, was, now in changes:
             what = f"{name}: {was!r} -> {now!r}"
-            if name.startswith(_IDENTITY):
+            if name.startswith(_IDENTITY) and name not in _DROPOUT:
                 raise UserError(
                     f"{self.directory}: was started with {name} {was!r}, this config has {now!r}: that would be "
                     "another run; choose another directory with --run, or restore the setting"
@@ -252,7 +262,8 @@ class Run:
                 f"{self.checkpoint}: holds no {', '.join(sorted(missing))}, so a run cannot continue from it; {remedy}"
             )
         theirs = self._content["encoder"]
-        differing = [f"{k} {theirs.get(k)!r}, not {v!r}" for k, v in encoder.items() if theirs.get(k) != v]
+        shape = {name: value for name, value in encoder.items() if name not in DROPOUT}
+        differing = [f"{k} {theirs.get(k)!r}, not {v!r}" for k, v in shape.items() if theirs.get(k) != v]
         ours, saved = _shapes(weights), self._content["weights"]
         for name in sorted(ours.keys() | saved.keys()):
             if ours.get(name) != saved.get(name):
@@ -332,10 +343,15 @@ def _differences(old: dict[str, Any], new: dict[str, Any], defaults: dict[str, A
     for name in sorted({*old, *new}):
         default = defaults.get(name)
         was, now = old.get(name, default), new.get(name)
-        if isinstance(was, dict) and isinstance(now, dict):
+        reordered = prefix + name == "data.validation" and _names(was) != _names(now)  # the first one counts
+        if isinstance(was, dict) and isinstance(now, dict) and not reordered:
             yield from _differences(was, now, default if isinstance(default, dict) else {}, f"{prefix}{name}.")
-        elif was != now:
+        elif was != now or reordered:
             yield f"{prefix}{name}", was, now
+
+
+def _names(value: Any) -> list[str]:
+    return list(value) if isinstance(value, dict) else []
 
 
 def _git_commit() -> str | None:

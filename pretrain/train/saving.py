@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +14,15 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.plugins import CheckpointIO
 from pytorch_lightning.callbacks import Checkpoint
 from torch.distributed import ReduceOp
 from typing_extensions import override
 
 from pretrain.errors import UserError, disk_is_full
-from pretrain.train.checkpoint import link
+from pretrain.train.checkpoint import link, snapshot
+from pretrain.train.mirror import Mirror
+from pretrain.train.sharding import FullyShardedStrategy
 
 LAST, BEST = "last.ckpt", "best.ckpt"
 
@@ -35,21 +39,70 @@ class RunInterruptedError(Exception):
         self.signal_number = signal_number
 
 
+class Writing:
+    """A checkpoint on its way to the disk: written by the first process, the others only know of it.
+
+    Args:
+        step: The step that it is of.
+        best_before: Which ones were the best before it.
+    """
+
+    def __init__(self, step: int, best_before: dict[int, float]) -> None:
+        self.step, self.best_before = step, best_before
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    def start(self, write: Callable[[], None], in_background: bool) -> None:
+        """Write it."""
+        # A daemon, so that a second Ctrl-C leaves at once.
+        self._thread = threading.Thread(target=self._run, args=(write,), daemon=True)
+        self._thread.start()
+        if not in_background:
+            self.wait()
+
+    def _run(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except Exception as error:
+            self._error = error
+
+    def wait(self) -> None:
+        """Until it is written, or could not be."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def result(self) -> None:
+        """Wait, and raise what went wrong."""
+        self.wait()
+        if self._error is not None:
+            raise self._error
+
+    def check(self) -> None:
+        """Raise what has gone wrong so far, but for a full disk."""
+        if self._error is not None and not (isinstance(self._error, OSError) and disk_is_full(self._error)):
+            raise self._error
+
+
 class StepCheckpoint(Checkpoint):
     """Saves at the ends of optimizer steps: every so many, after so much time, at the end, and when a signal asks.
 
-    A checkpoint is written when the next step begins, so that a validation that falls on the same step comes first.
+    A checkpoint is taken when the next step begins, so that a validation that falls on the same step comes first.
     Files are named by step; ``last.ckpt`` is a link to the newest, ``best.ckpt`` to the best. On a full disk the run
     goes on without, and tries again when the next one is due.
 
     Args:
         directory: Where checkpoints go.
         before_save: Called on all processes before each attempt; what has to be on disk before a checkpoint is.
+        mirror: The copy at ``remote``.
         every_n_steps: Steps between checkpoints; None for none by step.
         every_minutes: Minutes after which one is due in any case.
         keep_last: How many of the newest to keep.
         keep_every_n_steps: Save at the multiples of this, and keep those for good; None for none.
         keep_best: How many of the best by validation loss to keep, saved when validated; None for none.
+        remote: Address to copy each checkpoint and the run's files to, in the background (``s3://bucket/runs/a``, or
+            whatever fsspec knows); a run whose disk is gone continues from there. None for none.
+        in_background: Copy what is to be saved, in host memory, and write it while training goes on; otherwise training
+            waits, and no memory is needed for a copy.
 
     Raises:
         UserError: If an interval or a number to keep is not positive.
@@ -59,11 +112,14 @@ class StepCheckpoint(Checkpoint):
         self,
         directory: Path,
         before_save: Callable[[pl.Trainer], None] = lambda trainer: None,
+        mirror: Mirror | None = None,
         every_n_steps: int | None = None,
         every_minutes: float = 15.0,
         keep_last: int = 2,
         keep_every_n_steps: int | None = None,
         keep_best: int | None = None,
+        remote: str | None = None,
+        in_background: bool = True,
     ) -> None:
         counts = {
             "every_n_steps": every_n_steps,
@@ -78,6 +134,10 @@ class StepCheckpoint(Checkpoint):
                 raise UserError(f"checkpoint.{name} is {count}; give a positive number{remedy}")
         self.directory = Path(directory)
         self.before_save = before_save
+        self.mirror = mirror
+        self.remote = remote
+        self.in_background = in_background
+        self._writing: Writing | None = None
         self.every_n_steps = every_n_steps
         self.every_minutes = every_minutes
         self.keep_last = keep_last
@@ -97,20 +157,27 @@ class StepCheckpoint(Checkpoint):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        best = state_dict["best"].items()
-        self._best = {step: loss for step, loss in best if (self.directory / _name(step)).exists()}
+        there = {path.name for path in self.directory.glob("step-*.ckpt")}
+        there |= set(self.mirror.reachable_checkpoints() if self.mirror else ())
+        self._best = {step: loss for step, loss in state_dict["best"].items() if _name(step) in there}
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._saved_step, self._tried_time = trainer.global_step, time.monotonic()
-        # Lightning's own handlers act in the middle of a step, and broadcast and save inside the handler.
-        self._handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
         if trainer.world_size > 1:
             # Lightning shares a SIGTERM at every batch, and waits for the GPU to do so; here it is agreed upon at every
             # step, and between the hosts.
             trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
             if trainer.strategy.root_device.type == "cuda":
                 self._group = torch.distributed.new_group(backend="gloo")
+        step = trainer.global_step
+        if (newest := self._agreed(trainer, step)) != (oldest := -self._agreed(trainer, -step)):
+            raise UserError(
+                f"{self.directory}: the processes continue from different steps, {oldest} to {newest}; put the run "
+                "where all machines see the same directory"
+            )
+        self._saved_step, self._tried_time = step, time.monotonic()
+        # Lightning's own handlers act in the middle of a step, and broadcast and save inside the handler.
+        self._handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._signal is not None and number == signal.SIGINT:
@@ -123,10 +190,15 @@ class StepCheckpoint(Checkpoint):
         """Save, and end the run if a signal came, between two steps."""
         if batch_idx % trainer.accumulate_grad_batches:
             return
+        if self._writing is not None:
+            self._writing.check()
         late = time.monotonic() - self._tried_time > 60 * self.every_minutes
         number = self._agreed(trainer, self._signal or int(late))  # a signal's number is 2 or more
-        saved = self._save(trainer) if number or self._due(trainer.global_step) else False
+        if number or self._due(trainer.global_step):
+            self._save(trainer)
         if number > 1:
+            saved = self.finish(trainer)
+            self._finish_copies(trainer)
             raise RunInterruptedError(number, trainer.global_step, saved)
 
     @override
@@ -139,8 +211,15 @@ class StepCheckpoint(Checkpoint):
         Raises:
             OSError: If the disk is full: the last steps are not safe, and there is no later attempt.
         """
-        if not self._save(trainer):
+        self._save(trainer)
+        if not self.finish(trainer):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.directory))
+        self._finish_copies(trainer)
+
+    def _finish_copies(self, trainer: pl.Trainer) -> None:
+        if self.mirror:
+            self.mirror.finish()
+            trainer.strategy.barrier()  # a launcher would end the process that copies when the others have ended
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -150,6 +229,8 @@ class StepCheckpoint(Checkpoint):
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if self._writing is not None and not isinstance(exception, KeyboardInterrupt):
+            self._writing.wait()  # what begins next looks at the checkpoints
         self.teardown(trainer, pl_module, "fit")
 
     def _due(self, step: int) -> bool:
@@ -171,31 +252,41 @@ class StepCheckpoint(Checkpoint):
             torch.distributed.all_reduce(tensor, ReduceOp.MAX, group=self._group)
         return int(tensor)
 
-    def _save(self, trainer: pl.Trainer) -> bool:
-        """Save this step, unless it is saved; whether the disk took it."""
+    def _save(self, trainer: pl.Trainer) -> None:
+        """Begin to save this step, unless it is saved; what is still being written is waited for first."""
         step = trainer.global_step
-        if step == self._saved_step:
-            return True
+        if self.finish(trainer):
+            return
         self._tried_time = time.monotonic()
-        path = self.directory / _name(step)
         previous, self._best = self._best, self._ranking(step)
-        writes = (
-            lambda: self.before_save(trainer),
-            lambda: self._write(trainer, path),
-            lambda: self._tidy(trainer, step),
-        )
-        if any(self._refused(trainer, write) for write in writes):
+        if self._refused(trainer, lambda: self.before_save(trainer)):
             self._best = previous
             if trainer.is_global_zero:
-                print(
-                    f"pretrain: warning: {path}: {os.strerror(errno.ENOSPC)}; the run goes on, its newest checkpoint "
-                    f"is that after step {self._saved_step}: make room before the next one is due",
-                    file=sys.stderr,
-                    flush=True,
-                )
-            return False
-        self._saved_step = step
-        return True
+                self._warn(step)
+            return
+        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        self._writing = Writing(step, previous)
+        if trainer.is_global_zero:
+            # Further steps change the tensors, so that a thread needs a copy of them, which FSDP2's are already.
+            live = self.in_background and not isinstance(trainer.strategy, FullyShardedStrategy)
+            content = snapshot(checkpoint) if live else checkpoint
+            self._writing.start(lambda: self._write(trainer.strategy.checkpoint_io, content, step), self.in_background)
+        if not self.in_background:
+            self.finish(trainer)
+
+    def finish(self, trainer: pl.Trainer) -> bool:
+        """Wait for what is being written; whether this step is saved. All processes must take part.
+
+        Raises:
+            Exception: Whatever went wrong, but for a full disk, which may have room again by the next time.
+        """
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            if self._refused(trainer, writing.result):
+                self._best = writing.best_before
+            else:
+                self._saved_step = writing.step
+        return self._saved_step == trainer.global_step
 
     def _refused(self, trainer: pl.Trainer, write: Callable[[], None]) -> bool:
         """Whether the disk was too full for a write, on any of the processes."""
@@ -208,28 +299,41 @@ class StepCheckpoint(Checkpoint):
             full = True
         return bool(self._agreed(trainer, int(full)))
 
-    @staticmethod
-    def _write(trainer: pl.Trainer, path: Path) -> None:
+    def _write(self, files: CheckpointIO, content: dict[str, Any], step: int) -> None:
         try:
-            trainer.save_checkpoint(path)
-        except OSError:
-            trainer.strategy.barrier()  # the one at the end of save_checkpoint, where the other processes wait
+            files.save_checkpoint(content, self.directory / _name(step))
+            self._tidy(step)
+        except OSError as error:
+            if disk_is_full(error):
+                self._warn(step)
             raise
 
-    def _tidy(self, trainer: pl.Trainer, step: int) -> None:
+    def _warn(self, step: int) -> None:
+        print(
+            f"pretrain: warning: {self.directory / _name(step)}: {os.strerror(errno.ENOSPC)}; the run goes on, its "
+            f"newest checkpoint is that after step {self._saved_step}: make room before the next one is due",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def _tidy(self, step: int) -> None:
         """Let the links point at the new files, then remove the old ones."""
-        if not trainer.is_global_zero:
-            return
         link(self.directory / LAST, _name(step))
-        if self._best:
-            link(self.directory / BEST, _name(next(iter(self._best))))
+        best = [_name(step) for step in self._best]
+        if best and (self.directory / best[0]).exists():
+            link(self.directory / BEST, best[0])
+        if self.mirror:
+            self.mirror.push(self.directory / _name(step), lambda names: self._surplus(names, step, best))
+        for name in self._surplus([path.name for path in self.directory.glob("step-*.ckpt")], step, best):
+            if not self.mirror or name not in self.mirror.in_use:
+                (self.directory / name).unlink()
+
+    def _surplus(self, names: list[str], step: int, best: list[str]) -> list[str]:
+        """Which of these checkpoints are neither among the last, the best nor the permanent ones, after a step."""
         # What is newer than this step was passed over when the run began, or is about to be written anew.
-        files = [path for path in sorted(self.directory.glob("step-*.ckpt")) if path.name <= _name(step)]
-        kept = {_name(best) for best in self._best}
-        for old in files[: -self.keep_last]:
-            permanent = self.keep_every_n_steps and int(old.stem.removeprefix("step-")) % self.keep_every_n_steps == 0
-            if old.name not in kept and not permanent:
-                old.unlink()
+        old = [name for name in sorted(names) if name <= _name(step)][: -self.keep_last]
+        every = self.keep_every_n_steps
+        return [name for name in old if name not in best and not (every and int(name[5:-5]) % every == 0)]
 
 
 def _nothing() -> None:

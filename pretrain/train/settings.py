@@ -67,8 +67,10 @@ class SettingsCLI(LightningCLI):
             default=20.0,
             help="End the job, and say which process hangs, when nothing was done for so long; null to wait for ever.",
         )
-        parser.add_class_arguments(LossSpikes, "spikes", skip={"run", "skips"}, instantiate=False)
-        parser.add_class_arguments(StepCheckpoint, "checkpoint", skip={"directory", "before_save"}, instantiate=False)
+        parser.add_class_arguments(LossSpikes, "spikes", skip={"run", "skips", "settle"}, instantiate=False)
+        parser.add_class_arguments(
+            StepCheckpoint, "checkpoint", skip={"directory", "before_save", "mirror"}, instantiate=False
+        )
         parser.link_arguments("seed_everything", "data.seed")
         self.link_model(parser)
 

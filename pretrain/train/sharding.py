@@ -58,11 +58,11 @@ class FullyShardedStrategy(ModelParallelStrategy):
         return self._whole(plain.state_dict())
 
     def _whole(self, state: dict[str, Any]) -> dict[str, Any]:
-        """The state with whole tensors on the CPU, on the first process; one tensor at a time, by all together."""
+        """A copy of the state with whole tensors on the CPU, on the first process; one at a time, by all together."""
 
         def gather(tensor: Tensor) -> Tensor | None:
             tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            return tensor.cpu() if self.is_global_zero else None
+            return tensor.detach().to("cpu", copy=True) if self.is_global_zero else None
 
         state = tree_map_only(Tensor, gather, state)
         return state if self.is_global_zero else {}

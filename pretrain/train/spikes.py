@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 from collections import deque
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,6 +63,7 @@ class LossSpikes(pl.Callback):
             from there to the spike.
         margin: See ``rewind``; where no checkpoint is so old, the oldest is taken.
         max_rewinds: How often in a row to go back to the same checkpoint before the run ends.
+        settle: Waits for the checkpoint that is being written, on all processes.
 
     Raises:
         UserError: If one of the numbers cannot be.
@@ -76,6 +78,7 @@ class LossSpikes(pl.Callback):
         rewind: bool = False,
         margin: int = 10,
         max_rewinds: int = 3,
+        settle: Callable[[pl.Trainer], object] = lambda trainer: None,
     ) -> None:
         for name, value, least in (("window", window, 5), ("margin", margin, 0), ("max_rewinds", max_rewinds, 1)):
             if value < least:
@@ -85,6 +88,7 @@ class LossSpikes(pl.Callback):
         self.directory, self.skips = run, skips
         self.threshold, self.rewind, self.margin, self.max_rewinds = threshold, rewind, margin, max_rewinds
         self._losses: deque[float] = deque(maxlen=window)
+        self._settle = settle
         self._in_spike = False
         self._unread: tuple[int, Arriving, int] | None = None
         self._finished: tuple[int, int] | None = None
@@ -161,6 +165,7 @@ class LossSpikes(pl.Callback):
             RewindError: When it is written.
             UserError: If going back to this checkpoint did not help often enough.
         """
+        self._settle(trainer)
         steps = sorted(int(path.stem[5:]) for path in (self.directory / "checkpoints").glob("step-*.ckpt"))
         before = [number for number in steps if number <= step]
         old = [number for number in before if number <= step - self.margin]
@@ -203,6 +208,16 @@ def read_skips(directory: Path) -> list[Skip]:
                 f"{path}:{number + 1}: damaged ({error}); restore it: what the run trains on depends on it"
             ) from error
     return skips
+
+
+def of_history(skips: Sequence[Skip]) -> Callable[[dict[str, Any]], bool]:
+    """Tells the checkpoints of a run that leaves this out from those whose steps a later skip has taken back."""
+
+    def holds(checkpoint: dict[str, Any]) -> bool:
+        known = (data_state(checkpoint) or {}).get("skips", 0)
+        return all(checkpoint["global_step"] <= skip.step for skip in skips[known:])
+
+    return holds
 
 
 def _append(path: Path, line: str) -> None:

@@ -16,6 +16,8 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from typing_extensions import override
 
 from pretrain.corpus.batch import Batch
+from pretrain.corpus.counter import Stream, derive_key
+from pretrain.corpus.packed import PackedDataModule
 from pretrain.corpus.packing import Pack
 from pretrain.model.attention import activate_flash_attention
 from pretrain.model.encoder import Encoder
@@ -133,6 +135,7 @@ class StepModule(pl.LightningModule):
         Its sum over targets is divided by the targets of the *whole* step, so that the gradient does not depend on how
         the step was split; Lightning divides by the micro-batches and DDP by the processes, which is undone here.
         """
+        self._seed_dropout(batch_idx)
         loss, correct = self.batch_loss(batch)
         self._train_loss.add(loss, correct, batch)
         shares = self.trainer.accumulate_grad_batches * self.trainer.world_size
@@ -140,6 +143,19 @@ class StepModule(pl.LightningModule):
         # backward pass makes of it, and the step is skipped.
         nothing = loss.detach() * 0
         return loss * (shares / max(1, batch.pack.step_targets) + nothing)
+
+    def _seed_dropout(self, batch_idx: int) -> None:
+        """Let what is dropped depend on seed, step, process and micro-batch only, not on what was drawn before.
+
+        So a continued run drops the same. Torch draws it from its global generator, of which activation checkpointing
+        keeps the state where a block is computed again.
+        """
+        if not self.encoder.config.drops:
+            return
+        data = getattr(self.trainer, "datamodule", None)
+        seed = data.seed if isinstance(data, PackedDataModule) else 0
+        place = self.trainer.global_step, self.trainer.global_rank, batch_idx % self.trainer.accumulate_grad_batches
+        torch.manual_seed(int(derive_key(seed, Stream.DROPOUT, *place)[0]))
 
     def configure_gradient_clipping(
         self,

@@ -15,7 +15,8 @@ from pretrain.train import spikes
 class Kill(pl.Callback):
     """Kill at the start or the end of a micro-batch, or this process's n-th time in the middle of something else.
 
-    That is a pack of a validation, the writing of a checkpoint, of a corpus, or after it decided to go back.
+    That is a pack of a validation, the writing of a checkpoint, of a corpus, or after it decided to go back. ``copied``
+    is the start of a micro-batch, once all checkpoints have been copied to where they go.
     """
 
     def __init__(self, moment: str, number: int) -> None:
@@ -29,6 +30,12 @@ class Kill(pl.Callback):
             self._write_shard, shards.write_shard = shards.write_shard, self._write_half
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+        if (self.moment, self.number) == ("copied", batch_idx):  # so that it is known what has been copied
+            saving: Any = trainer.checkpoint_callback
+            saving.finish(trainer)
+            saving.mirror.finish()
+            trainer.strategy.barrier()
+            self._kill("copied", batch_idx)
         self._kill("batch_start", batch_idx)
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:

@@ -1,20 +1,28 @@
 """Checkpoints: damage is noticed wherever it is, the right ones are kept, and a full disk ends no run."""
 
+import errno
 import os
 import subprocess
 import sys
+import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from test_ledger import audit
-from test_resume import equal, figures, final_state, kill
+from test_resume import STEPS, equal, figures, final_state, kill
 
+from pretrain.cli import main
 from pretrain.errors import UserError
 from pretrain.train.checkpoint import AtomicCheckpointIO, newest_checkpoint, read_checkpoint
+from pretrain.train.ledger import Ledger
 from pretrain.train.logging import read_metrics
+from pretrain.train.saving import StepCheckpoint
 
 
 def save(directory: Path, step: int) -> Path:
@@ -116,7 +124,9 @@ def test_a_full_disk_costs_checkpoints_but_neither_the_run_nor_a_figure(
     small_disk: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    straight, run, config = tmp_path / "straight", small_disk / "run", tiny(checkpoint__every_n_steps=2)
+    # Written while training waits, so that the disk is full as long as the checkpoint is written.
+    config = tiny(checkpoint={"every_n_steps": 2, "in_background": False})
+    straight, run = tmp_path / "straight", small_disk / "run"
     assert fit("-c", config, "--run", straight) == 0
     # Full from step 3 on; the checkpoints after steps 4 and 6 fail, that after step 8 finds room again.
     command = [sys.executable, "-m", "pretrain", "fit", "-c", config, "--run", run, *fill(small_disk, 6, 15)]
@@ -143,3 +153,98 @@ def test_while_the_disk_is_full_the_checkpoint_before_stays_and_continues(
     (small_disk / "filling").unlink()
     assert fit("-c", config, "--run", run) == 0
     assert equal(final_state(straight), final_state(run))
+
+
+def test_what_is_written_in_the_background_is_the_state_at_its_step(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting, background = tmp_path / "waiting", tmp_path / "background"
+    checkpoints = {"every_n_steps": 3, "keep_last": 9}
+    command = ["fit", "-c", str(tiny(checkpoint=checkpoints)), "--run"]
+    assert main([*command, str(waiting), "--checkpoint.in_background", "false"]) == 0
+
+    micro_batches, write = threading.Condition(), AtomicCheckpointIO.save_checkpoint
+    done = [0]
+
+    def count(*_: object) -> None:
+        with micro_batches:
+            done[0] += 1
+            micro_batches.notify_all()
+
+    def late(
+        self: AtomicCheckpointIO, checkpoint: dict[str, object], path: Path, storage_options: object = None
+    ) -> None:
+        with micro_batches:  # two steps later, if there are so many
+            enough = min(2 * (int(path.stem[5:]) + 2), 2 * STEPS)
+            assert micro_batches.wait_for(lambda: done[0] >= enough, 60)
+        write(self, checkpoint, path)
+
+    monkeypatch.setattr(Ledger, "on_train_batch_start", count, raising=False)
+    monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", late)
+    assert main([*command, str(background)]) == 0
+    written = sorted(path.name for path in (waiting / "checkpoints").glob("step-*.ckpt"))
+    assert written == [f"step-{step:09d}.ckpt" for step in (3, 6, 9, 10)]
+    for name in written:
+        ours, theirs = (read_checkpoint(run / "checkpoints" / name) for run in (background, waiting))
+        for part in ("state_dict", "optimizer_states", "lr_schedulers", "MLMDataModule", "loops", "global_step"):
+            assert equal(ours[part], theirs[part]), (name, part)
+    assert (background / "checkpoints" / "last.ckpt").readlink() == Path(written[-1])
+
+
+def test_a_checkpoint_is_due_after_so_many_minutes_whatever_the_steps(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    run, keep = tmp_path / "run", {"keep_last": 99, "every_minutes": 1e-9}
+    command = ["fit", "-c", str(tiny(checkpoint=keep)), "--run", str(run)]
+    assert main([*command, "--trainer.max_steps", "4"]) == 0
+    assert len(list((run / "checkpoints").glob("step-*.ckpt"))) == 4
+    assert main([*command, "--checkpoint.every_minutes", "60", "--trainer.max_steps", "9", "--allow_change"]) == 0
+    assert len(list((run / "checkpoints").glob("step-*.ckpt"))) == 5  # and the last one
+
+
+def test_processes_that_found_different_checkpoints_do_not_train_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = 9
+    monkeypatch.setattr(
+        StepCheckpoint, "_agreed", lambda self, trainer, value: max(value, others if value > 0 else -others)
+    )
+    trainer: Any = SimpleNamespace(global_step=4)
+    with pytest.raises(UserError, match=r"the processes continue from different steps, 4 to 9; put the run where"):
+        StepCheckpoint(tmp_path).on_train_start(trainer, pl.LightningModule())
+    trainer.global_step = others
+    saving = StepCheckpoint(tmp_path)
+    saving.on_train_start(trainer, pl.LightningModule())
+    saving.teardown(trainer, pl.LightningModule(), "fit")
+
+
+def test_what_a_killed_process_left_half_written_does_not_stay(
+    tiny: Callable[..., Path], fit: Callable[..., int], tmp_path: Path
+) -> None:
+    run, command = tmp_path / "run", ("-c", tiny(), "--run", tmp_path / "run")
+    assert fit(*command, *kill("save", 2)) == -9
+    (left,) = (run / "checkpoints").glob(".step-*")
+    # The next process saves at other steps, as it does where minutes decide.
+    assert fit(*command, "--checkpoint.every_n_steps", 4) == 0
+    assert not left.exists()
+
+
+def test_what_fails_in_the_background_ends_the_run_and_leaves_the_checkpoint_before(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, write = tmp_path / "run", AtomicCheckpointIO.save_checkpoint
+
+    def fail(
+        self: AtomicCheckpointIO, checkpoint: dict[str, object], path: Path, storage_options: object = None
+    ) -> None:
+        if "6" in path.name:
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        write(self, checkpoint, path)
+
+    monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", fail)
+    command = ["fit", "-c", str(tiny()), "--run", str(run)]
+    assert main(command) == 2
+    assert "step-000000006.ckpt: Permission denied" in capsys.readouterr().err.splitlines()[-1]
+    assert (run / "checkpoints" / "last.ckpt").readlink() == Path("step-000000003.ckpt")
+    monkeypatch.undo()
+    assert main(command) == 0

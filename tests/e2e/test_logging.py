@@ -11,6 +11,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pretrain import EncoderConfig, MLMDataModule, MLMModule
+from pretrain.train import logging
 from pretrain.train.checkpoint import read_checkpoint
 from pretrain.train.logging import read_metrics
 from pretrain.train.validation import RESIDUE_CLASSES
@@ -170,3 +171,22 @@ def test_another_of_lightnings_loggers_has_the_same_figures_beside_the_runs_own(
     place = head.split(",").index("train/loss")
     theirs = [float(row.split(",")[place]) for row in rows if row.split(",")[place]]
     assert theirs == pytest.approx([value for _, value in scalars(tmp_path / "run")["train/loss"]], rel=1e-5)
+
+
+def test_the_monitor_of_learning_rates_remembers_no_more_than_the_last(proteins: Path, tmp_path: Path) -> None:
+    monitor = logging.LearningRateMonitor()
+    data = MLMDataModule(str(proteins), max_length=64, global_batch_tokens=512)
+    module = MLMModule(EncoderConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2))
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        logger=TensorBoardLogger(tmp_path),
+        callbacks=[monitor],
+        max_steps=6,
+        log_every_n_steps=1,
+        limit_val_batches=0,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, data)
+    assert {name: len(past) for name, past in monitor.lrs.items()} == {"lr-AdamW": 1}

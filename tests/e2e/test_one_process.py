@@ -22,7 +22,17 @@ def test_a_second_process_is_refused_until_the_first_is_gone_however_it_went(
     run, paused, codes = tmp_path / "run", tmp_path / "paused", []
     config = tiny(data__num_workers=1)  # workers outlive a killed parent by seconds
     pause = ["poison.Pause", "--trainer.callbacks.number=9", f"--trainer.callbacks.file={paused}"]
-    first = ["-c", config, "--run", run, f"--trainer.callbacks+={pause[0]}", *pause[1:]]
+    # Nothing is being written when the second one looks.
+    first = [
+        "-c",
+        config,
+        "--run",
+        run,
+        "--checkpoint.in_background",
+        "false",
+        f"--trainer.callbacks+={pause[0]}",
+        *pause[1:],
+    ]
     thread = threading.Thread(target=lambda: codes.append(fit(*first)))
     thread.start()
     while not paused.exists():

@@ -1,5 +1,6 @@
 """A signal ends a run after a whole step, with a checkpoint and an exit code that tells a scheduler to continue."""
 
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -48,6 +49,19 @@ def test_a_signal_ends_the_run_after_the_step_and_the_same_command_continues_it(
     assert fit("-c", config, "--run", run) == 0
     assert equal(final_state(straight), final_state(run))
     assert figures(straight) == figures(run)
+
+
+def test_a_second_sigint_ends_the_run_at_once(
+    tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, command = tmp_path / "run", ["fit", "-c", str(tiny()), "--run", str(tmp_path / "run")]
+    before = signal.getsignal(signal.SIGINT)
+    twice = {"class_path": "poison.Signal", "init_args": {"number": 8, "name": "SIGINT"}}
+    assert main([*command, "--trainer.callbacks", json.dumps([twice, twice])]) == 130
+    assert capsys.readouterr().err.strip().splitlines()[-1] == "pretrain: error: interrupted"
+    assert read_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 3  # not 5: nothing more was saved
+    assert signal.getsignal(signal.SIGINT) is before
+    assert main(command) == 0
 
 
 def test_under_slurm_the_warning_before_the_time_limit_requeues_the_job_after_the_checkpoint(

@@ -12,7 +12,10 @@ from test_ledger import audit
 from test_resume import equal, events, figures, kill
 
 from pretrain.cli import main
+from pretrain.downstream.load import checkpoint_of, load
+from pretrain.errors import UserError
 from pretrain.train.checkpoint import read_checkpoint
+from pretrain.train.fit import fit as fit_here
 from pretrain.train.spikes import LossSpikes, read_skips
 
 STEPS = 30
@@ -96,13 +99,38 @@ def test_a_branch_of_a_run_that_went_back_continues_from_its_own_checkpoints(
     command = ("-c", config(tiny), *REWIND)
     assert fit(*command, "--run", run, *spike(PLACE)) == 0
     longer = (*command, "--run", branch, "--branch_from", run, "--trainer.max_steps", STEPS + 6)
-    assert fit(*longer, *kill("batch_end", 2 * (STEPS + 5))) == -9
+    saved = ("--checkpoint.in_background", "false")  # by the time of the kill
+    assert fit(*longer, *saved, *kill("batch_end", 2 * (STEPS + 5))) == -9
     newest = int(max((branch / "checkpoints").glob("step-*.ckpt")).stem[5:])
     assert newest > STEPS
     assert fit(*longer) == 0
     assert [json.loads(line)["step"] for line in (branch / "starts.jsonl").read_text().splitlines()] == [STEPS, newest]
     code, message = audit(branch, capsys)
     assert code == 0, message
+
+
+def test_until_the_run_has_gone_back_nobody_takes_what_it_takes_back(
+    tiny: Callable[..., Path], fit: Callable[..., int], tmp_path: Path
+) -> None:
+    run, command = tmp_path / "run", ("-c", config(tiny), *REWIND)
+    keep = ("--checkpoint.keep_last", "20")
+    assert fit(*command, *keep, "--run", run, "--trainer.callbacks", _callbacks("rewind", 1)) == -9
+    (skip,) = skips(run)
+    target, *_, newest = (path for path in steps_of(run) if int(path.stem[5:]) >= skip["step"])
+    assert int(target.stem[5:]) == skip["step"] < int(newest.stem[5:])
+    assert checkpoint_of(run)["global_step"] == skip["step"]
+    assert load(run).embedding.weight.equal(read_checkpoint(target)["state_dict"]["encoder.embedding.weight"])
+    with pytest.raises(UserError, match=r"was taken back after a loss spike; give an earlier one"):
+        fit_here(["-c", str(config(tiny)), "--run", str(tmp_path / "branch"), "--branch_from", str(newest)])
+    for path in steps_of(run):
+        if int(path.stem[5:]) <= skip["step"]:
+            path.unlink()
+    with pytest.raises(UserError, match=r"goes back to its first step after a loss spike"):
+        load(run)
+
+
+def steps_of(run: Path) -> list[Path]:
+    return sorted((run / "checkpoints").glob("step-*.ckpt"))
 
 
 def test_without_its_skip_the_audit_fails(
@@ -130,13 +158,26 @@ def test_going_back_that_does_not_help_ends_the_run(
     assert len(skips(run)) == 2
 
 
+TWO = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
+
+
+def test_two_processes_go_back_together_and_leave_out_what_one_does(
+    tiny: Callable[..., Path], fit: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ("-c", config(tiny), *REWIND, *spike(PLACE))
+    assert fit(*command, "--run", tmp_path / "one") == 0
+    assert fit(*command, "--run", tmp_path / "two", *TWO, processes=2) == 0
+    assert len(skips(tmp_path / "two")) == 1
+    assert read_skips(tmp_path / "two") == read_skips(tmp_path / "one")
+    assert audit(tmp_path / "two", capsys)[0] == 0
+
+
 @pytest.mark.slow
-def test_two_processes_go_back_together(
+def test_processes_that_lightning_has_started_go_back_together(
     tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, here = tmp_path / "run", Path(__file__).parent
-    two = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
-    command = [sys.executable, "-m", "pretrain", "fit", "-c", str(config(tiny)), "--run", str(run), *two, *REWIND]
+    command = [sys.executable, "-m", "pretrain", "fit", "-c", str(config(tiny)), "--run", str(run), *TWO, *REWIND]
     path = os.pathsep.join([str(here), str(here.parents[1])])
     environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "PYTHONPATH": path}
     subprocess.run([*command, *spike(PLACE)], check=True, env=environment, timeout=250)

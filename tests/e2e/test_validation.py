@@ -14,6 +14,9 @@ from test_logging import scalars
 
 from pretrain import EncoderConfig, MLMDataModule, MLMModule
 from pretrain.cli import main
+from pretrain.downstream.inspect import inspect
+from pretrain.errors import UserError
+from pretrain.train.fit import fit as fit_here
 from pretrain.train.validation import LENGTHS, RESIDUE_CLASSES
 
 
@@ -107,3 +110,33 @@ def test_a_set_that_cannot_be_named_is_a_mistake(
     assert main(["fit", "-c", str(tiny(data__validation=sets)), "--run", str(tmp_path / "run")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert said in line
+
+
+def test_another_order_of_the_sets_is_a_change_since_the_first_one_counts(
+    tiny: Callable[..., Path], tmp_path: Path, proteins: Path, far: Path
+) -> None:
+    sets = {"near": str(proteins), "far": str(far)}
+    config = str(tiny())
+
+    def command(sets: dict[str, str], *more: str) -> list[str]:
+        return ["-c", config, "--run", str(tmp_path / "run"), "--data.validation", json.dumps(sets), *more]
+
+    assert main(["fit", *command(sets, "--trainer.max_steps", "2")]) == 0
+    assert main(["fit", *command(sets, "--trainer.max_steps", "2")]) == 0
+    other = dict(reversed(sets.items()))
+    with pytest.raises(UserError, match=r"data\.validation: \{'near': .* -> \{'far': .*add --allow_change"):
+        fit_here(command(other, "--trainer.max_steps", "2"))
+    assert main(["fit", *command(other, "--trainer.max_steps", "3", "--allow_change")]) == 0
+    starts = (tmp_path / "run" / "starts.jsonl").read_text().splitlines()
+    assert any(change.startswith("data.validation: ") for change in json.loads(starts[-1])["changes"])
+
+
+def test_a_result_from_before_sets_had_names_is_told_like_any_other(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert main(["fit", "-c", str(tiny()), "--run", str(run), "--trainer.max_steps", "2"]) == 0
+    told = inspect(run)
+    assert "this run" in told
+    result = json.loads((run / "result.json").read_text())
+    del result["validation"]
+    (run / "result.json").write_text(json.dumps(result))
+    assert inspect(run) == told

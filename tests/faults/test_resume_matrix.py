@@ -4,12 +4,8 @@ The short form is part of every test run; `make faults` runs the whole product o
 other places to kill at.
 """
 
-import contextlib
 import os
 import random
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
@@ -19,7 +15,6 @@ from test_resume import STEPS, equal, figures, final_state, kill
 
 from pretrain.train.ledger import audit
 
-ROOT = Path(__file__).parents[2]
 MOMENTS = ("between_steps", "inside_a_window", "during_validation", "during_a_save", "during_prepare")
 SHORT = {
     (1, 0, 4, 3, "between_steps"),
@@ -30,9 +25,13 @@ SHORT = {
 
 
 def cases() -> Iterator[object]:
-    for case in product((1, 2), (0, 2, 4), (1, 4), (1, 3), MOMENTS):
-        name = "{}ranks-{}workers-{}microbatches-{}kills-{}".format(*case)
-        yield pytest.param(*case, id=name, marks=[] if case in SHORT else pytest.mark.slow)
+    """The whole product; every other case with dropout, so that each value of each axis is met with and without."""
+    axes = ((1, 2), (0, 2, 4), (1, 4), (1, 3), MOMENTS)
+    for case in product(*axes):
+        dropout = 0.2 * (sum(axis.index(value) for axis, value in zip(axes, case, strict=True)) % 2)
+        name = "{}ranks-{}workers-{}microbatches-{}kills-{}".format(*case) + "-dropout" * bool(dropout)
+        marks = [] if case in SHORT else pytest.mark.slow
+        yield pytest.param(*case, dropout, id=name, marks=marks)
 
 
 def places(moment: str, kills: int, accumulate: int, draw: random.Random) -> list[tuple[str, int]]:
@@ -48,40 +47,28 @@ def places(moment: str, kills: int, accumulate: int, draw: random.Random) -> lis
     return [({"during_validation": "validation", "during_prepare": "prepare"}[moment], 1)] * kills
 
 
-def train(fit: Callable[..., int], processes: int, *arguments: object) -> int:
-    """Exit code of ``pretrain fit``; -9 when the first process was killed, and then the others are gone, too."""
-    if processes == 1:
-        return fit(*arguments)
-    settings = ("--trainer.devices", processes, "--trainer.strategy", "ddp")
-    command = [sys.executable, "-m", "pretrain", "fit", *map(str, (*arguments, *settings))]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "e2e")])
-    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "PYTHONPATH": path}
-    process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
-    try:
-        return process.wait(200)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-
-
 @pytest.fixture(scope="session")
 def straight_runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """The run that never stopped, once for each number of processes and micro-batches: workers change no bit."""
-    runs: dict[tuple[int, int], Path] = {}
+    """The run that never stopped, once for each setting that changes bits; workers do not."""
+    runs: dict[tuple[object, ...], Path] = {}
 
-    def run(fit: Callable[..., int], config: Path, processes: int, accumulate: int) -> Path:
-        key = (processes, accumulate)
+    def run(fit: Callable[..., int], config: Path, processes: int, *settings: object) -> Path:
+        key = (processes, *settings)
         if key not in runs:
             directory = tmp_path_factory.mktemp("straight") / "run"
-            settings = ("--data.num_workers", 0)
-            assert train(fit, processes, "-c", config, "--run", directory, *settings) == 0
+            arguments = ("-c", config, "--run", directory, "--data.num_workers", 0, *in_processes(processes))
+            assert fit(*arguments, processes=processes) == 0
             runs[key] = directory
         return runs[key]
 
     return run
 
 
-@pytest.mark.parametrize(("processes", "workers", "accumulate", "kills", "moment"), list(cases()))
+def in_processes(number: int) -> list[str]:
+    return ["--trainer.devices", str(number), "--trainer.strategy", "ddp"] if number > 1 else []
+
+
+@pytest.mark.parametrize(("processes", "workers", "accumulate", "kills", "moment", "dropout"), list(cases()))
 def test_a_run_that_was_killed_ends_with_the_bits_of_one_that_never_stopped(
     tiny: Callable[..., Path],
     fit: Callable[..., int],
@@ -93,15 +80,23 @@ def test_a_run_that_was_killed_ends_with_the_bits_of_one_that_never_stopped(
     accumulate: int,
     kills: int,
     moment: str,
+    dropout: float,
 ) -> None:
     seed = os.environ.get("FAULTS_SEED", "0")
     draw = random.Random(f"{seed} {processes} {workers} {accumulate} {kills} {moment}")
-    config = tiny(data__num_workers=workers, trainer__accumulate_grad_batches=accumulate)
-    straight, broken = straight_runs(fit, config, processes, accumulate), tmp_path / "broken"
-    monkeypatch.setenv("PRETRAIN_CACHE", str(tmp_path / "cache"))  # so that there is something to prepare
+    config = tiny(
+        data__num_workers=workers,
+        trainer__accumulate_grad_batches=accumulate,
+        model__encoder__hidden_dropout_prob=dropout,
+        model__encoder__attention_probs_dropout_prob=dropout / 2,
+    )
+    straight, broken = straight_runs(fit, config, processes, accumulate, dropout), tmp_path / "broken"
+    if moment == "during_prepare":  # so that there is something to prepare
+        monkeypatch.setenv("PRETRAIN_CACHE", str(tmp_path / "cache"))
+    command = ("-c", config, "--run", broken, *in_processes(processes))
     for place in places(moment, kills, accumulate, draw):
-        assert train(fit, processes, "-c", config, "--run", broken, *kill(*place)) == -9, f"not killed at {place}"
-    assert train(fit, processes, "-c", config, "--run", broken) == 0
+        assert fit(*command, *kill(*place), processes=processes) == -9, f"not killed at {place}"
+    assert fit(*command, processes=processes) == 0
     assert equal(final_state(straight), final_state(broken))
     assert figures(straight) == figures(broken)
     assert (straight / "ledger.csv").read_bytes() == (broken / "ledger.csv").read_bytes()

@@ -104,6 +104,26 @@ def test_logits_of_a_sequence_alone_equal_transformers(shape: str, token_dropout
         )
 
 
+@pytest.mark.parametrize("attention", [0.0, 0.2])
+@pytest.mark.parametrize("hidden", [0.0, 0.3])
+@torch.no_grad()
+def test_training_drops_in_the_places_where_transformers_drops(hidden: float, attention: float) -> None:
+    """On one sequence both draw the same random numbers, so what is computed must be the same."""
+    encoder = pair()[0]
+    config = replace(encoder.config, hidden_dropout_prob=hidden, attention_probs_dropout_prob=attention)
+    dropping = Encoder(config).train()
+    dropping.load_state_dict(encoder.state_dict())
+    reference = same_weights(dropping).train()
+    reference.set_attn_implementation("sdpa" if attention else "eager")
+    (sequence,) = sequences([90])
+    torch.manual_seed(5)
+    ours = dropping(*pack([sequence]))
+    torch.manual_seed(5)
+    close(ours, reference(sequence[None], attention_mask=torch.ones_like(sequence)[None]).logits[0])
+    assert torch.equal(ours, encoder(*pack([sequence]))) == (hidden == attention == 0)
+    assert torch.equal(dropping.eval()(*pack([sequence])), encoder(*pack([sequence])))
+
+
 @pytest.mark.parametrize("token_dropout", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
 @torch.no_grad()

@@ -24,6 +24,7 @@ def check(
     heads: int = 2,
     flash: bool = True,
     kernels: str = "FA2",
+    attention_dropout: float = 0.0,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla V100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
@@ -31,7 +32,7 @@ def check(
     trainer: Any = SimpleNamespace(
         strategy=SimpleNamespace(root_device=torch.device("cuda", 0)), precision=precision, world_size=1
     )
-    config = EncoderConfig(hidden_size=48, num_attention_heads=heads)
+    config = EncoderConfig(48, num_attention_heads=heads, attention_probs_dropout_prob=attention_dropout)
     module: Any = SimpleNamespace(compile_blocks=False, flash_attention=kernels, encoder=SimpleNamespace(config=config))
     check_hardware(trainer, module, SimpleNamespace(static_shapes=False))  # type: ignore[arg-type]
 
@@ -45,6 +46,11 @@ def test_single_precision_on_a_gpu_names_the_overlay(monkeypatch: pytest.MonkeyP
     with pytest.raises(UserError, match=r"trainer\.precision is 32-true; .* configs/gpu\.yaml"):
         check("32-true", (9, 0), monkeypatch)
     check("bf16-mixed", (9, 0), monkeypatch)
+
+
+def test_attention_dropout_on_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"drops no attention weights; set attention_probs_dropout_prob to 0"):
+        check("bf16-mixed", (9, 0), monkeypatch, attention_dropout=0.1)
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "64-true"])

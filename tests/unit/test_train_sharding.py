@@ -12,10 +12,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
+from torch.utils._pytree import tree_leaves
 
 from pretrain import Encoder, EncoderConfig
 from pretrain.errors import UserError
-from pretrain.train.sharding import shard
+from pretrain.train.sharding import FullyShardedStrategy, shard
 
 CONFIG = EncoderConfig(hidden_size=16, num_hidden_layers=3, num_attention_heads=2)
 
@@ -109,3 +110,25 @@ def test_tensor_parallelism_is_refused() -> None:
     mesh = {"data_parallel": None, "tensor_parallel": SimpleNamespace(size=lambda: 2)}
     with pytest.raises(UserError, match=r"tensor_parallel_size is 2.*FullyShardedStrategy"):
         shard(Encoder(CONFIG), mesh, "32-true")
+
+
+def test_what_is_saved_is_a_copy_that_later_steps_do_not_change(mesh: DeviceMesh) -> None:
+    torch.manual_seed(0)
+    encoder = Encoder(CONFIG)
+    shard(encoder, mesh, "32-true")
+    optimizer = torch.optim.AdamW(encoder.parameters(), lr=1e-2)
+
+    def step() -> None:
+        encoder(torch.arange(4, 24), torch.tensor([0, 20]).int()).sum().backward()
+        optimizer.step()
+
+    step()
+    first = SimpleNamespace(is_global_zero=True)
+    live = {"weights": encoder.state_dict(), "optimizer": optimizer.state_dict()}
+    taken = tree_leaves(FullyShardedStrategy._whole(first, live))  # type: ignore[arg-type]
+    before = [copy.deepcopy(leaf) for leaf in taken]
+    step()
+    now = tree_leaves(FullyShardedStrategy._whole(first, live))  # type: ignore[arg-type]
+    tensors = [(a, b, c) for a, b, c in zip(before, taken, now, strict=True) if isinstance(a, torch.Tensor)]
+    assert all(torch.equal(a, b) for a, b, _ in tensors)
+    assert sum(not torch.equal(b, c) for _, b, c in tensors) > 0.9 * len(tensors)

@@ -19,6 +19,7 @@ from pretrain.model.encoder import Encoder
 from pretrain.train.checkpoint import data_state
 from pretrain.train.run import CHECKPOINTS
 from pretrain.train.saving import BEST
+from pretrain.train.spikes import of_history, read_skips
 
 
 @dataclass
@@ -62,6 +63,8 @@ def load_fine_tuned(path: Path) -> FineTuned:
     """
     best = path / CHECKPOINTS / BEST
     checkpoint = checkpoint_of(best if best.exists() else path)
+    if not of_history(read_skips(path))(checkpoint):
+        checkpoint = checkpoint_of(path)
     if not is_fine_tuned(checkpoint):
         raise UserError(f"{path}: was pre-trained, not fine-tuned; fine-tune it first: pretrain finetune --from {path}")
     encoder = encoder_of(checkpoint, path)
