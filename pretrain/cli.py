@@ -85,6 +85,12 @@ deletions, too. The wild type is --sequence or --fasta, or each row's own column
 the substitutions in `mutant`; every row is checked against it."""
 
 
+_CONTACTS = """Contacts are pairs of residues whose Cβ are closer than 8 Å. A logistic regression over the attention
+maps tells them: the model's own, as published ESM-2 models bring one, or one that --fit makes of some structures (the
+paper takes twenty). Of structures (--structures) the precision of the most probable pairs is printed. Sequences are
+taken whole; memory grows with the square of their length."""
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:  # type: ignore[override]
         raise UserError(f"{message}; see `{self.prog} --help`")
@@ -200,6 +206,23 @@ def _parser() -> argparse.ArgumentParser:
     _add_device(command)
     _add_reading(command)
     command.set_defaults(command=_fill)
+
+    command = commands.add_parser("contacts", help="which residues touch, read from attention", description=_CONTACTS)
+    command.add_argument("model", type=Path, metavar="MODEL", help="a run, a checkpoint or a transformers directory")
+    command.add_argument("sources", nargs="*", metavar="SOURCE", help="sequences, as for prepare")
+    command.add_argument("--out", type=Path, metavar="FILE", help=".npz, .safetensors or .csv, a map for each sequence")
+    command.add_argument("--picture", type=Path, metavar="PNG", help="draw the first maps")
+    pdb = "PDB, mmCIF files, or directories of them"
+    command.add_argument(
+        "--structures", nargs="+", default=[], type=Path, metavar="PATH", help=f"compare with these: {pdb}"
+    )
+    group = command.add_argument_group("the regression (default: the model's own)")
+    group.add_argument("--fit", nargs="+", default=[], type=Path, metavar="PATH", help="fit one on these structures")
+    group.add_argument("--regression", type=Path, metavar="FILE", help="take one that was fitted before")
+    group.add_argument("--save_regression", type=Path, metavar="FILE", help="keep it: .safetensors")
+    _add_device(command)
+    _add_reading(command)
+    command.set_defaults(command=_contacts)
 
     command = commands.add_parser("score", help="effects of protein variants, without training", description=_SCORE)
     command.add_argument("model", type=Path, metavar="MODEL", help="a run, a checkpoint or a transformers directory")
@@ -378,6 +401,17 @@ def _fill(options: argparse.Namespace) -> int:
     given = options.texts, options.file, options.top, options.out, reading, options.device
     for line in fill(options.model, *given):
         print(line)
+    return 0
+
+
+def _contacts(options: argparse.Namespace) -> int:
+    from pretrain.corpus.sources import SourceOptions
+    from pretrain.downstream.contacts import contacts
+
+    reading = SourceOptions(options.kind, options.document, options.text_column, options.id_column)
+    regression = options.fit, options.regression, options.save_regression
+    given = options.out, options.structures, *regression, options.picture, reading, options.device
+    print(contacts(options.model, options.sources, *given))
     return 0
 
 

@@ -19,8 +19,9 @@ from pretrain.downstream.inspect import inspect
 from pretrain.downstream.load import checkpoint_of, encoder_of
 from pretrain.downstream.tokenizer_files import write_tokenizer
 from pretrain.errors import UserError
+from pretrain.model.contacts import ContactRegression
 from pretrain.model.encoder import Encoder
-from pretrain.model.hf import to_hf, to_hf_config
+from pretrain.model.hf import contacts_to_hf, to_hf, to_hf_config
 from pretrain.train.logging import METRICS_FILE, read_metrics
 from pretrain.train.run import CONFIG, RESULT
 
@@ -54,7 +55,7 @@ def export(run: Path, out: Path) -> str:
     max_length = settings["data"]["max_length"]
 
     with new_directory(out) as partial:
-        write_model(encoder, tokenizer, max_length, partial)
+        write_model(encoder, tokenizer, max_length, partial, encoder.contacts)
         write_tokenizer(tokenizer, max_length, partial)
         result = json.loads((home / RESULT).read_text(encoding="utf-8")) if (home / RESULT).is_file() else {}
         settings, changes = settings_at(settings, home, checkpoint["global_step"])
@@ -106,7 +107,9 @@ def new_directory(out: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _hf_model(encoder: Encoder, tokenizer: Tokenizer, max_length: int) -> Any:
+def _hf_model(
+    encoder: Encoder, tokenizer: Tokenizer, max_length: int, contacts: ContactRegression | None = None
+) -> Any:
     from transformers import EsmConfig, EsmForMaskedLM
 
     config = EsmConfig(
@@ -120,9 +123,10 @@ def _hf_model(encoder: Encoder, tokenizer: Tokenizer, max_length: int) -> Any:
         )
     )
     model = EsmForMaskedLM(config)
-    missing, unexpected = model.load_state_dict(to_hf(encoder.state_dict()), strict=False)
-    assert not unexpected, unexpected
-    assert all(name.startswith("esm.contact_head.") for name in missing), missing
+    # No contact regression was fitted: better none than a random one.
+    maps = encoder.config.num_hidden_layers * encoder.config.num_attention_heads
+    contacts = contacts or ContactRegression(torch.zeros(maps), torch.zeros(()))
+    model.load_state_dict({**to_hf(encoder.state_dict()), **contacts_to_hf(contacts)})
     return model.eval()
 
 
@@ -140,11 +144,11 @@ def _without_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def write_model(encoder: Encoder, tokenizer: Tokenizer, max_length: int, out: Path) -> None:
+def write_model(
+    encoder: Encoder, tokenizer: Tokenizer, max_length: int, out: Path, contacts: ContactRegression | None = None
+) -> None:
     """Write ``config.json`` and ``model.safetensors``, or its shards and their index, into the directory ``out``."""
-    model = _hf_model(encoder, tokenizer, max_length)
-    for parameter in model.esm.contact_head.parameters():
-        torch.nn.init.zeros_(parameter)  # no contact head was trained: better none than a random one
+    model = _hf_model(encoder, tokenizer, max_length, contacts)
     # Under the names that the model itself and every published ESM-2 have, not those of TensorFlow's times.
     with _without_bars():
         model.save_pretrained(out, save_original_format=False, max_shard_size=SHARD_SIZE)
