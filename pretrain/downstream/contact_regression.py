@@ -45,18 +45,15 @@ def fit_regression(model: PretrainedEncoder, structures: Sequence[Structure]) ->
         raise UserError(
             "regressions are fitted by scikit-learn, which is missing; pip install 'pretrain-mlm[contacts]'"
         ) from error
-    labels = np.concatenate([structure.contacts() for structure in structures])
-    if not labels.any() or labels.all():
-        raise UserError(
-            f"of {len(labels):,} pairs in the structures to fit on, {'all' if labels.any() else 'none'} touch; give "
-            "more structures"
-        )
+    labels = contact_labels(structures)
     features = np.empty((len(labels), model.config.num_hidden_layers * model.config.num_attention_heads))
     row = 0
     for ids, structure in _encoded(model, structures):
         first, second = (torch.from_numpy(places) for places in structure.pairs)
         features[row : row + len(first)] = pair_features(model, ids, first, second)
         row += len(first)
+    if not np.isfinite(features).all():
+        raise UserError("the model's attention is not finite; take an earlier checkpoint")
     # Its own random numbers, so that a training run that asks for it draws the same as one that does not.
     regression = LogisticRegression(C=_STRENGTH, l1_ratio=1.0, solver="liblinear", max_iter=1000, random_state=0)
     with warnings.catch_warnings():
@@ -65,6 +62,21 @@ def fit_regression(model: PretrainedEncoder, structures: Sequence[Structure]) ->
     return ContactRegression(
         torch.from_numpy(regression.coef_[0]).float(), torch.tensor(float(regression.intercept_[0]))
     )
+
+
+def contact_labels(structures: Sequence[Structure]) -> NDArray[np.bool_]:
+    """What a regression is to tell apart: whether each pair touches, structure by structure.
+
+    Raises:
+        UserError: If all pairs are alike.
+    """
+    labels = np.concatenate([structure.contacts() for structure in structures])
+    if not labels.any() or labels.all():
+        raise UserError(
+            f"of {len(labels):,} pairs in the structures to fit on, {'all' if labels.any() else 'none'} touch; give "
+            "more structures"
+        )
+    return labels
 
 
 def _encoded(model: PretrainedEncoder, structures: Sequence[Structure]) -> list[tuple[Tensor, Structure]]:
@@ -81,7 +93,12 @@ def precisions(structures: Sequence[Structure], maps: Sequence[NDArray[np.float3
     Returns:
         Also, under `CHANCE`, the share of contacts among all pairs: what a guess would reach. A range that no structure
         is long enough for is left out.
+
+    Raises:
+        UserError: If a probability is NaN, as of a model that went astray.
     """
+    if not all(np.isfinite(predicted).all() for predicted in maps):
+        raise UserError("the model's attention is not finite; take an earlier checkpoint")
     found: dict[str, dict[str, list[float]]] = {}
     for structure, predicted in zip(structures, maps, strict=True):
         first, second = structure.pairs
