@@ -58,8 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         where = f"{error.filename}: " if error.filename else ""
         remedy = "allow more, as `ulimit -n` does" if error.errno in _FILES else _PLACE
         message = f"{where}{os.strerror(error.errno)}; {remedy}"
-    except KeyboardInterrupt:
-        code, message = 130, "interrupted"
+    except KeyboardInterrupt as interruption:
+        code, message = 130, str(interruption) or "interrupted"
     print(f"pretrain: error: {message}", file=sys.stderr)
     return code
 
@@ -179,6 +179,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("export", help="write a directory that transformers loads")
     command.add_argument("run", type=Path, metavar="RUN", help="a run, or one of its checkpoints")
     command.add_argument("--out", required=True, type=Path, metavar="DIR", help="the directory to write")
+    command.add_argument("--regression", type=Path, metavar="FILE", help="contact head, from `pretrain contacts`")
     command.set_defaults(command=_export)
 
     command = commands.add_parser("embed", help="vectors of sequences, into a file", description=_EMBED)
@@ -368,7 +369,7 @@ def _import(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     from pretrain.downstream.export import export
 
-    print(export(options.run, options.out))
+    print(export(options.run, options.out, options.regression))
     return 0
 
 

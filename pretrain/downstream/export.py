@@ -12,6 +12,7 @@ import yaml
 
 from pretrain.corpus.tokenizer import ESM_ALPHABET, Tokenizer, tokenizer_from_string
 from pretrain.downstream.card import CURVES, model_card, settings_at
+from pretrain.downstream.contact_regression import read_regression
 from pretrain.downstream.finetune.export import check_exportable, hf_class, verify_fine_tuned, write_fine_tuned
 from pretrain.downstream.finetune.export import model_card as fine_tuned_card
 from pretrain.downstream.finetune.model import is_fine_tuned, load_fine_tuned
@@ -29,12 +30,14 @@ SHARD_SIZE = "5GB"
 """The largest safetensors file, as the Hub likes them."""
 
 
-def export(run: Path, out: Path) -> str:
+def export(run: Path, out: Path, regression: Path | None = None) -> str:
     """Write ``config.json``, ``model.safetensors``, the tokenizer and a model card, and compare the logits of both.
 
     Args:
         run: A run directory, or a checkpoint in one.
         out: The directory to write: whole, or not at all.
+        regression: From `pretrain contacts --save_regression`: the contact head, with which transformers'
+            ``predict_contacts`` works. By default the one of the model that the run grew from, or none.
 
     Returns:
         What was written and how it was verified, for people.
@@ -49,22 +52,33 @@ def export(run: Path, out: Path) -> str:
         raise UserError(f"{home}: has no {CONFIG}; give a run directory, or a checkpoint inside one")
     settings = yaml.safe_load((home / CONFIG).read_text(encoding="utf-8"))
     if is_fine_tuned(checkpoint):
+        if regression:
+            raise UserError(f"{run}: is a fine-tuning run; a contact regression goes with a pre-trained one")
         return _export_fine_tuned(run, home, settings, out)
     encoder = encoder_of(checkpoint, run)
     tokenizer = tokenizer_from_string(checkpoint["MLMDataModule"]["tokenizer"], str(run))
     max_length = settings["data"]["max_length"]
+    contacts = "of the model that training began with; attention has changed since" if encoder.contacts else ""
+    if regression:
+        encoder.contacts = read_regression(regression)
+        encoder.contacts.check(encoder.config, str(regression))
+        contacts = "a regression that was fitted on structures after training"
 
     with new_directory(out) as partial:
         write_model(encoder, tokenizer, max_length, partial, encoder.contacts)
         write_tokenizer(tokenizer, max_length, partial)
         result = json.loads((home / RESULT).read_text(encoding="utf-8")) if (home / RESULT).is_file() else {}
         settings, changes = settings_at(settings, home, checkpoint["global_step"])
-        curves = any(name == "train/loss" for _, name, _ in read_metrics(home / METRICS_FILE))
+        metrics = read_metrics(home / METRICS_FILE)
+        curves = any(name == "train/loss" for _, name, _ in metrics)
+        last = checkpoint["global_step"] - 1
+        biology = {name: value for step, name, value in metrics if step == last and name.startswith("biology/")}
         if curves:
             inspect(home, picture=partial / CURVES)
-        card = model_card(encoder, checkpoint, settings, result, home.absolute().name, changes, curves)
+        name = home.absolute().name
+        card = model_card(encoder, checkpoint, settings, result, name, changes, curves, biology, contacts)
         (partial / "README.md").write_text(card, encoding="utf-8")
-        difference = verify(encoder, tokenizer, max_length, partial)
+        difference = verify(encoder, tokenizer, max_length, partial, encoder.contacts)
     return (
         f"{out}: step {checkpoint['global_step']} of {home}, for transformers' AutoModelForMaskedLM and AutoTokenizer; "
         f"logits agree within {difference:.1e}\n  publish it  hf upload ORG/NAME {out}"
@@ -156,8 +170,13 @@ def write_model(
         file.chmod((out / "config.json").stat().st_mode)
 
 
-def verify(encoder: Encoder, tokenizer: Tokenizer, max_length: int, out: Path) -> float:
-    """The largest difference between our logits and those of the files just written, on a random masked sequence."""
+def verify(
+    encoder: Encoder, tokenizer: Tokenizer, max_length: int, out: Path, contacts: ContactRegression | None = None
+) -> float:
+    """The largest difference between our logits and those of the files just written, on a random masked sequence.
+
+    Where there is a contact head, its predictions are compared, too.
+    """
     from transformers import AutoModelForMaskedLM
 
     generator = torch.Generator().manual_seed(0)
@@ -176,4 +195,11 @@ def verify(encoder: Encoder, tokenizer: Tokenizer, max_length: int, out: Path) -
     difference = float((ours - theirs).abs().max())
     if not difference < 1e-3 * max(1.0, float(ours.abs().max())):
         raise RuntimeError(f"exported logits differ from the run's by {difference}: this is a bug, please report it")
+    if contacts:
+        model.set_attn_implementation("eager")  # the one that gives attention maps
+        with torch.no_grad():
+            predicted = model.predict_contacts(input_ids[None], torch.ones_like(input_ids)[None])[0]
+        apart = float((contacts.predict(encoder, input_ids) - predicted).abs().max())
+        if not apart < 1e-3:
+            raise RuntimeError(f"exported contacts differ from the run's by {apart}: this is a bug, please report it")
     return difference

@@ -82,7 +82,7 @@ def import_model(source: str, out: Path, seed: int = 0) -> str:
         write_model(encoder, tokenizer, max_length, partial, contacts)
         write_tokenizer(tokenizer, max_length, partial)
         (partial / OVERLAY).write_text(_overlay(source, encoder.config, tokenizer, out.absolute()), encoding="utf-8")
-        difference = verify(encoder, tokenizer, max_length, partial)
+        difference = verify(encoder, tokenizer, max_length, partial, contacts)
 
     parts = ["embedding", f"{config.num_hidden_layers} blocks", "final layer norm"]
     parts += [] if headless else ["masked-LM head"]

@@ -94,6 +94,11 @@ def test_the_last_figures_are_those_of_the_commands(
         assert [at_l, at_l2, at_l5, chance] == expected
     assert main(["score", str(run), str(watched["variants"]), "--out", str(tmp_path / "scored.csv")]) == 0
     assert f"Spearman {found['biology/spearman']:.3f} with DMS_score" in capfd.readouterr().out
+    assert main(["export", str(run), "--out", str(tmp_path / "exported")]) == 0
+    card = (tmp_path / "exported/README.md").read_text()
+    assert f"| Contacts, short range | P@L {found['biology/p_at_l/short']:.3f}, " in card
+    assert f"| Variants of `assay` | Spearman {found['biology/spearman/assay']:.3f}, zero-shot |" in card
+    assert "Not evaluated" not in card
 
 
 def test_a_killed_and_continued_run_has_the_same_figures(

@@ -202,6 +202,28 @@ def predicted_of(run: Path, fasta: Path) -> NDArray[np.float32]:
     return pretrain.load(run).predict_contacts([fasta.read_text().split()[1]])[0].numpy()
 
 
+def test_a_fitted_regression_goes_into_the_export_and_onto_its_card(
+    fasta: Path, tmp_path: Path, tiny: Callable[..., Path], fit: Callable[..., int]
+) -> None:
+    run, kept, out = tmp_path / "run", tmp_path / "regression.safetensors", tmp_path / "exported"
+    assert fit("-c", tiny(), "--run", run, "--trainer.max_steps", 2) == 0
+    torch.manual_seed(2)
+    regression = ContactRegression(torch.randn(4) * 20, torch.tensor(-1.0))
+    write_regression(regression, kept, {})
+    assert main(["export", str(run), "--out", str(out), "--regression", str(kept)]) == 0
+    card = (out / "README.md").read_text()
+    assert "a regression that was fitted on structures after training" in card
+    assert "all zeros" not in card
+    theirs = AutoModelForMaskedLM.from_pretrained(out, attn_implementation="eager").eval()
+    sequence = fasta.read_text().split()[1]
+    ids = AutoTokenizer.from_pretrained(out)(sequence, return_tensors="pt")
+    with torch.no_grad():
+        predicted = theirs.predict_contacts(ids.input_ids, ids.attention_mask)[0]
+    (ours,) = pretrain.load(run).predict_contacts([sequence], regression)
+    torch.testing.assert_close(predicted, ours, rtol=0, atol=1e-5)
+    assert float(ours.std()) > 1e-3
+
+
 def test_mistakes_are_told_in_one_line_and_nothing_is_written(
     protein_model: Path, text_model: Path, fasta: Path, structures: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
