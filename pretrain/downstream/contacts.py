@@ -1,6 +1,7 @@
 """`pretrain contacts`: which residues touch, read from attention; where structures say it, how often that is right."""
 
 import csv
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from pretrain.corpus.sources import SourceOptions, find_sources
 from pretrain.corpus.tokenizer import ProteinTokenizer
@@ -77,6 +79,8 @@ def contacts(
     """
     if not (sources or structures or save_to):
         raise UserError("nothing to predict; give sequences, --structures, or --fit and --save_regression")
+    if (out or picture) and not (sources or structures):
+        raise UserError("no sequence to predict for; give SOURCE or --structures")
     if sources and not (out or picture):
         raise UserError("nowhere to write the maps; give --out FILE or --picture PNG")
     if fit_on and regression_file:
@@ -89,6 +93,10 @@ def contacts(
     model = load(path).to(choose_device(device))
     if not isinstance(model.tokenizer, ProteinTokenizer):
         raise UserError(f"{path}: is a model of text; contacts are read from models of proteins")
+    if not (fit_on or regression_file or model.contacts):
+        raise UserError(
+            f"{path}: has no contact regression; fit one on structures by --fit, or give one with --regression"
+        )
     known, training = read_structures(structures), read_structures(fit_on)
     proteins = [*_of_sources(model, sources, source_options), *_of_structures(model, known)]
     _check_names(proteins)
@@ -99,20 +107,26 @@ def contacts(
         write_regression(regression, save_to, about)
         lines.append(f"{save_to}: {origin}")
 
-    kept = {
-        protein.id: _predict(model, regression, protein)
-        for number, protein in enumerate(proteins)
-        if protein.structure or (picture and number < _PANELS)
-    }
+    bar = tqdm(total=len(proteins), desc="contacts", unit=" sequences", disable=not sys.stderr.isatty())
+    kept: dict[str, NDArray[np.float32]] = {}
 
     def predict(protein: _Protein) -> NDArray[np.float32]:
-        return kept[protein.id] if protein.id in kept else _predict(model, regression, protein)
+        if protein.id in kept:
+            return kept[protein.id]
+        predicted = regression.predict(model, model.lay_out([protein.ids])[0]).cpu().numpy()
+        bar.update()
+        return np.asarray(predicted)
 
-    if out:
-        with atomic_path(out) as partial_file:
-            _WRITERS[out.suffix](partial_file, proteins, predict)
-        lines.append(f"{out}: maps of {len(proteins):,} sequences by {path}; {origin}")
+    with bar:
+        for number, protein in enumerate(proteins):  # what is looked at twice
+            if protein.structure or (picture and number < _PANELS):
+                kept[protein.id] = predict(protein)
+        if out:
+            with atomic_path(out) as partial_file:
+                _WRITERS[out.suffix](partial_file, proteins, predict)
+            lines.append(f"{out}: maps of {len(proteins):,} sequences by {path}; {origin}")
     if picture:
+        picture.parent.mkdir(parents=True, exist_ok=True)
         _draw(picture, [(protein, kept[protein.id]) for protein in proteins[:_PANELS]])
         lines.append(f"{picture}: {min(len(proteins), _PANELS)} of {len(proteins):,} maps")
     if known:
@@ -120,10 +134,6 @@ def contacts(
         if both := {s.sequence for s in known} & {s.sequence for s in training}:
             lines.append(f"  {len(both):,} of these sequences are among those fitted on: the figures flatter")
     return "\n".join(lines)
-
-
-def _predict(model: PretrainedEncoder, regression: ContactRegression, protein: _Protein) -> NDArray[np.float32]:
-    return np.asarray(regression.predict(model, model.lay_out([protein.ids])[0]).cpu().numpy())
 
 
 def _regression(
@@ -144,10 +154,7 @@ def _regression(
         regression = read_regression(file)
         regression.check(model.config, str(file))
         return regression, f"regression of {file}"
-    if model.contacts is None:
-        raise UserError(
-            f"{path}: has no contact regression; fit one on structures by --fit, or give one with --regression"
-        )
+    assert model.contacts
     return model.contacts, "the model's own regression"
 
 

@@ -86,7 +86,9 @@ def encoder_of(checkpoint: dict[str, Any], source: Path) -> PretrainedEncoder:
             if name.startswith(prefix)
         }
         encoder.load_state_dict(merge_lora(state, lora_scale))
-        encoder.contacts = contacts_in(checkpoint)
+        if contacts := contacts_in(checkpoint):
+            contacts.check(config, str(source))
+            encoder.contacts = contacts
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{source}: the checkpoint is not one of a run ({reason})") from error

@@ -14,8 +14,10 @@ import pretrain
 from pretrain.cli import main
 from pretrain.corpus.tokenizer import ProteinTokenizer
 from pretrain.downstream.biology import Biology, shared
+from pretrain.downstream.contact_regression import write_regression
 from pretrain.errors import UserError
 from pretrain.model.config import EncoderConfig
+from pretrain.model.contacts import ContactRegression
 from pretrain.model.encoder import Encoder
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -141,12 +143,23 @@ def test_the_second_encoder_shares_the_first_ones_memory_and_takes_no_random_num
     view.embed(["MKT"])
 
 
-def test_a_model_that_went_astray_has_no_figures_and_the_run_goes_on(watched: dict[str, object]) -> None:
+def test_a_model_that_went_astray_has_no_figures(watched: dict[str, object], tmp_path: Path) -> None:
     encoder = Encoder(EncoderConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2))
     encoder.blocks[1].qkv.weight.data.fill_(float("nan"))
     callback = Biology(**watched)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="not finite"):
         callback.evaluate(shared(encoder, ProteinTokenizer()))
+    kept = tmp_path / "regression.safetensors"
+    write_regression(ContactRegression(torch.ones(4), torch.zeros(())), kept, {})
+    callback = Biology(structures=str(watched["structures"]), regression=str(kept))
+    with pytest.raises(UserError, match="not finite"):
+        callback.evaluate(shared(encoder, ProteinTokenizer()))
+    encoder.reset_parameters()
+    assert set(callback.evaluate(shared(encoder, ProteinTokenizer()))) == {
+        f"biology/{top}/{span}"
+        for top in ("p_at_l", "p_at_l2", "p_at_l5", "chance")
+        for span in ("short", "medium", "long")
+    }
 
 
 def test_mistakes_end_the_run_before_it_begins(

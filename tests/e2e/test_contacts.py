@@ -235,6 +235,7 @@ def test_mistakes_are_told_in_one_line_and_nothing_is_written(
     model, out, fitting = str(protein_model), ["--out", str(tmp_path / "x.npz")], ["--fit", str(structures)]
     cases = {
         "nothing to predict": [model],
+        "no sequence to predict for": [model, *fitting, "--save_regression", str(tmp_path / "r"), *out],
         "nowhere to write": [model, str(fasta)],
         "has no contact regression; fit one": [model, str(fasta), *out],
         "model of text": [str(text_model), str(fasta), *out, *fitting],

@@ -1,5 +1,7 @@
 """Contacts equal those of transformers' `predict_contacts`, with the same random weights."""
 
+import weakref
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,7 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import EsmConfig, EsmForMaskedLM
 
 from pretrain.model.config import EncoderConfig
-from pretrain.model.contacts import ContactRegression
+from pretrain.model.contacts import ContactRegression, corrected_maps
 from pretrain.model.encoder import Encoder
 from pretrain.model.hf import contacts_from_hf, contacts_to_hf, to_hf, to_hf_config
 
@@ -71,6 +73,18 @@ def test_one_blocks_maps_are_those_of_trace() -> None:
     assert len(maps) == CONFIG.num_hidden_layers
     for ours, (theirs,) in zip(maps, traced, strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_one_blocks_maps_are_in_memory_at_a_time() -> None:
+    encoder, _, _ = both()
+    (sequence,) = proteins((50,))
+    seen: list[weakref.ref[Tensor]] = []
+    with torch.no_grad():
+        for maps in corrected_maps(encoder, sequence):
+            seen.append(weakref.ref(maps))
+            del maps
+            assert sum(each() is not None for each in seen) <= 1
+    assert len(seen) == CONFIG.num_hidden_layers
 
 
 @pytest.mark.parametrize("maps", [8, 10])
