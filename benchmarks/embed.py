@@ -1,13 +1,13 @@
 """`model.embed` beside the loop that transformers' documentation shows, alternating in one run.
 
-    python benchmarks/embed.py [--shapes 8M 35M] [--batch-sizes 8 16 32] [--rounds 3] [--out FILE]
+    python benchmarks/embed.py [--shapes 8M 35M] [--orders given sorted] [--batch-sizes 8 16 32] [--rounds 3]
 
 Both embed the same sequences (drawn at random from Swiss-Prot proteins of up to 1,024 tokens) from strings to one mean
 vector each, with the same weights, threads and precision (fp32). The rival tokenises a batch, pads it to its longest
-sequence, runs `EsmModel` under `inference_mode`, and averages over each sequence's residues; once on batches in the
-order given, once on the sequences sorted by length. Only real tokens count, padding does not. Each round draws other
-sequences; rates are medians over the rounds, ratios medians of the rounds' ratios, after a warm-up. The vectors of both
-are compared, too.
+sequence, runs `EsmModel` under `inference_mode`, and averages over each sequence's residues; on batches in the order
+given (`given`), or of sequences sorted by length, the longest first (`sorted`). Only real tokens count, padding does
+not. Each round draws other sequences; rates are medians over the rounds, ratios medians of the rounds' ratios, after a
+warm-up. The vectors of both are compared, too.
 """
 
 import argparse
@@ -76,7 +76,7 @@ def measure(shape: str, proteins: list[str], options: argparse.Namespace) -> lis
         rival = Rival(Path(scratch))
     rows: dict[tuple[bool, int], dict[str, Any]] = {
         (by_length, size): {"order": "by length" if by_length else "as given", "batch_size": size, "rates": []}
-        for by_length in (False, True)
+        for by_length in (order == "sorted" for order in options.orders)
         for size in options.batch_sizes
     }
     ours.embed(proteins[:8])
@@ -113,6 +113,7 @@ def main() -> None:
     """Measure, print, and write the figures with their conditions."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["8M"])
+    parser.add_argument("--orders", nargs="+", choices=["given", "sorted"], default=["given", "sorted"])
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[8, 16, 32])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sequences", type=int, default=64, help="sequences of a round")

@@ -53,8 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         where = f"{error.filename}: " if error.filename else ""
         remedy = "allow more, as `ulimit -n` does" if error.errno in _FILES else _PLACE
         message = f"{where}{os.strerror(error.errno)}; {remedy}"
-    except KeyboardInterrupt:
-        code, message = 130, "interrupted"
+    except KeyboardInterrupt as interruption:
+        code, message = 130, str(interruption) or "interrupted"
     print(f"pretrain: error: {message}", file=sys.stderr)
     return code
 
@@ -78,6 +78,12 @@ place masked, summed over a variant's substitutions; wildtype-marginals: the sam
 pseudo-perplexity: the mean log p of all residues of the variant, each masked in turn, slow, for insertions and
 deletions, too. The wild type is --sequence or --fasta, or each row's own column, or what `mutated_sequence` is without
 the substitutions in `mutant`; every row is checked against it."""
+
+
+_CONTACTS = """Contacts are pairs of residues whose Cβ are closer than 8 Å. A logistic regression over the attention
+maps tells them: the model's own, as published ESM-2 models bring one, or one that --fit makes of some structures (the
+paper takes twenty). Of structures (--structures) the precision of the most probable pairs is printed. Sequences are
+taken whole; memory grows with the square of their length."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -169,6 +175,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("export", help="write a directory that transformers loads")
     command.add_argument("run", type=Path, metavar="RUN", help="a run, or one of its checkpoints")
     command.add_argument("--out", required=True, type=Path, metavar="DIR", help="the directory to write")
+    command.add_argument("--regression", type=Path, metavar="FILE", help="contact head, from `pretrain contacts`")
     command.set_defaults(command=_export)
 
     command = commands.add_parser("embed", help="vectors of sequences, into a file", description=_EMBED)
@@ -196,6 +203,23 @@ def _parser() -> argparse.ArgumentParser:
     _add_device(command)
     _add_reading(command)
     command.set_defaults(command=_fill)
+
+    command = commands.add_parser("contacts", help="which residues touch, read from attention", description=_CONTACTS)
+    command.add_argument("model", type=Path, metavar="MODEL", help="a run, a checkpoint or a transformers directory")
+    command.add_argument("sources", nargs="*", metavar="SOURCE", help="sequences, as for prepare")
+    command.add_argument("--out", type=Path, metavar="FILE", help=".npz, .safetensors or .csv, a map for each sequence")
+    command.add_argument("--picture", type=Path, metavar="PNG", help="draw the first maps")
+    pdb = "PDB, mmCIF files, or directories of them"
+    command.add_argument(
+        "--structures", nargs="+", default=[], type=Path, metavar="PATH", help=f"compare with these: {pdb}"
+    )
+    group = command.add_argument_group("the regression (default: the model's own)")
+    group.add_argument("--fit", nargs="+", default=[], type=Path, metavar="PATH", help="fit one on these structures")
+    group.add_argument("--regression", type=Path, metavar="FILE", help="take one that was fitted before")
+    group.add_argument("--save_regression", type=Path, metavar="FILE", help="keep it: .safetensors")
+    _add_device(command)
+    _add_reading(command)
+    command.set_defaults(command=_contacts)
 
     command = commands.add_parser("score", help="effects of protein variants, without training", description=_SCORE)
     command.add_argument("model", type=Path, metavar="MODEL", help="a run, a checkpoint or a transformers directory")
@@ -299,7 +323,7 @@ def _import(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     from pretrain.downstream.export import export
 
-    print(export(options.run, options.out))
+    print(export(options.run, options.out, options.regression))
     return 0
 
 
@@ -332,6 +356,17 @@ def _fill(options: argparse.Namespace) -> int:
     given = options.texts, options.file, options.top, options.out, reading, options.device
     for line in fill(options.model, *given):
         print(line)
+    return 0
+
+
+def _contacts(options: argparse.Namespace) -> int:
+    from pretrain.corpus.sources import SourceOptions
+    from pretrain.downstream.contacts import contacts
+
+    reading = SourceOptions(options.kind, options.document, options.text_column, options.id_column)
+    regression = options.fit, options.regression, options.save_regression
+    given = options.out, options.structures, *regression, options.picture, reading, options.device
+    print(contacts(options.model, options.sources, *given))
     return 0
 
 

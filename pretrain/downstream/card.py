@@ -2,7 +2,7 @@
 
 import ast
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,8 @@ def model_card(
     name: str,
     changes: Sequence[tuple[int, str]] = (),
     curves: bool = False,
+    biology: Mapping[str, float] | None = None,
+    contacts: str = "",
 ) -> str:
     """The README of an exported model, with the head that the Hub reads.
 
@@ -72,6 +74,8 @@ def model_card(
         name: The run's name.
         changes: How settings changed on the way, with the steps that the changes followed.
         curves: Whether there is a picture of the curves.
+        biology: What `pretrain.downstream.biology.Biology` found at that step, by the names that it logs.
+        contacts: Where the contact head is from; nothing if it is one of zeros.
     """
     data = settings["data"]
     protein = data["tokenizer"] == "esm"
@@ -91,6 +95,7 @@ def model_card(
     )
     example = "MKTAYIAKQR<mask>ISFVKSHFSRQ" if protein else "The state of the <mask> is strong."
     rows = _rows(encoder, checkpoint, settings, result, sources)
+    rows += _biology_rows(biology or {})
     table = "\n".join(f"| {label} | {value} |" for label, value in rows)
     history = "".join(f"- after step {step:,}: `{change}`\n" for step, change in changes)
     history = f"Settings were changed during the run:\n\n{history}\nThe last ones:\n\n" if changes else ""
@@ -124,13 +129,28 @@ logits = model(**tokenizer("{example}", return_tensors="pt")).logits
 
 ## Limits
 
-Not evaluated on any downstream task. The contact-prediction head is untrained (all zeros). Sequences longer than
-{data["max_length"]} tokens are longer than anything that the model was trained on.
+{"Evaluated on nothing but what stands above." if biology else "Not evaluated on any downstream task."} \
+{f"The contact-prediction head: {contacts}." if contacts else "The contact-prediction head is untrained (all zeros)."} \
+Sequences longer than {data["max_length"]} tokens are longer than anything that the model was trained on.
 
 ## Licence
 
 {licence}
 """
+
+
+def _biology_rows(figures: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Contacts by range, and agreement with measured variants by table."""
+    rows = []
+    for span in ("short", "medium", "long"):
+        if f"biology/p_at_l/{span}" in figures:
+            values = [figures[f"biology/{top}/{span}"] for top in ("p_at_l", "p_at_l5", "chance")]
+            shown = "P@L {:.3f}, P@L/5 {:.3f}, by chance {:.3f}".format(*values)
+            rows.append((f"Contacts, {span} range", shown))
+    prefix = "biology/spearman/"
+    tables = {name.removeprefix(prefix): value for name, value in figures.items() if name.startswith(prefix)}
+    rows += [(f"Variants of `{name}`", f"Spearman {value:.3f}, zero-shot") for name, value in tables.items()]
+    return rows
 
 
 def _share(mlm_probability: float | list[float]) -> str:

@@ -240,6 +240,13 @@ def _workplace(out: Path, settings: dict[str, Any]) -> Iterator[Path]:
                 stored.write_text(content, encoding="utf-8")
             try:
                 yield place
+            except KeyboardInterrupt as interruption:
+                if parts := len(list(place.glob("part-*.arrow"))):
+                    kept = f"what is done is kept ({parts:,} parts)"
+                    raise KeyboardInterrupt(
+                        f"interrupted; {kept}, the same command continues behind it"
+                    ) from interruption
+                raise
             finally:
                 if not any(place.glob("part-*.arrow")):  # nothing that would be worth keeping
                     shutil.rmtree(place, ignore_errors=True)

@@ -1,6 +1,7 @@
 """Files of embeddings: the parts that `pretrain embed` makes, and Parquet, safetensors and NumPy files of them.
 
-A file has a column (an array) for each layer. Nothing is larger in memory than a part.
+A file has a column (an array) for each layer. Nothing is larger in memory than a part. `write_npz_arrays` and
+`write_safetensors_arrays` take any arrays, made a chunk at a time.
 """
 
 import json
@@ -71,7 +72,7 @@ def write_parquet(file: Path, parts: Sequence[Path], about: dict[str, str]) -> N
             writer.write_batch(_batch(part).replace_schema_metadata(about))
 
 
-class _Array(NamedTuple):
+class Array(NamedTuple):
     """One array of a file, a part at a time."""
 
     name: str
@@ -80,7 +81,7 @@ class _Array(NamedTuple):
     chunks: Callable[[], Iterator[NDArray[Any]]]
 
 
-def _arrays(parts: Sequence[Path], encode_ids: Callable[[list[str]], NDArray[Any]]) -> list[_Array]:
+def _arrays(parts: Sequence[Path], encode_ids: Callable[[list[str]], NDArray[Any]]) -> list[Array]:
     """``offsets`` (per residue), one array a layer, and ``ids``: [N + 1], [rows, D] and [N, ...]."""
     first = _batch(parts[0])
     names = [name for name in first.schema.names if name != "id"]
@@ -102,22 +103,24 @@ def _arrays(parts: Sequence[Path], encode_ids: Callable[[list[str]], NDArray[Any
     arrays = []
     if counts is not None:
         offsets = np.concatenate([[0], np.cumsum(np.concatenate(counts), dtype=np.int64)])
-        arrays.append(_Array("offsets", offsets.dtype, offsets.shape, lambda: iter([offsets])))
+        arrays.append(Array("offsets", offsets.dtype, offsets.shape, lambda: iter([offsets])))
     for name in names:
         chunk = next(values(name))
-        arrays.append(_Array(name, chunk.dtype, (rows, chunk.shape[1]), partial(values, name)))
+        arrays.append(Array(name, chunk.dtype, (rows, chunk.shape[1]), partial(values, name)))
     widest = max((encode_ids(_batch(part).column("id").to_pylist()).dtype for part in parts), key=lambda d: d.itemsize)
-    arrays.append(_Array("ids", widest, (records,), partial(ids, widest)))
+    arrays.append(Array("ids", widest, (records,), partial(ids, widest)))
     return arrays
 
 
 def write_npz(file: Path, parts: Sequence[Path], about: dict[str, str]) -> None:
     """An array ``ids`` of strings, one [N, D] for each layer, and ``about``; per residue, [rows, D] and ``offsets``."""
     note = np.array(json.dumps(about))
-    arrays = [
-        *_arrays(parts, lambda ids: np.array(ids, np.str_)),
-        _Array("about", note.dtype, (), lambda: iter([note])),
-    ]
+    arrays = _arrays(parts, lambda ids: np.array(ids, np.str_))
+    write_npz_arrays(file, [*arrays, Array("about", note.dtype, (), lambda: iter([note]))])
+
+
+def write_npz_arrays(file: Path, arrays: Sequence[Array]) -> None:
+    """Write arrays into a NumPy file, a chunk at a time."""
     with zipfile.ZipFile(file, "w") as archive:
         for array in arrays:
             with archive.open(zipfile.ZipInfo(f"{array.name}.npy", _FIRST_DATE), "w", force_zip64=True) as member:
@@ -130,7 +133,13 @@ def write_npz(file: Path, parts: Sequence[Path], about: dict[str, str]) -> None:
 
 def write_safetensors(file: Path, parts: Sequence[Path], about: dict[str, str]) -> None:
     """As for NumPy; ``ids`` are UTF-8 bytes, [N, width], filled up with zeros."""
-    arrays = _arrays(parts, lambda ids: np.array([name.encode() for name in ids], np.bytes_))
+    write_safetensors_arrays(
+        file, _arrays(parts, lambda ids: np.array([name.encode() for name in ids], np.bytes_)), about
+    )
+
+
+def write_safetensors_arrays(file: Path, arrays: Sequence[Array], about: dict[str, str]) -> None:
+    """Write arrays into a safetensors file with some metadata, a chunk at a time; bytes become [..., width]."""
     header: dict[str, Any] = {"__metadata__": about}
     end = 0
     for array in arrays:

@@ -12,6 +12,7 @@ import yaml
 
 from pretrain.corpus.tokenizer import ESM_ALPHABET, Tokenizer, tokenizer_from_string
 from pretrain.downstream.card import CURVES, model_card, settings_at
+from pretrain.downstream.contact_regression import read_regression
 from pretrain.downstream.finetune.export import check_exportable, hf_class, verify_fine_tuned, write_fine_tuned
 from pretrain.downstream.finetune.export import model_card as fine_tuned_card
 from pretrain.downstream.finetune.model import is_fine_tuned, load_fine_tuned
@@ -19,8 +20,9 @@ from pretrain.downstream.inspect import inspect
 from pretrain.downstream.load import checkpoint_of, encoder_of
 from pretrain.downstream.tokenizer_files import write_tokenizer
 from pretrain.errors import UserError
+from pretrain.model.contacts import ContactRegression
 from pretrain.model.encoder import Encoder
-from pretrain.model.hf import to_hf, to_hf_config
+from pretrain.model.hf import contacts_to_hf, to_hf, to_hf_config
 from pretrain.train.logging import METRICS_FILE, read_metrics
 from pretrain.train.run import CONFIG, RESULT
 
@@ -28,12 +30,14 @@ SHARD_SIZE = "5GB"
 """The largest safetensors file, as the Hub likes them."""
 
 
-def export(run: Path, out: Path) -> str:
+def export(run: Path, out: Path, regression: Path | None = None) -> str:
     """Write ``config.json``, ``model.safetensors``, the tokenizer and a model card, and compare the logits of both.
 
     Args:
         run: A run directory, or a checkpoint in one.
         out: The directory to write: whole, or not at all.
+        regression: From `pretrain contacts --save_regression`: the contact head, with which transformers'
+            ``predict_contacts`` works. By default the one of the model that the run grew from, or none.
 
     Returns:
         What was written and how it was verified, for people.
@@ -48,22 +52,33 @@ def export(run: Path, out: Path) -> str:
         raise UserError(f"{home}: has no {CONFIG}; give a run directory, or a checkpoint inside one")
     settings = yaml.safe_load((home / CONFIG).read_text(encoding="utf-8"))
     if is_fine_tuned(checkpoint):
+        if regression:
+            raise UserError(f"{run}: is a fine-tuning run; a contact regression goes with a pre-trained one")
         return _export_fine_tuned(run, home, settings, out)
     encoder = encoder_of(checkpoint, run)
     tokenizer = tokenizer_from_string(checkpoint["MLMDataModule"]["tokenizer"], str(run))
     max_length = settings["data"]["max_length"]
+    contacts = "of the model that training began with; attention has changed since" if encoder.contacts else ""
+    if regression:
+        encoder.contacts = read_regression(regression)
+        encoder.contacts.check(encoder.config, str(regression))
+        contacts = "a regression that was fitted on structures after training"
 
     with new_directory(out) as partial:
-        write_model(encoder, tokenizer, max_length, partial)
+        write_model(encoder, tokenizer, max_length, partial, encoder.contacts)
         write_tokenizer(tokenizer, max_length, partial)
         result = json.loads((home / RESULT).read_text(encoding="utf-8")) if (home / RESULT).is_file() else {}
         settings, changes = settings_at(settings, home, checkpoint["global_step"])
-        curves = any(name == "train/loss" for _, name, _ in read_metrics(home / METRICS_FILE))
+        metrics = read_metrics(home / METRICS_FILE)
+        curves = any(name == "train/loss" for _, name, _ in metrics)
+        last = checkpoint["global_step"] - 1
+        biology = {name: value for step, name, value in metrics if step == last and name.startswith("biology/")}
         if curves:
             inspect(home, picture=partial / CURVES)
-        card = model_card(encoder, checkpoint, settings, result, home.absolute().name, changes, curves)
+        name = home.absolute().name
+        card = model_card(encoder, checkpoint, settings, result, name, changes, curves, biology, contacts)
         (partial / "README.md").write_text(card, encoding="utf-8")
-        difference = verify(encoder, tokenizer, max_length, partial)
+        difference = verify(encoder, tokenizer, max_length, partial, encoder.contacts)
     return (
         f"{out}: step {checkpoint['global_step']} of {home}, for transformers' AutoModelForMaskedLM and AutoTokenizer; "
         f"logits agree within {difference:.1e}\n  publish it  hf upload ORG/NAME {out}"
@@ -106,7 +121,9 @@ def new_directory(out: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _hf_model(encoder: Encoder, tokenizer: Tokenizer, max_length: int) -> Any:
+def _hf_model(
+    encoder: Encoder, tokenizer: Tokenizer, max_length: int, contacts: ContactRegression | None = None
+) -> Any:
     from transformers import EsmConfig, EsmForMaskedLM
 
     config = EsmConfig(
@@ -120,9 +137,10 @@ def _hf_model(encoder: Encoder, tokenizer: Tokenizer, max_length: int) -> Any:
         )
     )
     model = EsmForMaskedLM(config)
-    missing, unexpected = model.load_state_dict(to_hf(encoder.state_dict()), strict=False)
-    assert not unexpected, unexpected
-    assert all(name.startswith("esm.contact_head.") for name in missing), missing
+    # No contact regression was fitted: better none than a random one.
+    maps = encoder.config.num_hidden_layers * encoder.config.num_attention_heads
+    contacts = contacts or ContactRegression(torch.zeros(maps), torch.zeros(()))
+    model.load_state_dict({**to_hf(encoder.state_dict()), **contacts_to_hf(contacts)})
     return model.eval()
 
 
@@ -140,11 +158,11 @@ def _without_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def write_model(encoder: Encoder, tokenizer: Tokenizer, max_length: int, out: Path) -> None:
+def write_model(
+    encoder: Encoder, tokenizer: Tokenizer, max_length: int, out: Path, contacts: ContactRegression | None = None
+) -> None:
     """Write ``config.json`` and ``model.safetensors``, or its shards and their index, into the directory ``out``."""
-    model = _hf_model(encoder, tokenizer, max_length)
-    for parameter in model.esm.contact_head.parameters():
-        torch.nn.init.zeros_(parameter)  # no contact head was trained: better none than a random one
+    model = _hf_model(encoder, tokenizer, max_length, contacts)
     # Under the names that the model itself and every published ESM-2 have, not those of TensorFlow's times.
     with _without_bars():
         model.save_pretrained(out, save_original_format=False, max_shard_size=SHARD_SIZE)
@@ -152,8 +170,13 @@ def write_model(encoder: Encoder, tokenizer: Tokenizer, max_length: int, out: Pa
         file.chmod((out / "config.json").stat().st_mode)
 
 
-def verify(encoder: Encoder, tokenizer: Tokenizer, max_length: int, out: Path) -> float:
-    """The largest difference between our logits and those of the files just written, on a random masked sequence."""
+def verify(
+    encoder: Encoder, tokenizer: Tokenizer, max_length: int, out: Path, contacts: ContactRegression | None = None
+) -> float:
+    """The largest difference between our logits and those of the files just written, on a random masked sequence.
+
+    Where there is a contact head, its predictions are compared, too.
+    """
     from transformers import AutoModelForMaskedLM
 
     generator = torch.Generator().manual_seed(0)
@@ -172,4 +195,11 @@ def verify(encoder: Encoder, tokenizer: Tokenizer, max_length: int, out: Path) -
     difference = float((ours - theirs).abs().max())
     if not difference < 1e-3 * max(1.0, float(ours.abs().max())):
         raise RuntimeError(f"exported logits differ from the run's by {difference}: this is a bug, please report it")
+    if contacts:
+        model.set_attn_implementation("eager")  # the one that gives attention maps
+        with torch.no_grad():
+            predicted = model.predict_contacts(input_ids[None], torch.ones_like(input_ids)[None])[0]
+        apart = float((contacts.predict(encoder, input_ids) - predicted).abs().max())
+        if not apart < 1e-3:
+            raise RuntimeError(f"exported contacts differ from the run's by {apart}: this is a bug, please report it")
     return difference

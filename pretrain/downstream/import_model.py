@@ -21,7 +21,15 @@ from pretrain.downstream.tokenizer_files import (
 from pretrain.errors import UserError
 from pretrain.model.config import BERT_SIZES, ESM2_SIZES, EncoderConfig
 from pretrain.model.encoder import Encoder
-from pretrain.model.hf import DECODER, from_hf_config, published_names, to_hf
+from pretrain.model.hf import (
+    CONTACT_BIAS,
+    CONTACT_WEIGHT,
+    DECODER,
+    contacts_from_hf,
+    from_hf_config,
+    published_names,
+    to_hf,
+)
 from pretrain.train.pretrained import CONFIG, INDEX, load_tensors, read_config, read_tensors
 
 OVERLAY = "fit.yaml"
@@ -58,23 +66,27 @@ def import_model(source: str, out: Path, seed: int = 0) -> str:
         torch.manual_seed(seed)
         encoder = Encoder(config)
     fresh = to_hf(encoder.state_dict())
-    left_out = _modules(tensors.keys() - fresh.keys())
+    contacts = contacts_from_hf(tensors)
+    left_out = _modules(tensors.keys() - fresh.keys() - {CONTACT_WEIGHT, CONTACT_BIAS})
     headless = not any(name.startswith(_HEAD) for name in tensors)
     if headless:
         tensors |= {name: tensor for name, tensor in fresh.items() if name.startswith(_HEAD) and name != DECODER}
     load_tensors(encoder, tensors, directory)
+    if contacts:
+        contacts.check(config, str(directory))
     encoder.eval()
 
     # transformers' ESM counts positions from the padding id on, hence the two.
     max_length = (stored.get("max_position_embeddings") or 1026) - 2
     with new_directory(out) as partial:
-        write_model(encoder, tokenizer, max_length, partial)
+        write_model(encoder, tokenizer, max_length, partial, contacts)
         write_tokenizer(tokenizer, max_length, partial)
         (partial / OVERLAY).write_text(_overlay(source, encoder.config, tokenizer, out.absolute()), encoding="utf-8")
-        difference = verify(encoder, tokenizer, max_length, partial)
+        difference = verify(encoder, tokenizer, max_length, partial, contacts)
 
     parts = ["embedding", f"{config.num_hidden_layers} blocks", "final layer norm"]
     parts += [] if headless else ["masked-LM head"]
+    parts += ["contact head"] if contacts else []
     parts += ["stored rotary frequencies"] if "esm.rotary_embeddings.inv_freq" in tensors else []
     dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()} - {"float32"})
     return "\n".join(

@@ -12,8 +12,8 @@ from pretrain.downstream.pretrained_encoder import PretrainedEncoder
 from pretrain.downstream.tokenizer_files import check_special_tokens, read_tokenizer
 from pretrain.errors import UserError
 from pretrain.model.config import EncoderConfig
-from pretrain.model.hf import from_hf_config
-from pretrain.train.checkpoint import data_state, newest_checkpoint, read_checkpoint
+from pretrain.model.hf import contacts_from_hf, from_hf_config
+from pretrain.train.checkpoint import contacts_in, data_state, newest_checkpoint, read_checkpoint
 from pretrain.train.pretrained import CONFIG, load_tensors, read_config, read_tensors
 from pretrain.train.run import CHECKPOINTS
 from pretrain.train.spikes import of_history, read_skips
@@ -37,6 +37,9 @@ def load(path: str | Path) -> PretrainedEncoder:
         longest = stored.get("max_position_embeddings")  # counted from the padding id on, hence the two
         model = PretrainedEncoder(config, partial(_tokenizer_of_directory, path), longest and max(longest - 2, 1))
         load_tensors(model, tensors, path)
+        if contacts := contacts_from_hf(tensors):
+            contacts.check(config, str(path))
+            model.contacts = contacts
         return model.eval()
     return encoder_of(checkpoint_of(path), path)
 
@@ -87,6 +90,9 @@ def encoder_of(checkpoint: dict[str, Any], source: Path) -> PretrainedEncoder:
             if name.startswith(prefix)
         }
         encoder.load_state_dict(merge_lora(state, lora_scale))
+        if contacts := contacts_in(checkpoint):
+            contacts.check(config, str(source))
+            encoder.contacts = contacts
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{source}: the checkpoint is not one of a run ({reason})") from error

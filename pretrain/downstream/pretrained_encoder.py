@@ -15,6 +15,7 @@ from pretrain.corpus.tokenizer import InvalidSymbolError, Tokenizer
 from pretrain.errors import UserError
 from pretrain.model.attention import Layout
 from pretrain.model.config import EncoderConfig
+from pretrain.model.contacts import ContactRegression
 from pretrain.model.encoder import Encoder
 
 PACK_TOKENS = {"cpu": 2**12, "cuda": 2**16}
@@ -32,11 +33,15 @@ class PretrainedEncoder(Encoder):
         read_tokenizer: Gives the tokenizer, when it is first needed: an encoder without one is still an encoder.
         max_length: Tokens of the longest crops that the model was trained on, ``<cls>`` and ``<eos>`` included; None
             if that is not known.
+
+    Attributes:
+        contacts: The model's contact regression, where it brought one (`pretrain contacts --fit` makes one).
     """
 
     def __init__(self, config: EncoderConfig, read_tokenizer: Callable[[], Tokenizer], max_length: int | None) -> None:
         super().__init__(config)
         self.max_length = max_length
+        self.contacts: ContactRegression | None = None
         self._read_tokenizer = read_tokenizer
 
     @override
@@ -96,6 +101,28 @@ class PretrainedEncoder(Encoder):
             values, offsets = self.embed_tokens(tokens, per, pooling, chosen, bar.update)
         result = torch.from_numpy(values[:, 0] if isinstance(layers, int) else values)
         return result if per == "sequence" else list(result.split(np.diff(offsets).tolist()))
+
+    def predict_contacts(
+        self, sequences: Sequence[str], regression: ContactRegression | None = None
+    ) -> list[Float[Tensor, "L L"]]:
+        """The probability of a contact (Cβ closer than 8 Å) between any two residues of each sequence.
+
+        Args:
+            sequences: Proteins.
+            regression: What reads it from the attention maps; by default the model's own.
+
+        Returns:
+            A map for each, on the CPU.
+
+        Raises:
+            UserError: If the model has no regression and none is given, or as for `embed`.
+        """
+        regression = regression or self.contacts
+        if regression is None:
+            raise UserError("the model has no contact regression; fit one by `pretrain contacts --fit`, or give one")
+        regression.check(self.config, "the regression")
+        tokens = [self.encode(sequence, f"sequence {number}") for number, sequence in enumerate(sequences)]
+        return [regression.predict(self, self.lay_out([ids])[0]).cpu() for ids in tokens]
 
     def encode(self, sequence: str, name: str) -> NDArray[np.unsignedinteger]:
         """A string's ids, ``<cls>`` in front and ``<eos>`` behind; ``name`` is what errors call it.

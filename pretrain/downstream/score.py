@@ -72,7 +72,7 @@ def score(
     model = load(path).to(choose_device(device))
     if not isinstance(model.tokenizer, ProteinTokenizer):
         raise UserError(f"{path}: is a model of text; variants are scored by models of proteins")
-    scores = [METHODS[method](model, variants.rows) for method in methods]
+    scores = [METHODS[method](model, variants.rows, progress=sys.stderr.isatty()) for method in methods]
     with atomic_file(out) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow([*variants.header, *names])
@@ -83,15 +83,19 @@ def score(
     )
 
 
-def _masked_marginals(model: PretrainedEncoder, variants: Sequence[Variant]) -> NDArray[np.float64]:
+def _masked_marginals(
+    model: PretrainedEncoder, variants: Sequence[Variant], progress: bool = False
+) -> NDArray[np.float64]:
     def look(ids: NDArray[np.int64], places: list[int]) -> NDArray[np.float32]:
         tasks = [(ids, place) for place in places]
-        return np.concatenate(list(_masked(model, tasks, len(tasks), "masked marginals")))
+        return np.concatenate(list(_masked(model, tasks, len(tasks), "masked marginals" if progress else None)))
 
     return _marginals(model, variants, look)
 
 
-def _wildtype_marginals(model: PretrainedEncoder, variants: Sequence[Variant]) -> NDArray[np.float64]:
+def _wildtype_marginals(
+    model: PretrainedEncoder, variants: Sequence[Variant], progress: bool = False
+) -> NDArray[np.float64]:
     return _marginals(model, variants, lambda ids, places: model.log_probabilities([ids], [places])[0])
 
 
@@ -119,11 +123,13 @@ def _marginals(
     return result
 
 
-def _pseudo_perplexity(model: PretrainedEncoder, variants: Sequence[Variant]) -> NDArray[np.float64]:
+def _pseudo_perplexity(
+    model: PretrainedEncoder, variants: Sequence[Variant], progress: bool = False
+) -> NDArray[np.float64]:
     encoded = {variant.mutated: _ids(model, variant.mutated) for variant in variants}
     tasks = ((ids, place) for ids in encoded.values() for place in range(1, len(ids) - 1))
     count = sum(len(ids) - 2 for ids in encoded.values())
-    rows = _masked(model, tasks, count, "pseudo-perplexity")
+    rows = _masked(model, tasks, count, "pseudo-perplexity" if progress else None)
     means = {
         mutated: float(np.mean([next(rows)[0, ids[place]] for place in range(1, len(ids) - 1)], dtype=np.float64))
         for mutated, ids in encoded.items()
@@ -132,13 +138,16 @@ def _pseudo_perplexity(model: PretrainedEncoder, variants: Sequence[Variant]) ->
 
 
 def _masked(
-    model: PretrainedEncoder, tasks: Iterable[tuple[NDArray[np.int64], int]], count: int, what: str
+    model: PretrainedEncoder, tasks: Iterable[tuple[NDArray[np.int64], int]], count: int, what: str | None
 ) -> Iterator[NDArray[np.float32]]:
-    """For each sequence and place, the log probabilities at that place while it alone is masked, [1, V]."""
+    """For each sequence and place, the log probabilities at that place while it alone is masked, [1, V].
+
+    ``what`` is shown before the progress bar; None for no bar.
+    """
     copies: list[NDArray[np.int64]] = []
     places: list[list[int]] = []
     size = 0
-    with tqdm(total=count, desc=what, unit=" masks", disable=not sys.stderr.isatty()) as bar:
+    with tqdm(total=count, desc=what, unit=" masks", disable=what is None) as bar:
         for ids, place in tasks:
             if size + len(ids) > _BLOCK_TOKENS and copies:
                 yield from model.log_probabilities(copies, places)
@@ -157,7 +166,7 @@ def _ids(model: PretrainedEncoder, sequence: str) -> NDArray[np.int64]:
     return model.encode(sequence, "the sequence").astype(np.int64)
 
 
-METHODS: dict[str, Callable[[PretrainedEncoder, Sequence[Variant]], NDArray[np.float64]]] = {
+METHODS: dict[str, Callable[..., NDArray[np.float64]]] = {
     "masked-marginals": _masked_marginals,
     "wildtype-marginals": _wildtype_marginals,
     "pseudo-perplexity": _pseudo_perplexity,
@@ -170,19 +179,25 @@ COLUMNS = {
 }
 
 
-def _agreement(variants: VariantTable, methods: Sequence[str], scores: Sequence[NDArray[np.float64]]) -> list[str]:
-    """Spearman's rank correlation of each method with what was measured."""
+def spearman(variants: Sequence[Variant], scores: NDArray[np.float64]) -> float | None:
+    """Rank correlation of scores with what was measured, where it was; None if either side is all equal."""
     import torch
     from torchmetrics.functional import spearman_corrcoef
 
-    measured = np.array([np.nan if v.measured is None else v.measured for v in variants.rows])
-    known = ~np.isnan(measured)
-    if known.sum() < 2:
-        return []
+    known = [number for number, variant in enumerate(variants) if variant.measured is not None]
+    measured = torch.tensor([variants[number].measured for number in known], dtype=torch.float64)
+    pair = torch.from_numpy(scores[known]), measured
+    if any(bool((side == side[:1]).all()) for side in pair):
+        return None
+    return float(spearman_corrcoef(*pair))
+
+
+def _agreement(variants: VariantTable, methods: Sequence[str], scores: Sequence[NDArray[np.float64]]) -> list[str]:
+    """Spearman's rank correlation of each method with what was measured, for people."""
+    known = sum(variant.measured is not None for variant in variants.rows)
     lines = []
-    for method, values in zip(methods, scores, strict=True):
-        pair = (torch.from_numpy(values[known]), torch.from_numpy(measured[known]))
-        constant = any(bool((side == side[0]).all()) for side in pair)
-        shown = "undefined, as all are equal" if constant else f"{float(spearman_corrcoef(*pair)):.3f}"
-        lines.append(f"  {method:20} Spearman {shown} with {variants.measured_column}  ({int(known.sum()):,} variants)")
+    for method, values in zip(methods, scores, strict=True) if known > 1 else ():
+        found = spearman(variants.rows, values)
+        shown = "undefined, as all are equal" if found is None else f"{found:.3f}"
+        lines.append(f"  {method:20} Spearman {shown} with {variants.measured_column}  ({known:,} variants)")
     return lines

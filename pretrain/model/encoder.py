@@ -5,6 +5,7 @@ function computed is that of transformers' ``EsmForMaskedLM`` (and of facebookre
 the same weights.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -159,6 +160,15 @@ class Encoder(nn.Module):
             attentions.append(maps)
         hidden_states[-1] = self.norm(hidden)
         return Trace(tuple(hidden_states), tuple(attentions))
+
+    def attention_maps(self, input_ids: Int[Tensor, " T"]) -> Iterator[Float[Tensor, "H T T"]]:
+        """One sequence's attention maps, a block at a time: what `trace` would hold all of."""
+        cu_seqlens = torch.tensor([0, len(input_ids)], dtype=torch.int32, device=input_ids.device)
+        hidden, rotation, _ = self._embed(input_ids, cu_seqlens)
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            hidden, maps = block.trace(hidden, rotation, [len(input_ids)])
+            yield maps[0]
 
     def _embed(
         self, input_ids: Int[Tensor, " T"], cu_seqlens: Int[Tensor, " bounds"]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pretrain.errors import UserError
 from pretrain.model.config import DROPOUT, EncoderConfig
+from pretrain.model.contacts import ContactRegression
 
 _NAMES = {
     "embedding.weight": "esm.embeddings.word_embeddings.weight",
@@ -29,6 +30,7 @@ _BLOCK_NAMES = {
 }
 DECODER = "lm_head.decoder.weight"
 """The head's output matrix: the embedding, under a second name."""
+CONTACT_WEIGHT, CONTACT_BIAS = (f"esm.contact_head.regression.{kind}" for kind in ("weight", "bias"))
 _QKV = ("query", "key", "value")
 _OLDER_NAMES = {
     r"^esm\.encoder\.layer\.[0*]\.attention\.self\.rotary_embeddings\.inv_freq$": _NAMES["inv_freq"],
@@ -127,7 +129,7 @@ def published_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def from_hf(state: dict[str, Tensor], config: EncoderConfig) -> dict[str, Tensor]:
     """The reverse of `to_hf`, under any of the names that `published_names` knows.
 
-    What an `Encoder` has no use for (pooler, contact head) is left out.
+    What an `Encoder` has no use for (pooler, contact head) is left out; see `contacts_from_hf`.
 
     Raises:
         UserError: If a tensor is missing, or one has no place in an encoder of this config.
@@ -162,3 +164,20 @@ def from_hf(state: dict[str, Tensor], config: EncoderConfig) -> dict[str, Tensor
             "without masked-LM head a new one)"
         ) from error
     return ours
+
+
+def contacts_to_hf(contacts: ContactRegression) -> dict[str, Tensor]:
+    """The tensors of transformers' contact head."""
+    return {CONTACT_WEIGHT: contacts.weight[None].contiguous(), CONTACT_BIAS: contacts.bias[None].contiguous()}
+
+
+def contacts_from_hf(state: dict[str, Tensor]) -> ContactRegression | None:
+    """The reverse of `contacts_to_hf`, under any of the names that `published_names` knows.
+
+    None if there is no contact head, or one of zeros, which is what `pretrain export` writes where none was fitted.
+    """
+    state = published_names(state)
+    weight, bias = state.get(CONTACT_WEIGHT), state.get(CONTACT_BIAS)
+    if weight is None or bias is None or not bool(weight.any()):
+        return None
+    return ContactRegression(weight.float().reshape(-1), bias.float().reshape(()))

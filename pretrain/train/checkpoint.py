@@ -17,8 +17,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from typing_extensions import override
 
 from pretrain.errors import UserError
+from pretrain.model.contacts import ContactRegression
 
 FORMAT, FORMAT_VERSION = "pretrain_format", 1
+CONTACTS = "contact_regression"
 
 _SEAL_SIZE = 64
 _ZIP_END_SIZE = 22  # of the record that ends an archive without a comment
@@ -239,3 +241,9 @@ def sync_directory(directory: Path) -> None:
 def data_state(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
     """The data position in a checkpoint, which Lightning keeps under the name of the data module's class."""
     return next((state for name, state in checkpoint.items() if name.endswith("DataModule")), None)
+
+
+def contacts_in(checkpoint: dict[str, Any]) -> ContactRegression | None:
+    """The contact regression of the model that a run grew from, if it had one."""
+    stored = checkpoint.get(CONTACTS)
+    return stored and ContactRegression(stored["weight"], stored["bias"])

@@ -14,7 +14,9 @@ from pretrain.corpus.batch import Batch
 from pretrain.corpus.datamodule import MLMDataModule
 from pretrain.corpus.tokenizer import ProteinTokenizer
 from pretrain.model.config import EncoderConfig
+from pretrain.model.contacts import ContactRegression
 from pretrain.model.encoder import Encoder
+from pretrain.train.checkpoint import CONTACTS, contacts_in
 from pretrain.train.optim import build_optimizer
 from pretrain.train.pretrained import load_initial_weights
 from pretrain.train.schedule import InverseSqrtScheduler, Schedule, ShapedScheduler
@@ -50,6 +52,7 @@ class MLMModule(StepModule):
             ``encoder``'s.
 
     Attributes:
+        contacts: The contact regression of the model that training started from: not trained, only handed on.
         findings: What the last validation found, by the name of the set ("" where it has none).
         sample: The first pack of the last validation, and what was predicted at its targets.
     """
@@ -77,8 +80,9 @@ class MLMModule(StepModule):
         super().__init__(Encoder(encoder), activation_checkpointing, compile, scheduler_name)
         self.flash_attention = flash_attention
         self.initialized_from = initialize_from
+        self.contacts: ContactRegression | None = None
         if initialize_from is not None:
-            load_initial_weights(self.encoder, Path(initialize_from))
+            self.contacts = load_initial_weights(self.encoder, Path(initialize_from))
         self.learning_rate = learning_rate
         self.warmup_steps = warmup_steps
         self.warmup_init_lr = warmup_init_lr
@@ -128,6 +132,16 @@ class MLMModule(StepModule):
     @override
     def train_figures(self, loss: Tensor) -> dict[str, Tensor]:
         return {"train/loss": loss, "train/perplexity": loss.exp()}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the contact regression: where it came from may be gone by the time that it is exported."""
+        if self.contacts is not None:
+            checkpoint[CONTACTS] = {"weight": self.contacts.weight, "bias": self.contacts.bias}
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self.contacts = contacts_in(checkpoint)
 
     def on_validation_epoch_start(self) -> None:
         """Begin to count."""

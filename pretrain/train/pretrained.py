@@ -9,8 +9,9 @@ from torch import Tensor
 
 from pretrain.errors import UserError
 from pretrain.model.config import DROPOUT
+from pretrain.model.contacts import ContactRegression
 from pretrain.model.encoder import Encoder
-from pretrain.model.hf import from_hf, from_hf_config
+from pretrain.model.hf import contacts_from_hf, from_hf, from_hf_config
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
@@ -67,8 +68,11 @@ def load_tensors(encoder: Encoder, tensors: dict[str, Tensor], directory: Path) 
         raise UserError(f"{directory}: the tensors do not fit {CONFIG} ({reason})") from error
 
 
-def load_initial_weights(encoder: Encoder, directory: Path) -> None:
+def load_initial_weights(encoder: Encoder, directory: Path) -> ContactRegression | None:
     """Give an encoder a transformers directory's weights.
+
+    Returns:
+        The directory's contact head, if it has one.
 
     Raises:
         UserError: If there is no model, or it computes another function than the encoder's config says.
@@ -86,7 +90,9 @@ def load_initial_weights(encoder: Encoder, directory: Path) -> None:
                 f"model.initialize_from: {directory} has {name} {theirs[name]!r}, model.encoder has {value!r}; the "
                 "fit.yaml that `pretrain import` writes sets them to agree"
             )
-    load_tensors(encoder, read_tensors(directory), directory)
+    tensors = read_tensors(directory)
+    load_tensors(encoder, tensors, directory)
+    return contacts_from_hf(tensors)
 
 
 def read_json(path: Path) -> dict[str, Any]:

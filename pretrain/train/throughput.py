@@ -123,4 +123,8 @@ class Throughput(pl.Callback):
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.leave_out()
+
+    def leave_out(self) -> None:
+        """Do not count the time since the last batch: something else than training was done."""
         self._last = time.perf_counter()

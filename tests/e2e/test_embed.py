@@ -179,7 +179,13 @@ def test_every_format_holds_what_python_gives_in_the_sources_order(
 @pytest.mark.parametrize("per", ["sequence", "residue"])
 @pytest.mark.parametrize("suffix", ["parquet", "npz", "safetensors"])
 def test_interrupted_and_continued_is_the_same_file_byte_for_byte(
-    protein_model: Path, proteins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, per: str, suffix: str
+    protein_model: Path,
+    proteins: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    per: str,
+    suffix: str,
 ) -> None:
     whole, out, options = tmp_path / f"whole.{suffix}", tmp_path / f"out.{suffix}", EmbedOptions(per=per)
     compute, calls = PretrainedEncoder.embed_tokens, list[int]()
@@ -197,8 +203,8 @@ def test_interrupted_and_continued_is_the_same_file_byte_for_byte(
     assert parts > 5
     calls.clear()
     for stop_at in (3, 6):  # noqa: B007
-        with pytest.raises(KeyboardInterrupt):
-            embed(protein_model, [str(proteins)], out, options)
+        assert main(["embed", str(protein_model), str(proteins), "--out", str(out), "--per", per]) == 130
+        assert "the same command continues behind it" in capfd.readouterr().err
         assert not out.exists()
     stop_at = 0
     embed(protein_model, [str(proteins)], out, options)
