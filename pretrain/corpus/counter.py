@@ -34,6 +34,7 @@ class Stream(IntEnum):
     CLUSTER_MEMBER = 21
     SHARDS = 30
     GROUP = 31
+    PAIR = 40
 
 
 def _mix(z: U64) -> U64:

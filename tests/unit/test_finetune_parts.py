@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pretrain.corpus.batch import Batch
 from pretrain.corpus.packing import Pack, Position
 from pretrain.downstream.finetune.data import FineTuneDataModule
 from pretrain.downstream.finetune.head import SequenceHead, build_head, head_outputs
@@ -16,13 +15,14 @@ from pretrain.downstream.finetune.labels import LabelSpec
 from pretrain.downstream.finetune.lora import add_lora, merge_lora
 from pretrain.downstream.finetune.metrics import Answers, bootstrap, metrics
 from pretrain.downstream.finetune.module import FineTuneModule
+from pretrain.downstream.finetune.packs import LabelledBatch
 from pretrain.model.config import EncoderConfig
 from pretrain.model.encoder import Encoder
 
 CONFIG = EncoderConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.3)
 
 
-def batch_of(lengths: list[int], tokens: torch.Tensor | None = None) -> Batch:
+def batch_of(lengths: list[int], tokens: torch.Tensor | None = None) -> LabelledBatch:
     """Sequences end to end, with one target each, at the place of ``<cls>``."""
     bounds = np.concatenate([[0], np.cumsum(lengths)])
     if tokens is None:
@@ -31,7 +31,9 @@ def batch_of(lengths: list[int], tokens: torch.Tensor | None = None) -> Batch:
     size = np.array(lengths)
     pack = Pack(np.arange(len(lengths)), 0 * ones, 0 * ones, size, size - 2, ones, len(lengths), Position())
     cu_seqlens = torch.from_numpy(bounds.astype(np.int32))
-    return Batch(tokens, cu_seqlens, torch.from_numpy(bounds[:-1]), torch.zeros(len(lengths)), int(size.max()), pack)
+    return LabelledBatch(
+        tokens, cu_seqlens, torch.from_numpy(bounds[:-1]), torch.zeros(len(lengths)), int(size.max()), pack
+    )
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean", "attention"])

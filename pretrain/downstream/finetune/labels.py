@@ -102,7 +102,9 @@ def learn_spec(task: Task, rows: Sequence[Row], separator: str, mask_label: str 
     return LabelSpec(task, classes)
 
 
-def encode(spec: LabelSpec, rows: Sequence[Row], lengths: Sequence[int], separator: str, mask: str | None) -> Labels:
+def encode_labels(
+    spec: LabelSpec, rows: Sequence[Row], lengths: Sequence[int], separator: str, mask: str | None
+) -> Labels:
     """The labels of rows as numbers.
 
     Args:

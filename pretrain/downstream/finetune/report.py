@@ -37,6 +37,7 @@ def header(run: Run, trainer: pl.Trainer, module: FineTuneModule, data: FineTune
         "a linear layer on each residue" if spec.task == "token" else f"{module.pooling} pooling, dense, tanh, output"
     )
     runs = execution(trainer)
+    what = {None: "sequences", "given": "pairs", "any": "pairs in either order"}[data.pair_order]
     return "\n".join(
         [
             f"{run.directory}: {begin}",
@@ -44,7 +45,7 @@ def header(run: Run, trainer: pl.Trainer, module: FineTuneModule, data: FineTune
             f"{module.initialized_from or ('its checkpoint' if run.checkpoint else 'random weights')}",
             f"  training  {trained:,} parameters ({_TUNED[module.tune]}); head: {head}",
             f"  labels    {spec.task}{classes}{', ...' if len(spec.classes) > 8 else ''}",
-            f"  data      sequences: {sizes}",
+            f"  data      {what}: {sizes}",
             f"  step      {data.global_batch_tokens:,} tokens, at most {data.max_length} of a sequence; an epoch is "
             f"about {max(1, round(epoch)):,} steps",
             "  hardware  {processes} x {accelerator}, {strategy}, {precision}".format(**runs),
