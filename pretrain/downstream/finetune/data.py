@@ -216,22 +216,31 @@ class FineTuneDataModule(PackedDataModule):
 
 def _warn_of_copies(rows: dict[str, list[Row]], pair_order: PairOrder | None) -> None:
     """Say what of the held-out data stands in train, too: it would be remembered rather than understood."""
-    keys = {split: [_content(row, pair_order) for row in its_rows] for split, its_rows in rows.items()}
-    seen = set(keys["train"])
-    what = "sequences" if pair_order is None else "pairs"
+    seen = {_content(row, pair_order) for row in rows["train"]}
+    parts = {part for content in seen for part in content}
     for split in ("validation", "test"):
-        here = rows.get(split, [])
-        if copies := [row for row, key in zip(here, keys.get(split, []), strict=True) if key in seen]:
-            print(
-                f"pretrain: warning: {len(copies)} of {len(here)} {what} of {split} are in train, too (the "
-                f"first at {copies[0].where}): the figures will be better than for new {what}",
-                file=sys.stderr,
-                flush=True,
+        here = [(row, _content(row, pair_order)) for row in rows.get(split, [])]
+        copies = [row for row, content in here if content in seen]
+        shared = [sum(part in parts for part in content) for _, content in here if content not in seen]
+        if pair_order is not None and (copies or any(shared)):
+            # Of pairs it matters, too, whether one or both of the sequences are known (Park and Marcotte 2012).
+            found = (
+                f"of {len(here)} pairs of {split} {len(copies)} are in train, too; of {shared.count(2)} more both "
+                f"sequences are, of {shared.count(1)} one"
             )
+        elif copies:
+            found = (
+                f"{len(copies)} of {len(here)} sequences of {split} are in train, too (the first at {copies[0].where})"
+            )
+        else:
+            continue
+        message = f"pretrain: warning: {found}: the figures will be better than for new sequences"
+        print(message, file=sys.stderr, flush=True)
 
 
-def _content(row: Row, pair_order: PairOrder | None) -> tuple[bytes | None, ...]:
+def _content(row: Row, pair_order: PairOrder | None) -> tuple[bytes, ...]:
     """What two rows have in common if one is a copy of the other."""
-    if pair_order == "any" and row.second is not None:
-        return tuple(sorted((row.sequence, row.second)))
-    return row.sequence, row.second
+    if row.second is None:
+        return (row.sequence,)
+    pair = row.sequence, row.second
+    return tuple(sorted(pair)) if pair_order == "any" else pair

@@ -88,6 +88,36 @@ MISTAKES: dict[str, tuple[Callable[[], str], dict[str, Any], list[str]]] = {
         lambda: table("t.fasta", ">a\nMKV\n>b\nMKL\n"), {"data__labels": "labels.csv"},
         ["t.fasta:3: record 'b' has no row in labels.csv"],
     ),
+    "a lone stop": (
+        lambda: table("t.csv", "sequence,label\nMKV,1\n*,0\n"), {}, ["t.csv:3: record '3' has only '*'; remove it"]
+    ),
+    "nothing beside": (
+        lambda: table("t.csv", "seq1,seq2,label\nMKV,MA,1\nMKL,,0\n"), {}, ["t.csv:3: record '3' has nothing in 'seq2'"]
+    ),
+    "unknown residue beside": (
+        lambda: table("t.csv", "seq1,seq2,label\nMKV,MA,1\nMKL,M1,0\n"), {},
+        ["t.csv:3: record '3' has '1' at position 2 of its second sequence"],
+    ),
+    "pairs and single sequences": (
+        lambda: table(
+            "t.jsonl", '{"seq1": "MK", "seq2": "A", "label": 1}\n{"sequence": "MK", "label": 0}\n'
+        ), {}, ["t.jsonl:2: record '2' is no pair, unlike the rows before"],
+    ),
+    "labels of residues of pairs": (
+        lambda: table("t.csv", "seq1,seq2,label\nMKV,MA,HHE\n"), TOKENS, ["data.task is token", "a pair has one label"]
+    ),
+    "no such column beside": (
+        lambda: table("t.csv", GOOD), {"data__pair_column": "mate"}, ["no column 'mate'; it has id, sequence, label"]
+    ),
+    "a column beside itself": (
+        lambda: table("t.csv", GOOD), {"data__pair_column": "sequence"}, ["'sequence' is paired with itself"]
+    ),
+    "an order of no pairs": (
+        lambda: table("t.csv", GOOD), {"data__pair_order": "any"}, ["data.pair_order is 'any', but t.csv has one"]
+    ),
+    "no room for a pair": (
+        lambda: table("t.csv", "seq1,seq2,label\nM,A,1\nA,M,0\n"), {"data__max_length": 4}, ["at least 5 tokens"]
+    ),
     "no rows": (lambda: table("t.csv", "sequence,label\n"), {}, ["t.csv: holds no row"]),
     "no file": (lambda: "missing.csv", {}, ["missing.csv: no such file"]),
     "a model with another alphabet": (

@@ -86,6 +86,26 @@ def test_another_order_of_pairs_is_another_run(
     assert "pair_order" in capsys.readouterr().err
 
 
+def test_what_pairs_share_with_train_is_told_and_a_single_sequence_is_no_pair(
+    pretrained: Path, config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "t.csv"
+    rows = ["MK,LV,1,train", "MA,LL,0,train", "LV,MK,1,test", "LL,MK,0,test", "MK,CC,0,test", "C,CC,0,test"]
+    path.write_text("\n".join(["seq1,seq2,label,split", *rows]) + "\n")
+    given = {"data__train": str(path), "trainer__max_steps": 4}
+    for order, copies, both in (("given", 0, 2), ("any", 1, 1)):
+        settings = config(**given, data__pair_order=order)
+        assert finetune("-c", settings, "--from", pretrained, "--run", tmp_path / order) == 0
+        expected = f"of 4 pairs of test {copies} are in train, too; of {both} more both sequences are, of 1 one"
+        assert expected in capsys.readouterr().err
+    single = tmp_path / "single.csv"
+    single.write_text("sequence\nMKV\n")
+    out = tmp_path / "out.csv"
+    assert main(["predict", str(tmp_path / "any"), str(single), "--out", str(out)]) == 2
+    assert f"{single}: has one sequence a row, the model takes pairs" in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_an_export_takes_two_sequences_as_transformers_tokenizes_them(
     pretrained: Path, config: Callable[..., Path], pairs: Path, tmp_path: Path
 ) -> None:
