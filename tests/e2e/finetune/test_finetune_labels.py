@@ -16,7 +16,7 @@ GOOD = "id,sequence,label,split\na,MKV,1,train\nb,MKL,0,train\nc,MKA,1,test\n"
 
 
 def table(name: str, content: str) -> str:
-    Path(name).write_text(content)
+    Path(name).write_text(content, errors="surrogateescape")
     return name
 
 
@@ -44,6 +44,13 @@ MISTAKES: dict[str, tuple[Callable[[], str], dict[str, Any], list[str]]] = {
     ),
     "NaN": (lambda: table("t.csv", "sequence,label\nMKV,1\nMKL,nan\n"), NUMBERS, ["t.csv:3", "label nan; give"]),
     "NaN in Parquet": (lambda: parquet([1.0, float("nan")]), NUMBERS, ["t.parquet:2", "label nan"]),
+    "one number": (
+        lambda: table("t.csv", "sequence,label\nMKV,1\nMKL,1.0\n"), NUMBERS, ["t.csv: every training label is 1; there"]
+    ),
+    "one sequence to test numbers on": (
+        lambda: table("t.csv", "sequence,label,split\nMKV,1,train\nMKL,2,train\nMKA,2,test\n"), NUMBERS,
+        ["t.csv:4: is the only row of its split"],
+    ),
     "one class": (
         lambda: table("t.csv", "sequence,label\nMKV,1\nMKL,1\n"), {}, ["t.csv: the training labels have 1 classes (1)"]
     ),
@@ -60,6 +67,10 @@ MISTAKES: dict[str, tuple[Callable[[], str], dict[str, Any], list[str]]] = {
     "lengths differ": (
         lambda: table("t.csv", "sequence,label\nMKV,HHE\nMKL,HH\n"), TOKENS,
         ["t.csv:3: record '3' has 3 residues but 2 labels"],
+    ),
+    "no residue with a label": (
+        lambda: table("t.csv", "sequence,label,split\nMKV,HE-,train\nMKL,---,test\n"),
+        {**TOKENS, "data__mask_label": "-"}, ["t.csv:3: record '3' has no residue with a label"],
     ),
     "letter seen only in test": (
         lambda: table("t.csv", "sequence,label,split\nMKV,HHE,train\nMKL,HHC,test\n"), TOKENS, ["t.csv:3", "class 'C'"]
@@ -87,6 +98,9 @@ MISTAKES: dict[str, tuple[Callable[[], str], dict[str, Any], list[str]]] = {
     "no row in the table of labels": (
         lambda: table("t.fasta", ">a\nMKV\n>b\nMKL\n"), {"data__labels": "labels.csv"},
         ["t.fasta:3: record 'b' has no row in labels.csv"],
+    ),
+    "a label in another encoding": (
+        lambda: table("t.csv", "sequence,label\nMKV,caf\udce9\nMKL,tea\n"), {}, ["t.csv:2: record '2'", "is no UTF-8"]
     ),
     "a lone stop": (
         lambda: table("t.csv", "sequence,label\nMKV,1\n*,0\n"), {}, ["t.csv:3: record '3' has only '*'; remove it"]
