@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -38,11 +39,16 @@ def test_a_run_on_pairs_learns_from_both_and_predicts_them_in_either_order(
     pretrained: Path, config: Callable[..., Path], pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    given = {"data__train": str(pairs), "data__pair_order": "any", "trainer__max_steps": 40}
+    given = {"data__train": str(pairs), "data__pair_order": "any", "data__max_length": 96}
+    given |= {"data__global_batch_tokens": 1024, "trainer__max_steps": 40, "model__pooling": "mean"}
     assert finetune("-c", config("regression", **given), "--from", pretrained, "--run", run) == 0
     assert "pairs in either order: 180 train, 20 validation, 40 test" in capsys.readouterr().out
     result = json.loads((run / "result.json").read_text())
-    assert result["test"]["spearman"]["value"] > 0.85  # one sequence of the two gives about 0.7
+    table = read_csv(pairs)
+    truth = np.array([float(row["label"]) for row in table[200:]])
+    for column in ("sequence_a", "sequence_b"):  # to know all of one of the two is not enough
+        alone = [row[column].count("L") / len(row[column]) for row in table[200:]]
+        assert result["test"]["pearson"]["value"] > np.corrcoef(alone, truth)[0, 1] + 0.1
 
     mirrored = tmp_path / "mirrored.csv"
     mirrored.write_text(pairs.read_text().replace("sequence_a,sequence_b", "other,sequence"))
@@ -53,8 +59,7 @@ def test_a_run_on_pairs_learns_from_both_and_predicts_them_in_either_order(
     assert [row["id"] for row in one] == [row["id"] for row in two] == [f"p{i}" for i in range(240)]
     ours = torch.tensor([float(row["prediction"]) for row in one])
     torch.testing.assert_close(ours, torch.tensor([float(row["prediction"]) for row in two]), rtol=1e-4, atol=1e-5)
-    truth = torch.tensor([float(row["label"]) for row in read_csv(pairs)][200:])
-    rmse = float((ours[200:] - truth).square().mean().sqrt())
+    rmse = np.sqrt(np.mean((ours[200:].numpy() - truth) ** 2))
     assert rmse == pytest.approx(result["test"]["rmse"]["value"], rel=1e-3)
     assert main(["inspect", str(run), "--audit"]) == 0
 
