@@ -59,6 +59,8 @@ TABLE = ROOT / "data" / "localisation" / "localisation.csv.gz"
 MAX_LENGTH, STEP_TOKENS = 512, 8192
 LEARNING_RATE, WARMUP, WEIGHT_DECAY, CLIP, BETAS, EPS = 1e-3, 50, 0.01, 1.0, (0.9, 0.98), 1e-8
 """As the recipe has them."""
+TRAINERS_BATCH = 8
+"""Trainer's own default."""
 
 
 class Clock:
@@ -192,9 +194,9 @@ class Rival:
         return clock.rates
 
     def test(self, steps: int, seed: int) -> dict[str, Any]:
-        """Train with its default sampling, and look at the test split."""
+        """Train with its default sampling and batches, accumulated, and look at the test split."""
         clock = Clock()
-        trainer = self.trainer(self.per_step, False, steps, seed, clock)
+        trainer = self.trainer(TRAINERS_BATCH, False, steps, seed, clock)
         trainer.train()
         outputs = torch.from_numpy(trainer.predict(self.sets["test"]).predictions)
         targets = torch.from_numpy(self.data.splits["test"].labels.values)
@@ -228,7 +230,7 @@ class Row:
 
 def speed(source: str, rival: Rival, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Rounds in turn: ours, then the rival in each of its set-ups."""
-    rows = [Row(rival.per_step, False), Row(8, False), Row(rival.per_step, True)]
+    rows = [Row(rival.per_step, False), Row(TRAINERS_BATCH, False), Row(rival.per_step, True)]
     our_rates(source, 2, 0)  # a warm-up
     rival.rates(rival.per_step, False, 2, 0)
     for seed in range(1, options.rounds + 1):
