@@ -168,6 +168,9 @@ def _parser() -> argparse.ArgumentParser:
         "--text_column", metavar="NAME", help="column with the sequences (default: text, sequence, ...)"
     )
     command.add_argument("--id_column", metavar="NAME", help="column with their names (default: id, if there is one)")
+    command.add_argument(
+        "--pair_column", metavar="NAME", help="of a model of pairs: column with the other sequence (sequence_b, ...)"
+    )
     command.add_argument("--pack_tokens", type=int, default=16_384, metavar="N", help="tokens in a forward pass")
     command.add_argument("--device", choices=["cpu", "cuda"], help="default: the GPU, where there is one")
     command.set_defaults(command=_predict)
@@ -332,7 +335,8 @@ def _predict(options: argparse.Namespace) -> int:
     from pretrain.downstream.finetune.predict import predict
 
     columns = SourceOptions(text_column=options.text_column, id_column=options.id_column)
-    print(predict(options.run, options.source, options.out, columns, options.pack_tokens, options.device))
+    given = options.pack_tokens, options.device, options.pair_column
+    print(predict(options.run, options.source, options.out, columns, *given))
     return 0
 
 

@@ -21,6 +21,8 @@ from jaxtyping import install_import_hook
 if TYPE_CHECKING:
     from pretrain.corpus.tokenizer import Tokenizer
 
+pytest_plugins = ("labelled",)  # fixtures of fine-tuning
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: tests run side by side on few cores
 

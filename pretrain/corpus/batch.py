@@ -1,7 +1,7 @@
 """From a pack's description to its tensors: all that a loader worker does."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ class Batch:
     max_seqlen: int
     pack: Pack
 
-    def to(self, device: torch.device | str, non_blocking: bool | None = None) -> "Batch":
+    def to(self, device: torch.device | str, non_blocking: bool | None = None) -> Self:
         """The same batch on another device.
 
         Args:
@@ -46,7 +46,7 @@ class Batch:
             non_blocking = torch.device(device).type == "cuda"
         return replace(self, **{k: v.to(device, non_blocking=non_blocking) for k, v in self._tensors().items()})
 
-    def pin_memory(self) -> "Batch":
+    def pin_memory(self) -> Self:
         """The same batch in page-locked memory, as ``DataLoader(pin_memory=True)`` asks for."""
         return replace(self, **{k: v.pin_memory() for k, v in self._tensors().items()})
 

@@ -34,7 +34,8 @@ class Stream(IntEnum):
     CLUSTER_MEMBER = 21
     SHARDS = 30
     GROUP = 31
-    DROPOUT = 40
+    PAIR = 40
+    DROPOUT = 50
 
 
 def _mix(z: U64) -> U64:

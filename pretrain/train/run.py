@@ -53,6 +53,7 @@ _IDENTITY = (
     "data.long_sequences",
     "data.global_batch_tokens",
     "data.task",
+    "data.pair_order",
     "model.from_scratch",
     "model.pooling",
     "model.tune",

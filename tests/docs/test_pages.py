@@ -17,6 +17,8 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 PROSE = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks/README.md", ROOT / "data/README.md"]
+_SECONDS = {"tutorial": 1800}
+"""For one block of a page that trains in earnest."""
 
 
 def blocks(page: Path) -> list[str]:
@@ -55,7 +57,7 @@ def test_the_commands_of_a_page_run_in_order_in_an_empty_folder(page: Path, prog
             env=environment,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=_SECONDS.get(page.stem, 300),
         )
         assert process.returncode == 0, f"{page.name}:\n{block}\n{process.stdout[-2000:]}\n{process.stderr[-2000:]}"
 

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pretrain.corpus.batch import Batch
 from pretrain.corpus.packing import Pack, Position
 from pretrain.downstream.finetune.data import FineTuneDataModule
 from pretrain.downstream.finetune.head import SequenceHead, build_head, head_outputs
@@ -16,13 +15,14 @@ from pretrain.downstream.finetune.labels import LabelSpec
 from pretrain.downstream.finetune.lora import add_lora, merge_lora
 from pretrain.downstream.finetune.metrics import Answers, bootstrap, metrics
 from pretrain.downstream.finetune.module import FineTuneModule
+from pretrain.downstream.finetune.packs import LabelledBatch
 from pretrain.model.config import EncoderConfig
 from pretrain.model.encoder import Encoder
 
 CONFIG = EncoderConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.3)
 
 
-def batch_of(lengths: list[int], tokens: torch.Tensor | None = None) -> Batch:
+def batch_of(lengths: list[int], tokens: torch.Tensor | None = None) -> LabelledBatch:
     """Sequences end to end, with one target each, at the place of ``<cls>``."""
     bounds = np.concatenate([[0], np.cumsum(lengths)])
     if tokens is None:
@@ -31,7 +31,9 @@ def batch_of(lengths: list[int], tokens: torch.Tensor | None = None) -> Batch:
     size = np.array(lengths)
     pack = Pack(np.arange(len(lengths)), 0 * ones, 0 * ones, size, size - 2, ones, len(lengths), Position())
     cu_seqlens = torch.from_numpy(bounds.astype(np.int32))
-    return Batch(tokens, cu_seqlens, torch.from_numpy(bounds[:-1]), torch.zeros(len(lengths)), int(size.max()), pack)
+    return LabelledBatch(
+        tokens, cu_seqlens, torch.from_numpy(bounds[:-1]), torch.zeros(len(lengths)), int(size.max()), pack
+    )
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean", "attention"])
@@ -184,3 +186,24 @@ def test_the_bootstrap_draws_whole_sequences_and_its_interval_holds_the_value() 
     places = [6, 7, 8, 6, 7, 8, 0, 1, 2]
     assert torch.equal(taken.targets, truth[places])
     assert torch.equal(taken.outputs, answers.outputs[places])
+
+
+def test_an_auroc_is_over_the_classes_for_which_it_is_defined() -> None:
+    spec, rare = LabelSpec("binary", ("no", "yes")), torch.tensor([1, 0, 0, 0])
+    logits = torch.tensor([[0.0, 2.0], [0.0, 1.0], [0.0, 0.0], [0.0, -1.0]])
+    assert metrics(spec, answers_of(logits, rare))["auroc"] == 1
+    # A third of the samples have no positive: they are left out, rather than taken for the worst.
+    assert bootstrap(spec, answers_of(logits, rare), samples=200)["auroc"] == (1, 1)
+    only = answers_of(logits, torch.zeros(4, dtype=torch.int64))
+    assert np.isnan(metrics(spec, only)["auroc"])
+    assert np.isnan(bootstrap(spec, only, samples=20)["auroc"]).all()
+
+    several = LabelSpec("multiclass", ("a", "b", "c"))
+    logits, truth = torch.randn(40, 3, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 2
+    found = metrics(several, answers_of(logits, truth))["auroc"]
+    shares = logits.softmax(-1).numpy()
+    expected = []
+    for k in (0, 1):  # there is no c
+        score, is_k = shares[:, k], truth.numpy() == k
+        expected.append((score[is_k][:, None] > score[~is_k][None]).mean())
+    assert found == pytest.approx(np.mean(expected), abs=1e-5)

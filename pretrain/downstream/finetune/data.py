@@ -1,23 +1,26 @@
 """`FineTuneDataModule`: labelled files to packs whose targets are labels."""
 
 import sys
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import Dataset
 from typing_extensions import override
 
-from pretrain.corpus.batch import Batch
 from pretrain.corpus.order import Order
 from pretrain.corpus.packed import PackedDataModule
-from pretrain.corpus.packing import Int64, Pack, StepPlanner, validation_packs
+from pretrain.corpus.packing import StepPlanner
 from pretrain.corpus.prepare import open_or_store
-from pretrain.corpus.store import Corpus
-from pretrain.corpus.tokenizer import InvalidSymbolError, ProteinTokenizer, Tokenizer
-from pretrain.downstream.finetune.labels import IGNORED, Labels, LabelSpec, Task, encode, learn_spec
+from pretrain.corpus.tokenizer import ProteinTokenizer
+from pretrain.downstream.finetune.labels import LabelSpec, Task, encode_labels, learn_spec
+from pretrain.downstream.finetune.packs import (
+    Labelled,
+    LabelledBatch,
+    LabelledDataset,
+    LabelPlanner,
+    dataset_of,
+    evaluation_batches,
+    evaluation_planner,
+)
+from pretrain.downstream.finetune.pairs import SHORTEST_PAIR, PairOrder, encode
 from pretrain.downstream.finetune.table import Columns, Row, read_rows
 from pretrain.errors import UserError
 
@@ -27,95 +30,6 @@ SPLITS = {
     "test": "test",
 }
 """What a split column may hold."""
-
-
-class Labelled(NamedTuple):
-    """One split: its sequences, and their labels by the same index."""
-
-    corpus: Corpus
-    labels: Labels
-
-
-class LabelPlanner(StepPlanner):
-    """Plans for labels: one target a sequence, or one a residue that has a label.
-
-    A sequence with one label shows its beginning where it is too long, as transformers' truncation does; one with a
-    label for each residue shows a random window, a new one in each epoch.
-
-    Args:
-        data: The sequences and their labels.
-        order: The order of the sequences.
-        max_length: Tokens in a crop, at most.
-    """
-
-    def __init__(self, data: Labelled, order: Order, max_length: int) -> None:
-        super().__init__(data.corpus, order, max_length)
-        self.labels = data.labels
-        if data.labels.offsets is not None:
-            self._counts = np.concatenate([[0], np.cumsum(data.labels.values != IGNORED)])
-
-    @override
-    def crop_starts(self, epochs: Int64, indices: Int64, room: Int64) -> Int64:
-        if self.labels.offsets is None:
-            return np.zeros_like(room)
-        return super().crop_starts(epochs, indices, room)
-
-    @override
-    def target_counts(self, epochs: Int64, indices: Int64, starts: Int64, lengths: Int64, maskable: Int64) -> Int64:
-        if self.labels.offsets is None:
-            return np.ones_like(indices)
-        first = self.labels.offsets[indices] + np.maximum(starts - 1, 0)  # the first token, <cls>, is no residue
-        counts: Int64 = self._counts[first + maskable] - self._counts[first]
-        return counts
-
-
-@dataclass
-class LabelledBatch(Batch):
-    """One pack whose targets are labels.
-
-    Attributes:
-        target_positions: Places in the pack, ascending: of each sequence's ``<cls>``, or of the residues with labels.
-        targets: The label of each of them: [M] numbers or classes, or [M, K] zeros and ones.
-    """
-
-    targets: Tensor
-
-
-class LabelledDataset(Dataset[Batch]):
-    """A pure function from a pack's description to its batch.
-
-    Args:
-        data: The sequences and their labels.
-    """
-
-    def __init__(self, data: Labelled) -> None:
-        self.corpus, self.labels = data
-
-    def __getitem__(self, pack: Pack) -> LabelledBatch:
-        crops = list(zip(pack.indices.tolist(), pack.starts.tolist(), pack.lengths.tolist(), strict=True))
-        cu_seqlens = np.concatenate([[0], np.cumsum(pack.lengths)])
-        pieces = [self.corpus.tokens(index)[start : start + length] for index, start, length in crops]
-        tokens = np.concatenate(pieces).astype(np.int64)
-        if (offsets := self.labels.offsets) is None:
-            positions = cu_seqlens[:-1]
-            tokens[cu_seqlens[1:] - 1] = self.corpus.tokenizer.eos_token_id  # also of what was truncated
-            targets = self.labels.values[pack.indices]
-        else:
-            labels = np.full(len(tokens), IGNORED)
-            for (index, start, _), begin, residues in zip(crops, cu_seqlens, pack.maskable, strict=False):
-                first = offsets[index] + max(start - 1, 0)
-                begin += start == 0
-                labels[begin : begin + residues] = self.labels.values[first : first + residues]
-            (positions,) = np.nonzero(labels != IGNORED)
-            targets = labels[positions]
-        return LabelledBatch(
-            input_ids=torch.from_numpy(tokens),
-            cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
-            target_positions=torch.from_numpy(positions),
-            targets=torch.from_numpy(targets),
-            max_seqlen=int(pack.lengths.max()),
-            pack=pack,
-        )
 
 
 class FineTuneDataModule(PackedDataModule):
@@ -135,6 +49,10 @@ class FineTuneDataModule(PackedDataModule):
         text_column: The same of the sequence; by default ``text``, ``sequence``, ``seq`` or ``content``.
         id_column: The same of the name; by default ``id`` where there is one, else the line.
         split_column: The same of the split: ``train``, ``validation`` or ``test``.
+        pair_column: The same of a second sequence, for labels of pairs; by default ``sequence_b`` beside ``sequence_a``
+            and its like (see `PAIR_COLUMNS`), where there is no column for a single sequence.
+        pair_order: ``given``: the order of a pair has a meaning. ``any``: it has none, as where two proteins interact:
+            training shows either at random, a new one in each epoch; everything else the same one for both.
         label_separator: What parts the labels of a multilabel row.
         mask_label: The letter of a residue that has no label, such as one that is not resolved.
         tokenizer: ``esm``, or a ``tokenizer.json``, or a directory that holds one: the model's.
@@ -147,6 +65,7 @@ class FineTuneDataModule(PackedDataModule):
 
     Attributes:
         spec: After `setup`, what the labels mean.
+        pair_order: After `setup`, that of pairs; None where the labels are those of single sequences.
         splits: After `setup`, the data of each split.
 
     Raises:
@@ -164,6 +83,8 @@ class FineTuneDataModule(PackedDataModule):
         text_column: str | None = None,
         id_column: str | None = None,
         split_column: str = "split",
+        pair_column: str | None = None,
+        pair_order: PairOrder = "given",
         label_separator: str = ";",
         mask_label: str | None = None,
         tokenizer: str = "esm",
@@ -196,7 +117,8 @@ class FineTuneDataModule(PackedDataModule):
         self.labels = labels
         self.task: Task = task
         split = None if validation or test else split_column
-        self._columns = Columns(label_column, text_column, id_column, split)
+        self._columns = Columns(label_column, text_column, id_column, split, pair_column)
+        self._pair_order: PairOrder = pair_order
         self._separator, self._mask = label_separator, mask_label
 
     @override
@@ -204,17 +126,18 @@ class FineTuneDataModule(PackedDataModule):
         if hasattr(self, "spec"):
             return
         rows = self._rows()
-        tokens = {split: [_encode(row, self.tokenizer) for row in rows[split]] for split in rows}
+        self.pair_order = self._check_pairs(rows)
+        tokens = {split: [encode(row, self.tokenizer, self._pair_order) for row in rows[split]] for split in rows}
         self.spec: LabelSpec = learn_spec(self.task, rows["train"], self._separator, self._mask)
         self.splits: dict[str, Labelled] = {}
         for split, its_rows in rows.items():
             residues = [len(sequence) - 2 for sequence in tokens[split]]
-            labels = encode(self.spec, its_rows, residues, self._separator, self._mask)
+            labels = encode_labels(self.spec, its_rows, residues, self._separator, self._mask)
             corpus = open_or_store([row.id for row in its_rows], tokens[split], self.tokenizer)
             self.splits[split] = Labelled(corpus, labels)
         self.train_corpus = self.splits["train"].corpus
         self.validation_corpus = self.splits["validation"].corpus if "validation" in self.splits else None
-        _warn_of_copies(rows)
+        _warn_of_copies(rows, self.pair_order)
 
     def _rows(self) -> dict[str, list[Row]]:
         """The rows of each split that there is."""
@@ -239,57 +162,85 @@ class FineTuneDataModule(PackedDataModule):
             raise UserError(f"{self.train[0]}: no row has 'train' in '{self._columns.split}'; at least one is needed")
         return divided
 
+    def _check_pairs(self, rows: dict[str, list[Row]]) -> PairOrder | None:
+        """The order of the pairs, where rows hold pairs, as all do or none."""
+        pairs = rows["train"][0].second is not None
+        for row in (row for split in rows.values() for row in split):
+            if (row.second is not None) != pairs:
+                raise UserError(
+                    f"{row.where}: record '{row.id}' is {'no' if pairs else 'a'} pair, unlike the rows before"
+                )
+        if not pairs:
+            if self._pair_order != "given":
+                raise UserError(
+                    f"data.pair_order is '{self._pair_order}', but {self.train[0]} has one sequence a row; name the "
+                    "column of the other with data.pair_column, or leave data.pair_order out"
+                )
+            return None
+        if self.task == "token":
+            raise UserError("data.task is token, a label for each residue; a pair has one label: give another task")
+        if self.max_length < SHORTEST_PAIR:
+            raise UserError(f"data.max_length is {self.max_length}; a pair has at least {SHORTEST_PAIR} tokens")
+        return self._pair_order
+
     @override
     def train_planner(self) -> LabelPlanner:
         order = Order(len(self.train_corpus), self.seed)
-        return LabelPlanner(self.splits["train"], order, self.max_length)
+        swap_seed = self.seed if self.pair_order == "any" else None
+        return LabelPlanner(self.splits["train"], order, self.max_length, swap_seed)
 
     @override
     def validation_planner(self) -> LabelPlanner:
-        return self.evaluation_planner("validation")
-
-    def evaluation_planner(self, split: str) -> LabelPlanner:
-        """What plans a whole split once; residues are all evaluated, so their sequences are not cropped."""
-        data = self.splits[split]
-        longest = int(data.corpus.lengths(np.arange(len(data.corpus))).max())
-        max_length = self.max_length if data.labels.offsets is None else longest
-        return LabelPlanner(data, Order(len(data.corpus), 0), max_length)
+        return evaluation_planner(self.splits["validation"], self.max_length)
 
     @override
-    def dataset(self, planner: StepPlanner, pack_tokens: float) -> Dataset[Batch]:
+    def dataset(self, planner: StepPlanner, pack_tokens: float) -> LabelledDataset:
         assert isinstance(planner, LabelPlanner)
-        return LabelledDataset(Labelled(planner.corpus, planner.labels))
+        return dataset_of(planner, self.pair_order)
 
-    def batches(self, split: str) -> list[Batch]:
+    def batches(self, split: str) -> list[LabelledBatch]:
         """A whole split as batches, in one process."""
-        planner = self.evaluation_planner(split)
-        (packs,) = validation_packs(planner, self.validation_pack_tokens, 1)
-        dataset = self.dataset(planner, 0.0)
-        return [dataset[pack] for pack in packs]
+        data = self.splits[split]
+        return list(evaluation_batches(data, self.max_length, self.validation_pack_tokens, self.pair_order))
 
     @override
     def identity(self) -> dict[str, Any]:
         labels = self.splits["train"].labels.fingerprint
-        return {**super().identity(), "labels": labels, "classes": list(self.spec.classes)}
+        return {
+            **super().identity(),
+            "labels": labels,
+            "classes": list(self.spec.classes),
+            "pair_order": self.pair_order,
+        }
 
 
-def _encode(row: Row, tokenizer: Tokenizer) -> np.ndarray:
-    try:
-        return tokenizer.encode(row.sequence)
-    except InvalidSymbolError as error:
-        raise UserError(
-            f"{row.where}: record '{row.id}' has {error.symbol} at position {error.position}; allowed: {error.allowed}"
-        ) from error
-
-
-def _warn_of_copies(rows: dict[str, list[Row]]) -> None:
-    """Say how many held-out sequences stand in train, too: they would be remembered rather than understood."""
-    seen = {row.sequence for row in rows["train"]}
+def _warn_of_copies(rows: dict[str, list[Row]], pair_order: PairOrder | None) -> None:
+    """Say what of the held-out data stands in train, too: it would be remembered rather than understood."""
+    seen = {_content(row, pair_order) for row in rows["train"]}
+    parts = {part for content in seen for part in content}
     for split in ("validation", "test"):
-        if copies := [row for row in rows.get(split, []) if row.sequence in seen]:
-            print(
-                f"pretrain: warning: {len(copies)} of {len(rows[split])} sequences of {split} are in train, too (the "
-                f"first at {copies[0].where}): the figures will be better than for new sequences",
-                file=sys.stderr,
-                flush=True,
+        here = [(row, _content(row, pair_order)) for row in rows.get(split, [])]
+        copies = [row for row, content in here if content in seen]
+        shared = [sum(part in parts for part in content) for _, content in here if content not in seen]
+        if pair_order is not None and (copies or any(shared)):
+            # Of pairs it matters, too, whether one or both of the sequences are known (Park and Marcotte 2012).
+            found = (
+                f"of {len(here)} pairs of {split} {len(copies)} are in train, too; of {shared.count(2)} more both "
+                f"sequences are, of {shared.count(1)} one"
             )
+        elif copies:
+            found = (
+                f"{len(copies)} of {len(here)} sequences of {split} are in train, too (the first at {copies[0].where})"
+            )
+        else:
+            continue
+        message = f"pretrain: warning: {found}: the figures will be better than for new sequences"
+        print(message, file=sys.stderr, flush=True)
+
+
+def _content(row: Row, pair_order: PairOrder | None) -> tuple[bytes, ...]:
+    """What two rows have in common if one is a copy of the other."""
+    if row.second is None:
+        return (row.sequence,)
+    pair = row.sequence, row.second
+    return tuple(sorted(pair)) if pair_order == "any" else pair

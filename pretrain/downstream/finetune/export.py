@@ -20,6 +20,10 @@ _PROBLEM = {
     "multilabel": "multi_label_classification",
 }
 
+_ANY_ORDER = """
+A pair's order has no meaning; the figures are those of pairs in alphabetical order: `tokenizer(*sorted([one, other]))`.
+"""
+
 
 def hf_class(spec: LabelSpec) -> str:
     """The transformers class that a task's export is for."""
@@ -98,6 +102,8 @@ def verify_fine_tuned(model: FineTuned, out: Path) -> float:
     choice = torch.randint(len(tokenizer.replacement_ids), (length,), generator=generator)
     input_ids = torch.from_numpy(tokenizer.replacement_ids)[choice]
     input_ids[0], input_ids[-1] = tokenizer.cls_token_id, tokenizer.eos_token_id
+    if model.pair_order:
+        input_ids[length // 2] = tokenizer.eos_token_id
     cu_seqlens = torch.tensor([0, length], dtype=torch.int32)
     token = isinstance(model.head, TokenHead)
     with torch.no_grad():
@@ -128,6 +134,8 @@ def model_card(model: FineTuned, settings: dict[str, Any], result: dict[str, Any
             rows.append((f"Test {metric}", f"{figure['value']:.3f} (95 % interval {low:.3f} to {high:.3f})"))
     table = "\n".join(f"| {label} | {value} |" for label, value in rows)
     kind = "AutoModelForTokenClassification" if spec.task == "token" else "AutoModelForSequenceClassification"
+    example = '"MKTAYIAKQRQISFVKSHFSRQ"' + (', "MSLLLVALLAAPALAQ"' if model.pair_order else "")
+    order = _ANY_ORDER if model.pair_order == "any" else ""
     tags = "token-classification" if spec.task == "token" else "text-classification"
     return f"""---
 library_name: transformers
@@ -147,9 +155,9 @@ from transformers import AutoTokenizer, {kind}
 
 tokenizer = AutoTokenizer.from_pretrained("PATH")
 model = {kind}.from_pretrained("PATH")
-outputs = model(**tokenizer("MKTAYIAKQRQISFVKSHFSRQ", return_tensors="pt")).logits
+outputs = model(**tokenizer({example}, return_tensors="pt")).logits
 ```
-
+{order}
 ## Limits
 
 The figures are those of one test split; sequences unlike it may fare worse. The contact-prediction head is untrained.

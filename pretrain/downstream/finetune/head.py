@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from pretrain.corpus.batch import Batch
 from pretrain.downstream.finetune.labels import LabelSpec
+from pretrain.downstream.finetune.packs import LabelledBatch
 from pretrain.model.config import EncoderConfig
 from pretrain.model.encoder import Encoder
 
@@ -32,25 +32,33 @@ class SequenceHead(nn.Module):
         self.score = nn.Linear(config.hidden_size, 1) if pooling == "attention" else None
         _initialize(self, config)
 
-    def forward(self, hidden: Float[Tensor, "M D"], cu_seqlens: Int[Tensor, " bounds"]) -> Float[Tensor, "N K"]:
+    def forward(
+        self,
+        hidden: Float[Tensor, "M D"],
+        cu_seqlens: Int[Tensor, " bounds"],
+        between: Int[Tensor, " pairs"] | None = None,
+    ) -> Float[Tensor, "N K"]:
         """Outputs for each sequence.
 
         Args:
             hidden: With ``cls`` pooling the N states of ``<cls>``, else those of all tokens of the pack.
             cu_seqlens: Where the sequences begin, and the number of tokens last.
+            between: Places of the ``<eos>`` inside pairs, which are no residues.
         """
-        pooled = hidden if self.pooling == "cls" else self._pool(hidden, cu_seqlens)
+        pooled = hidden if self.pooling == "cls" else self._pool(hidden, cu_seqlens, between)
         outputs: Tensor = self.out_proj(torch.tanh(self.dense(pooled)))
         return outputs
 
-    def _pool(self, hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """Weighted mean over each sequence's tokens but its first and last, ``<cls>`` and ``<eos>``."""
+    def _pool(self, hidden: Tensor, cu_seqlens: Tensor, between: Tensor | None) -> Tensor:
+        """Weighted mean over each sequence's residues: its tokens but ``<cls>`` and every ``<eos>``."""
         bounds = cu_seqlens.long()
         count = len(bounds) - 1
         sequence = torch.repeat_interleave(bounds.diff(), output_size=len(hidden))  # [T], which sequence a token is of
         residue = hidden.new_ones(len(hidden), dtype=torch.float32)
         residue[bounds[:-1]] = 0
         residue[bounds[1:] - 1] = 0
+        if between is not None:
+            residue[between] = 0
         if self.score is None:
             weight = residue
         else:
@@ -75,7 +83,9 @@ class TokenHead(nn.Module):
         self.classifier = nn.Linear(config.hidden_size, num_outputs)
         _initialize(self, config)
 
-    def forward(self, hidden: Float[Tensor, "M D"], cu_seqlens: Int[Tensor, " bounds"]) -> Float[Tensor, "M K"]:
+    def forward(
+        self, hidden: Float[Tensor, "M D"], cu_seqlens: Int[Tensor, " bounds"], between: Tensor | None = None
+    ) -> Float[Tensor, "M K"]:
         """Outputs for each state given."""
         outputs: Tensor = self.classifier(hidden)
         return outputs
@@ -91,12 +101,12 @@ def build_head(config: EncoderConfig, spec: LabelSpec, pooling: Pooling) -> Head
     return SequenceHead(config, spec.num_outputs, pooling)
 
 
-def head_outputs(encoder: Encoder, head: Head, batch: Batch) -> Float[Tensor, "M K"]:
+def head_outputs(encoder: Encoder, head: Head, batch: LabelledBatch) -> Float[Tensor, "M K"]:
     """The head's outputs at a batch's targets, in float32: logits, or of a regression standardised values."""
     everywhere = isinstance(head, SequenceHead) and head.pooling != "cls"
     positions = None if everywhere else batch.target_positions
     hidden = encoder.hidden_states(batch.input_ids, batch.cu_seqlens, batch.max_seqlen, positions)
-    outputs: Tensor = head(hidden, batch.cu_seqlens)
+    outputs: Tensor = head(hidden, batch.cu_seqlens, batch.between)
     return outputs.float()
 
 

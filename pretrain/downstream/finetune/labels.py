@@ -84,7 +84,11 @@ def learn_spec(task: Task, rows: Sequence[Row], separator: str, mask_label: str 
     """
     if task == "regression":
         numbers = np.array([_number(row) for row in rows])
-        return LabelSpec(task, (), float(numbers.mean()), float(numbers.std()) or 1.0)
+        if numbers.min() == numbers.max():
+            raise UserError(
+                f"{_file(rows)}: every training label is {numbers[0]:g}; there is nothing to learn from them"
+            )
+        return LabelSpec(task, (), float(numbers.mean()), float(numbers.std()))
     found: set[str] = set()
     for row in rows:
         found.update(_names(row, task, separator))
@@ -93,16 +97,17 @@ def learn_spec(task: Task, rows: Sequence[Row], separator: str, mask_label: str 
     allowed = {"binary": (2, 2), "multiclass": (2, 10_000), "multilabel": (1, 10_000), "token": (2, 10_000)}
     fewest, most = allowed[task]
     if not fewest <= len(classes) <= most:
-        source = rows[0].where.rpartition(":")[0]
         shown = ", ".join(classes[:8]) + (", ..." if len(classes) > 8 else "")
         remedy = "a binary task has exactly 2" if task == "binary" else f"at least {fewest} are needed"
         if task == "binary" and len(classes) > 2:
             remedy += "; for more, set data.task to multiclass, for numbers to regression"
-        raise UserError(f"{source}: the training labels have {len(classes)} classes ({shown}); {remedy}")
+        raise UserError(f"{_file(rows)}: the training labels have {len(classes)} classes ({shown}); {remedy}")
     return LabelSpec(task, classes)
 
 
-def encode(spec: LabelSpec, rows: Sequence[Row], lengths: Sequence[int], separator: str, mask: str | None) -> Labels:
+def encode_labels(
+    spec: LabelSpec, rows: Sequence[Row], lengths: Sequence[int], separator: str, mask: str | None
+) -> Labels:
     """The labels of rows as numbers.
 
     Args:
@@ -116,6 +121,8 @@ def encode(spec: LabelSpec, rows: Sequence[Row], lengths: Sequence[int], separat
         UserError: On a label that is missing, of the wrong kind or length, or none of the classes.
     """
     if spec.task == "regression":
+        if len(rows) < 2:
+            raise UserError(f"{rows[0].where}: is the only row of its split; how well numbers agree takes at least two")
         return Labels(np.array([_number(row) for row in rows], np.float32))
     number = {name: i for i, name in enumerate(spec.classes)}
     if spec.task == "token" and mask:
@@ -128,6 +135,8 @@ def encode(spec: LabelSpec, rows: Sequence[Row], lengths: Sequence[int], separat
                 f"{row.where}: record '{row.id}' has {length} residues but {len(names)} labels; give one letter for "
                 "each residue (with data.mask_label for those without a label)"
             )
+        if spec.task == "token" and all(name == mask for name in names):
+            raise UserError(f"{row.where}: record '{row.id}' has no residue with a label; remove the row")
         for name in names:
             if name not in number:
                 raise UserError(
@@ -143,6 +152,10 @@ def encode(spec: LabelSpec, rows: Sequence[Row], lengths: Sequence[int], separat
         return Labels(values)
     flat = np.array([value for values in encoded for value in values], np.int64)
     return Labels(flat, np.cumsum([0, *map(len, encoded)]) if spec.task == "token" else None)
+
+
+def _file(rows: Sequence[Row]) -> str:
+    return rows[0].where.rpartition(":")[0]
 
 
 def _missing(row: Row) -> UserError:
@@ -167,6 +180,9 @@ def _number(row: Row) -> float:
 def _names(row: Row, task: Task, separator: str) -> Sequence[str]:
     """The classes that a row's label names: one, several, or one for each residue."""
     label = row.label
+    if isinstance(label, str) and not label.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in label):
+        shown = label.encode("utf-8", "surrogateescape")
+        raise UserError(f"{row.where}: record '{row.id}' has the label {shown!r}, which is no UTF-8; convert the file")
     if task == "multilabel":
         if label is None:
             raise _missing(row)

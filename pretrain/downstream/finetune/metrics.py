@@ -96,10 +96,12 @@ def bootstrap(
         rows = generator.integers(len(answers.indices), size=len(answers.indices))
         for name, value in metrics(spec, answers.take(rows)).items():
             drawn.setdefault(name, []).append(value)
-    return {
-        name: (float(np.nanquantile(values, 0.025)), float(np.nanquantile(values, 0.975)))
-        for name, values in drawn.items()
-    }
+    return {name: _middle([value for value in values if value == value]) for name, values in drawn.items()}
+
+
+def _middle(values: list[float]) -> tuple[float, float]:
+    low, high = np.quantile(values, [0.025, 0.975]).tolist() if values else (float("nan"), float("nan"))
+    return low, high
 
 
 def main_metric(spec: LabelSpec) -> str:
@@ -121,14 +123,14 @@ def _metrics_of(spec: LabelSpec) -> dict[str, Callable[[Tensor, Tensor], Tensor]
             "accuracy": lambda p, t: classification.multilabel_accuracy(p, t.long(), classes, average="micro"),
             "mcc": lambda p, t: classification.multilabel_matthews_corrcoef(p, t.long(), classes),
             "f1": lambda p, t: classification.multilabel_f1_score(p, t.long(), classes),
-            "auroc": lambda p, t: classification.multilabel_auroc(p, t.long(), classes),
+            "auroc": lambda p, t: _auroc(p, t.bool()),
         }
     if spec.task == "binary":
         return {
             "accuracy": lambda p, t: classification.binary_accuracy(p[:, 1], t),
             "mcc": lambda p, t: classification.binary_matthews_corrcoef(p[:, 1], t),
             "f1": lambda p, t: classification.binary_f1_score(p[:, 1], t),
-            "auroc": lambda p, t: classification.binary_auroc(p[:, 1], t),
+            "auroc": lambda p, t: _auroc(p[:, 1:], t[:, None] == 1),
         }
     accuracy = f"q{classes}" if spec.task == "token" and classes in (3, 8) else "accuracy"
     found: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -137,5 +139,20 @@ def _metrics_of(spec: LabelSpec) -> dict[str, Callable[[Tensor, Tensor], Tensor]
         "f1": lambda p, t: classification.multiclass_f1_score(p, t, classes, average="macro"),
     }
     if spec.task != "token":
-        found["auroc"] = lambda p, t: classification.multiclass_auroc(p, t, classes)
+        found["auroc"] = lambda p, t: _auroc(p, t[:, None] == torch.arange(classes))
     return found
+
+
+def _auroc(predicted: Tensor, positive: Tensor) -> Tensor:
+    """Mean over the classes [M, K] that some targets have and others have not: it is not defined for the rest.
+
+    torchmetrics takes 0 for these, which would pull the intervals of small test splits down.
+    """
+    share = positive.float().mean(0)
+    defined = torch.nonzero((share > 0) & (share < 1))[:, 0]
+    scores, truth = predicted[:, defined], positive[:, defined].long()
+    if not len(defined):
+        return torch.tensor(torch.nan)
+    if len(defined) == 1:  # which torchmetrics calls binary
+        return classification.binary_auroc(scores[:, 0], truth[:, 0])
+    return classification.multilabel_auroc(scores, truth, len(defined))

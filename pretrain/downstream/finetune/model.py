@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from pretrain.corpus.batch import Batch
 from pretrain.corpus.tokenizer import Tokenizer, tokenizer_from_string
 from pretrain.downstream.finetune.head import Head, build_head, head_outputs
 from pretrain.downstream.finetune.labels import LabelSpec
 from pretrain.downstream.finetune.metrics import Answers
+from pretrain.downstream.finetune.packs import LabelledBatch
+from pretrain.downstream.finetune.pairs import PairOrder
 from pretrain.downstream.load import checkpoint_of, encoder_of
 from pretrain.errors import UserError
 from pretrain.model.encoder import Encoder
@@ -32,6 +33,7 @@ class FineTuned:
         spec: What its outputs mean.
         tokenizer: The tokenizer.
         max_length: Tokens of a sequence that it was trained on, at most.
+        pair_order: That of pairs, where it takes pairs; None where single sequences.
         step: After which optimizer step this is.
     """
 
@@ -40,9 +42,10 @@ class FineTuned:
     spec: LabelSpec
     tokenizer: Tokenizer
     max_length: int
+    pair_order: PairOrder | None
     step: int
 
-    def answers(self, batches: Iterable[Batch], device: torch.device) -> Iterator[Answers]:
+    def answers(self, batches: Iterable[LabelledBatch], device: torch.device) -> Iterator[Answers]:
         """The model's outputs for batches, one by one."""
         self.encoder.to(device)
         self.head.to(device)
@@ -78,7 +81,9 @@ def load_fine_tuned(path: Path) -> FineTuned:
     state = data_state(checkpoint)
     assert state is not None
     tokenizer = tokenizer_from_string(state["tokenizer"], str(path))
-    return FineTuned(encoder, head.eval(), spec, tokenizer, settings["max_length"], checkpoint["global_step"])
+    pair_order = settings.get("pair_order")  # a run of before there were pairs has none
+    given = spec, tokenizer, settings["max_length"], pair_order, checkpoint["global_step"]
+    return FineTuned(encoder, head.eval(), *given)
 
 
 def is_fine_tuned(checkpoint: dict[str, Any]) -> bool:

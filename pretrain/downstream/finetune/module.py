@@ -20,6 +20,7 @@ from pretrain.downstream.finetune.head import Pooling, build_head, head_outputs
 from pretrain.downstream.finetune.labels import LabelSpec
 from pretrain.downstream.finetune.lora import add_lora
 from pretrain.downstream.finetune.metrics import Answers, metrics
+from pretrain.downstream.finetune.packs import LabelledBatch
 from pretrain.downstream.load import load
 from pretrain.errors import UserError
 from pretrain.model.config import EncoderConfig
@@ -125,6 +126,7 @@ class FineTuneModule(StepModule):
             "pooling": self.pooling,
             "lora_scale": self.lora_scale,
             "max_length": data.max_length,
+            "pair_order": data.pair_order,
         }
         weight: Tensor | None = None
         if self.class_weights == "balanced" and self.spec.task != "regression":
@@ -159,6 +161,7 @@ class FineTuneModule(StepModule):
 
     @override
     def batch_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        assert isinstance(batch, LabelledBatch)
         return self._compare(head_outputs(self.encoder, self.head, batch), batch.targets)
 
     def _compare(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,7 +190,7 @@ class FineTuneModule(StepModule):
         self._answers = []
         self._validation_loss.reset()
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: LabelledBatch, batch_idx: int) -> None:
         """Collect a pack's outputs beside its labels."""
         outputs = head_outputs(self.encoder, self.head, batch)
         self._validation_loss.add(*self._compare(outputs, batch.targets), batch)

@@ -10,22 +10,21 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from tqdm import tqdm
 
-from pretrain.corpus.packing import Pack, Position
-from pretrain.corpus.readers import Record, read_records
+from pretrain.corpus.readers import read_records
 from pretrain.corpus.sources import SourceOptions
-from pretrain.corpus.tokenizer import InvalidSymbolError, Tokenizer
-from pretrain.downstream.finetune.data import LabelledBatch
-from pretrain.downstream.finetune.labels import LabelSpec
+from pretrain.downstream.finetune.labels import Labels, LabelSpec
 from pretrain.downstream.finetune.metrics import Answers, predictions
 from pretrain.downstream.finetune.model import FineTuned, load_fine_tuned
+from pretrain.downstream.finetune.packs import InMemory, Labelled, evaluation_batches
+from pretrain.downstream.finetune.pairs import Tokens, encode
+from pretrain.downstream.finetune.table import Columns, Row, read_pairs
 from pretrain.downstream.load import choose_device
 from pretrain.errors import UserError
 
 _WINDOW = 2048
-"""Sequences that are sorted by length and packed together; what is in memory at a time."""
+"""Sequences that are in memory and packed together at a time."""
 
 
 def predict(
@@ -35,8 +34,9 @@ def predict(
     options: SourceOptions | None = None,
     pack_tokens: int = 16_384,
     device: str | None = None,
+    pair_column: str | None = None,
 ) -> str:
-    """Predict for every sequence of a source, in its order.
+    """Predict for every sequence of a source, in its order; for every pair of a table, where the model takes pairs.
 
     Regression: ``id, prediction``. Classes: the class, then the probability of each, ``p(class)``; of several labels
     those above one half, parted by ``;``. Residues: a string of classes, a letter each where the classes are letters.
@@ -48,6 +48,7 @@ def predict(
         options: How the source is read.
         pack_tokens: Tokens in a forward pass.
         device: ``cpu`` or ``cuda``; by default the GPU, where there is one.
+        pair_column: The column of the second sequence of a pair; see `FineTuneDataModule`.
 
     Returns:
         What was written, for people.
@@ -65,13 +66,13 @@ def predict(
         raise UserError(f"pack_tokens is {pack_tokens}; give 1 or more")
     model = load_fine_tuned(run)
     place = choose_device(device)
-    records = read_records(source, options)
+    rows = _rows(source, options or SourceOptions(), pair_column, model)
     count = truncated = 0
     partial = out.with_name(f".{out.name}.partial")
     try:
         with _TABLES[out.suffix](partial) as table, tqdm(unit=" sequences", disable=None) as bar:
-            while window := list(islice(records, _WINDOW)):
-                sequences = [_encode(record, source, model.tokenizer) for record in window]
+            while window := list(islice(rows, _WINDOW)):
+                sequences = [encode(row, model.tokenizer, model.pair_order or "given") for row in window]
                 answers = _answers(model, sequences, pack_tokens, place)
                 table.write(_columns(model.spec, window, answers))
                 count += len(window)
@@ -81,66 +82,31 @@ def predict(
         partial.rename(out)
     finally:
         partial.unlink(missing_ok=True)
-    cut = f"; of {truncated:,} only the first {model.max_length - 2:,} residues were seen" if truncated else ""
+    cut = f"; of {truncated:,} no more than {model.max_length:,} tokens were seen" if truncated else ""
     return f"{out}: {count:,} predictions by {run}, after step {model.step}{cut}"
 
 
-def _encode(record: Record, source: str, tokenizer: Tokenizer) -> NDArray[np.unsignedinteger]:
-    try:
-        return tokenizer.encode(record.text)
-    except InvalidSymbolError as error:
-        raise UserError(
-            f"{source}:{record.line}: record '{record.id}' has {error.symbol} at position {error.position}; allowed: "
-            f"{error.allowed}"
-        ) from error
+def _rows(source: str, options: SourceOptions, pair_column: str | None, model: FineTuned) -> Iterator[Row]:
+    if model.pair_order is not None:
+        return read_pairs(source, Columns(text=options.text_column, id=options.id_column, pair=pair_column))
+    if pair_column is not None:
+        raise UserError(f"pair_column is '{pair_column}', but the model takes single sequences; leave it out")
+    return (Row(f"{source}:{record.line}", record.id, record.text) for record in read_records(source, options))
 
 
-def _answers(
-    model: FineTuned, sequences: list[NDArray[np.unsignedinteger]], pack_tokens: int, device: torch.device
-) -> Answers:
-    packs = _packs(model, sequences, pack_tokens)
-    return Answers.join(model.answers((_batch(model, sequences, pack) for pack in packs), device))
-
-
-def _packs(model: FineTuned, sequences: list[NDArray[np.unsignedinteger]], pack_tokens: int) -> Iterator[Pack]:
-    """Whole sequences of similar length, as many as fit into a pack; at least one."""
-    residues = model.spec.task == "token"
-    lengths = np.array([len(s) if residues else min(len(s), model.max_length) for s in sequences])
-    order = np.argsort(lengths, kind="stable")
-    begin = 0
-    for end in range(1, len(order) + 1):
-        if end == len(order) or lengths[order[begin : end + 1]].sum() > pack_tokens:
-            rows = order[begin:end]
-            size = lengths[rows]
-            zeros = np.zeros_like(rows)
-            targets = size - 2 if residues else np.ones_like(rows)
-            yield Pack(rows, zeros, zeros, size, size - 2, targets, int(targets.sum()), Position())
-            begin = end
-
-
-def _batch(model: FineTuned, sequences: list[NDArray[np.unsignedinteger]], pack: Pack) -> LabelledBatch:
-    bounds = np.concatenate([[0], np.cumsum(pack.lengths)])
-    pieces = zip(pack.indices.tolist(), pack.lengths.tolist(), strict=True)
-    tokens = np.concatenate([sequences[index][:length] for index, length in pieces]).astype(np.int64)
-    tokens[bounds[1:] - 1] = model.tokenizer.eos_token_id  # also of what was truncated
-    positions = bounds[:-1]
+def _answers(model: FineTuned, sequences: list[Tokens], pack_tokens: int, device: torch.device) -> Answers:
+    labels = Labels(np.zeros(len(sequences)))  # none is known; where each residue has one, say how many there are
     if model.spec.task == "token":
-        residue = np.ones(len(tokens), bool)
-        residue[bounds[:-1]] = residue[bounds[1:] - 1] = False
-        (positions,) = np.nonzero(residue)
-    return LabelledBatch(
-        input_ids=torch.from_numpy(tokens),
-        cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
-        target_positions=torch.from_numpy(positions),
-        targets=torch.zeros(len(positions)),
-        max_seqlen=int(pack.lengths.max()),
-        pack=pack,
-    )
+        bounds = np.cumsum([0, *(len(sequence) - 2 for sequence in sequences)])
+        labels = Labels(np.zeros(bounds[-1], np.int64), bounds)
+    data = Labelled(InMemory(sequences, model.tokenizer), labels)
+    batches = evaluation_batches(data, model.max_length, pack_tokens, model.pair_order)
+    return Answers.join(model.answers(batches, device))
 
 
-def _columns(spec: LabelSpec, records: Iterable[Record], answers: Answers) -> dict[str, list[Any]]:
+def _columns(spec: LabelSpec, rows: Iterable[Row], answers: Answers) -> dict[str, list[Any]]:
     predicted = predictions(spec, answers.outputs)
-    columns: dict[str, list[Any]] = {"id": [record.id for record in records]}
+    columns: dict[str, list[Any]] = {"id": [row.id for row in rows]}
     if spec.task == "regression":
         return {**columns, "prediction": predicted.tolist()}
     if spec.task == "token":

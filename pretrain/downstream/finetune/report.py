@@ -36,6 +36,7 @@ def header(run: Run, trainer: pl.Trainer, module: FineTuneModule, data: FineTune
     head = (
         "a linear layer on each residue" if spec.task == "token" else f"{module.pooling} pooling, dense, tanh, output"
     )
+    what = {None: "sequences", "given": "pairs", "any": "pairs in either order"}[data.pair_order]
     return "\n".join(
         [
             f"{run.directory}: {begin}",
@@ -43,7 +44,7 @@ def header(run: Run, trainer: pl.Trainer, module: FineTuneModule, data: FineTune
             f"{module.initialized_from or ('its checkpoint' if run.checkpoint else 'random weights')}",
             f"  training  {trained:,} parameters ({_TUNED[module.tune]}); head: {head}",
             f"  labels    {spec.task}{classes}{', ...' if len(spec.classes) > 8 else ''}",
-            f"  data      sequences: {sizes}",
+            f"  data      {what}: {sizes}",
             f"  step      {data.global_batch_tokens:,} tokens, at most {data.max_length} of a sequence; an epoch is "
             f"about {max(1, round(epoch)):,} steps",
             f"  hardware  {described(execution(trainer, module))}",

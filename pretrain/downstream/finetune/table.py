@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,8 +18,16 @@ _PAIR = re.compile(r'([^\s=]+)=("[^"]*"|\S*)')
 """In a FASTA header, as ``label=nucleus`` or ``label="cell membrane"``."""
 
 
+PAIR_COLUMNS = tuple(
+    (name + one, name + two)
+    for name in ("sequence", "seq", "protein", "text", "sentence")
+    for one, two in (("_a", "_b"), ("_A", "_B"), ("_1", "_2"), ("1", "2"))
+)
+"""Columns that hold a pair, where there is none for a single sequence."""
+
+
 class Row(NamedTuple):
-    """One labelled sequence.
+    """One labelled sequence, or pair of sequences.
 
     Attributes:
         where: File and line (of a table, its row), as messages name it.
@@ -27,13 +35,15 @@ class Row(NamedTuple):
         sequence: The sequence or text, as bytes.
         label: What its label column holds: a string, a number, a list, or nothing.
         split: What its split column holds, if there is one.
+        second: What the sequence is paired with, if anything.
     """
 
     where: str
     id: str
     sequence: bytes
-    label: Any
-    split: str | None
+    label: Any = None
+    split: str | None = None
+    second: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -45,12 +55,15 @@ class Columns:
         text: The sequence; by default the first of ``text``, ``sequence``, ``seq`` and ``content`` that there is.
         id: The name; by default ``id`` where there is one, else the line.
         split: Which split a row belongs to, where there is such a column.
+        pair: What the sequence is paired with; by default the second of `PAIR_COLUMNS`, where ``text`` is not given
+            and none of its usual names is there.
     """
 
     label: str = "label"
     text: str | None = None
     id: str | None = None
     split: str | None = "split"
+    pair: str | None = None
 
 
 def read_rows(path: str, columns: Columns, labels: str | None = None) -> list[Row]:
@@ -67,26 +80,71 @@ def read_rows(path: str, columns: Columns, labels: str | None = None) -> list[Ro
     beside = _by_id(labels, columns) if labels else {}
     rows = []
     for line, fields in read_fields(path):
-        where = f"{path}:{line}"
-        text_column = _find(path, fields, columns.text, TEXT_COLUMNS)
-        id_column = _find(path, fields, columns.id, ID_COLUMNS, optional=True)
-        name = str(line if id_column is None or fields[id_column] is None else fields[id_column])
+        row = _row(path, line, fields, columns)
         if labels:
-            if name not in beside:
-                raise UserError(f"{where}: record '{name}' has no row in {labels}; add it there or remove the record")
-            fields = {**fields, **beside[name]}
+            if row.id not in beside:
+                raise UserError(
+                    f"{row.where}: record '{row.id}' has no row in {labels}; add it there or remove the record"
+                )
+            fields = {**fields, **beside[row.id]}
         elif columns.label not in fields:
-            raise UserError(_no_column(where if path_is_fasta(path) else path, columns.label, fields))
-        assert text_column is not None
-        text = fields[text_column]
-        if not isinstance(text, str) or not text.strip():
-            raise UserError(f"{where}: record '{name}' has nothing in '{text_column}'; fill it in or remove the row")
+            raise UserError(_no_column(row.where if path_is_fasta(path) else path, columns.label, fields))
         split = fields.get(columns.split) if columns.split else None
-        sequence = text.strip().encode("utf-8", "surrogateescape")
-        rows.append(Row(where, name, sequence, fields[columns.label], None if split is None else str(split)))
+        rows.append(row._replace(label=fields[columns.label], split=None if split is None else str(split)))
     if not rows:
         raise UserError(f"{path}: holds no row; at least one labelled sequence is needed")
     return rows
+
+
+def read_pairs(path: str, columns: Columns) -> Iterator[Row]:
+    """The pairs of a table, without labels.
+
+    Raises:
+        UserError: If there is no such file or column, or a row cannot be read; names file and line.
+    """
+    for line, fields in read_fields(path):
+        row = _row(path, line, fields, columns)
+        if row.second is None:
+            raise UserError(
+                f"{path}: has one sequence a row, the model takes pairs; name the column of the other (pair_column)"
+            )
+        yield row
+
+
+def _row(path: str, line: int, fields: dict[str, Any], columns: Columns) -> Row:
+    """What is known of a row without its label."""
+    where = f"{path}:{line}"
+    text_column, pair_column = _text_columns(path, fields, columns)
+    id_column = columns.id or ID_COLUMNS[0]
+    if columns.id and columns.id not in fields:
+        raise UserError(_no_column(path, columns.id, fields))
+    name = str(line if fields.get(id_column) is None else fields[id_column])
+    sequence = _sequence(where, name, text_column, fields)
+    second = _sequence(where, name, pair_column, fields) if pair_column else None
+    return Row(where, name, sequence, second=second)
+
+
+def _text_columns(path: str, fields: dict[str, Any], columns: Columns) -> tuple[str, str | None]:
+    """The column of the sequence, and that of what it is paired with, if anything."""
+    usual = [name for name in TEXT_COLUMNS if name in fields]
+    if not usual and not columns.text and not columns.pair:
+        for first, second in PAIR_COLUMNS:
+            if first in fields and second in fields:
+                return first, second
+    text = columns.text or (usual[0] if usual else "' or '".join(TEXT_COLUMNS))
+    for name in (text, columns.pair):
+        if name is not None and name not in fields:
+            raise UserError(_no_column(path, name, fields))
+    if text == columns.pair:
+        raise UserError(f"{path}: '{text}' is paired with itself; name both columns: text_column and pair_column")
+    return text, columns.pair
+
+
+def _sequence(where: str, name: str, column: str, fields: dict[str, Any]) -> bytes:
+    text = fields[column]
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(f"{where}: record '{name}' has nothing in '{column}'; fill it in or remove the row")
+    return text.strip().encode("utf-8", "surrogateescape")
 
 
 def path_is_fasta(path: str) -> bool:
@@ -107,20 +165,11 @@ def _by_id(path: str, columns: Columns) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _find(
-    path: str, fields: dict[str, Any], given: str | None, usual: Sequence[str], optional: bool = False
-) -> str | None:
-    names = (given,) if given else usual
-    for name in names:
-        if name in fields:
-            return name
-    if optional and not given:
-        return None
-    raise UserError(_no_column(path, "' or '".join(names), fields))
-
-
 def _no_column(where: str, name: str, fields: dict[str, Any]) -> str:
-    return f"{where}: no column '{name}'; it has {', '.join(fields)}: name one with --data.*_column, or add it"
+    return (
+        f"{where}: no column '{name}'; it has {', '.join(fields)}: name the right one (text_column, label_column, "
+        "pair_column, id_column), or add it"
+    )
 
 
 def _source(path: str) -> Source:

@@ -1,0 +1,81 @@
+"""A fine-tuned run as transformers loads it, and back."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from labelled import finetune, read_csv
+from test_resume import equal
+
+from pretrain.cli import main
+from pretrain.downstream.finetune.model import load_fine_tuned
+from pretrain.train.checkpoint import read_checkpoint
+
+SLOW = pytest.mark.slow
+
+
+def states(run: Path) -> dict[str, Any]:
+    state: dict[str, Any] = read_checkpoint(run / "checkpoints" / "last.ckpt")["state_dict"]
+    return state
+
+
+@pytest.mark.parametrize("task", ["regression", "binary", pytest.param("multilabel", marks=SLOW), "token"])
+def test_an_export_computes_what_transformers_computes(
+    task: str, pretrained: Path, config: Callable[..., Path], tables: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
+
+    run, out = tmp_path / "run", tmp_path / "export"
+    assert finetune("-c", config(task, model__tune="lora"), "--from", pretrained, "--run", run) == 0
+    assert main(["export", str(run), "--out", str(out)]) == 0
+    assert main(["predict", str(run), str(tables / f"{task}.csv"), "--out", str(tmp_path / "ours.parquet")]) == 0
+    ours = pq.read_table(tmp_path / "ours.parquet").to_pylist()
+    texts = [row["sequence"] for row in read_csv(tables / f"{task}.csv")]
+    short = [i for i, text in enumerate(texts) if len(text) <= 62][:16]
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    auto = AutoModelForTokenClassification if task == "token" else AutoModelForSequenceClassification
+    model = auto.from_pretrained(out).eval()
+    inputs = tokenizer([texts[i] for i in short], return_tensors="pt", padding=True)
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    if task == "token":
+        best = logits.argmax(-1)
+        for row, i in zip(best, short, strict=True):
+            named = "".join(model.config.id2label[int(k)] for k in row[1 : 1 + len(texts[i])])
+            assert named == ours[i]["prediction"]
+        return
+    if task == "regression":
+        theirs, mine = logits[:, 0], [ours[i]["prediction"] for i in short]
+    else:
+        name = model.config.id2label[1]
+        mine = [ours[i][f"p({name})"] for i in short]
+        theirs = (logits.sigmoid() if task == "multilabel" else logits.softmax(-1))[:, 1]
+    torch.testing.assert_close(theirs, torch.tensor(mine), rtol=1e-4, atol=1e-5)
+
+
+def test_what_cannot_be_exported_is_told_in_one_line(
+    pretrained: Path, config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert finetune("-c", config(model__pooling="mean"), "--from", pretrained, "--run", run) == 0
+    assert main(["export", str(run), "--out", str(tmp_path / "out")]) == 2
+    assert "the head pools by mean" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main(["predict", str(pretrained), str(tmp_path), "--out", str(tmp_path / "p.csv")]) == 2
+    assert "was pre-trained, not fine-tuned" in capsys.readouterr().err
+
+
+@SLOW
+def test_a_transformers_directory_can_be_fine_tuned_and_a_fine_tuned_run_again(
+    pretrained: Path, config: Callable[..., Path], tmp_path: Path
+) -> None:
+    assert main(["export", str(pretrained), "--out", str(tmp_path / "hf")]) == 0
+    runs = tmp_path / "run", tmp_path / "from_hf"
+    for run, source in zip(runs, (pretrained, tmp_path / "hf"), strict=True):
+        assert finetune("-c", config(), "--from", source, "--run", run) == 0
+    assert equal(states(runs[0]), states(runs[1]))
+    assert finetune("-c", config("regression"), "--from", runs[0], "--run", tmp_path / "again") == 0
+    assert load_fine_tuned(tmp_path / "again").spec.task == "regression"

@@ -1,0 +1,212 @@
+"""Labelled files: every kind, and every mistake in one line."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from labelled import finetune, label, sequences
+
+from pretrain.downstream.finetune.model import load_fine_tuned
+
+GOOD = "id,sequence,label,split\na,MKV,1,train\nb,MKL,0,train\nc,MKA,1,test\n"
+
+
+def table(name: str, content: str) -> str:
+    Path(name).write_text(content, errors="surrogateescape")
+    return name
+
+
+def parquet(labels: list[Any]) -> str:
+    pq.write_table(pa.table({"sequence": ["MKV", "MKL"], "label": labels}), "t.parquet")
+    return "t.parquet"
+
+
+TOKENS = {"data__task": "token"}
+NUMBERS = {"data__task": "regression"}
+MISTAKES: dict[str, tuple[Callable[[], str], dict[str, Any], list[str]]] = {
+    "label missing": (
+        lambda: table("t.csv", "sequence,label\nMKV,1\nMKL,\n"), {}, ["t.csv:3: record '3' has no label; fill it in"]
+    ),
+    "label is null": (lambda: parquet([1, None]), {}, ["t.parquet:2: record '2' has no label"]),
+    "no label column": (
+        lambda: table("t.csv", "sequence,stable\nMKV,1\n"), {}, ["t.csv: no column 'label'; it has sequence, stable"]
+    ),
+    "no sequence column": (
+        lambda: table("t.csv", "protein,label\nMKV,1\n"), {}, ["no column 'text' or 'sequence'", "protein, label"]
+    ),
+    "not a number": (
+        lambda: table("t.csv", "sequence,label\nMKV,1\nMKL,high\n"), NUMBERS,
+        ["t.csv:3: record '3' has the label 'high', which is no number"],
+    ),
+    "NaN": (lambda: table("t.csv", "sequence,label\nMKV,1\nMKL,nan\n"), NUMBERS, ["t.csv:3", "label nan; give"]),
+    "NaN in Parquet": (lambda: parquet([1.0, float("nan")]), NUMBERS, ["t.parquet:2", "label nan"]),
+    "one number": (
+        lambda: table("t.csv", "sequence,label\nMKV,1\nMKL,1.0\n"), NUMBERS, ["t.csv: every training label is 1; there"]
+    ),
+    "one sequence to test numbers on": (
+        lambda: table("t.csv", "sequence,label,split\nMKV,1,train\nMKL,2,train\nMKA,2,test\n"), NUMBERS,
+        ["t.csv:4: is the only row of its split"],
+    ),
+    "one class": (
+        lambda: table("t.csv", "sequence,label\nMKV,1\nMKL,1\n"), {}, ["t.csv: the training labels have 1 classes (1)"]
+    ),
+    "three classes in a binary task": (
+        lambda: table("t.csv", "sequence,label\nMKV,1\nMKL,2\nMKA,3\n"), {}, ["have 3 classes (1, 2, 3)", "multiclass"]
+    ),
+    "a class seen only in test": (
+        lambda: table("t.csv", GOOD + "d,MKT,2,test\n"), {},
+        ["t.csv:5: record 'd' has the class '2', which no training row has (they have 0, 1)"],
+    ),
+    "empty sequence": (
+        lambda: table("t.csv", "sequence,label\nMKV,1\n,0\n"), {}, ["t.csv:3: record '3' has nothing in 'sequence'"]
+    ),
+    "lengths differ": (
+        lambda: table("t.csv", "sequence,label\nMKV,HHE\nMKL,HH\n"), TOKENS,
+        ["t.csv:3: record '3' has 3 residues but 2 labels"],
+    ),
+    "no residue with a label": (
+        lambda: table("t.csv", "sequence,label,split\nMKV,HE-,train\nMKL,---,test\n"),
+        {**TOKENS, "data__mask_label": "-"}, ["t.csv:3: record '3' has no residue with a label"],
+    ),
+    "letter seen only in test": (
+        lambda: table("t.csv", "sequence,label,split\nMKV,HHE,train\nMKL,HHC,test\n"), TOKENS, ["t.csv:3", "class 'C'"]
+    ),
+    "unknown residue": (
+        lambda: table("t.csv", "sequence,label\nMKV,1\nMK1,0\n"), {}, ["t.csv:3: record '3' has '1' at position 3"]
+    ),
+    "unknown split": (
+        lambda: table("t.csv", GOOD + "d,MKT,1,holdout\n"), {}, ["t.csv:5: record 'd' has 'holdout' in 'split'"]
+    ),
+    "a quote that is not closed": (
+        lambda: table("t.csv", 'sequence,label\nMKV,1\n"MKL,0\n'), {}, ["t.csv:3: not CSV (unexpected end of data)"]
+    ),
+    "fields missing, after a field with line ends": (
+        lambda: table("t.csv", 'note,sequence,label\n"two\nlines",MKV,1\nMKL,0\n'), {},
+        ["t.csv:4: has 2 fields, the header has 3"],
+    ),
+    "several labels in a row": (
+        lambda: table("t.jsonl", '{"sequence": "MKV", "label": ["1", "0"]}\n'), {}, ["t.jsonl:1", "has several labels"]
+    ),
+    "broken JSON": (lambda: table("t.jsonl", '{"sequence": "MKV", "label": 1}\n{"seq'), {}, ["t.jsonl:2: not a JSON"]),
+    "FASTA without a label": (
+        lambda: table("t.fasta", ">a label=1\nMKV\n>b\nMKL\n"), {}, ["t.fasta:3: no column 'label'"]
+    ),
+    "no row in the table of labels": (
+        lambda: table("t.fasta", ">a\nMKV\n>b\nMKL\n"), {"data__labels": "labels.csv"},
+        ["t.fasta:3: record 'b' has no row in labels.csv"],
+    ),
+    "a label in another encoding": (
+        lambda: table("t.csv", "sequence,label\nMKV,caf\udce9\nMKL,tea\n"), {}, ["t.csv:2: record '2'", "is no UTF-8"]
+    ),
+    "a lone stop": (
+        lambda: table("t.csv", "sequence,label\nMKV,1\n*,0\n"), {}, ["t.csv:3: record '3' has only '*'; remove it"]
+    ),
+    "nothing beside": (
+        lambda: table("t.csv", "seq1,seq2,label\nMKV,MA,1\nMKL,,0\n"), {}, ["t.csv:3: record '3' has nothing in 'seq2'"]
+    ),
+    "unknown residue beside": (
+        lambda: table("t.csv", "seq1,seq2,label\nMKV,MA,1\nMKL,M1,0\n"), {},
+        ["t.csv:3: record '3' has '1' at position 2 of its second sequence"],
+    ),
+    "pairs and single sequences": (
+        lambda: table(
+            "t.jsonl", '{"seq1": "MK", "seq2": "A", "label": 1}\n{"sequence": "MK", "label": 0}\n'
+        ), {}, ["t.jsonl:2: record '2' is no pair, unlike the rows before"],
+    ),
+    "labels of residues of pairs": (
+        lambda: table("t.csv", "seq1,seq2,label\nMKV,MA,HHE\n"), TOKENS, ["data.task is token", "a pair has one label"]
+    ),
+    "no such column beside": (
+        lambda: table("t.csv", GOOD), {"data__pair_column": "mate"}, ["no column 'mate'; it has id, sequence, label"]
+    ),
+    "a column beside itself": (
+        lambda: table("t.csv", GOOD), {"data__pair_column": "sequence"}, ["'sequence' is paired with itself"]
+    ),
+    "an order of no pairs": (
+        lambda: table("t.csv", GOOD), {"data__pair_order": "any"}, ["data.pair_order is 'any', but t.csv has one"]
+    ),
+    "no room for a pair": (
+        lambda: table("t.csv", "seq1,seq2,label\nM,A,1\nA,M,0\n"), {"data__max_length": 4}, ["at least 5 tokens"]
+    ),
+    "no rows": (lambda: table("t.csv", "sequence,label\n"), {}, ["t.csv: holds no row"]),
+    "no file": (lambda: "missing.csv", {}, ["missing.csv: no such file"]),
+    "a model with another alphabet": (
+        lambda: table("t.csv", GOOD), {"data__tokenizer": "words.json"}, ["'esm' (33 ids)", "another alphabet"]
+    ),
+    "early stopping without validation": (lambda: table("t.csv", GOOD), {"early_stopping": 2}, ["a validation split"]),
+    "mask for whole sequences": (lambda: table("t.csv", GOOD), {"data__mask_label": "?"}, ["data.task is binary"]),
+    "too many blocks": (
+        lambda: table("t.csv", GOOD), {"model__tune": "last", "model__last_layers": 3}, ["the model has 2: give 1 to 2"]
+    ),
+    "warmup longer than the run": (
+        lambda: table("t.csv", GOOD), {"model__warmup_steps": 8}, ["warmup_steps is 8 of 8 steps"]
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_mistake_is_told_in_one_line_and_leaves_nothing_behind(
+    case: str, pretrained: Path, config: Callable[..., Path], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from pretrain.corpus.tokenizer import train_tokenizer
+
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    build, overrides, expected = MISTAKES[case]
+    table("labels.csv", "id,label\na,1\n")
+    if "words.json" in overrides.values():
+        table("words.json", train_tokenizer(["some text"], 300).serialize())
+    path = config(**{"data__train": build(), **overrides})
+    before = sorted(Path().iterdir())
+    assert finetune("-c", path, "--from", pretrained) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("pretrain: error: ")]
+    assert all(part in line for part in expected), line
+    assert sorted(Path().iterdir()) == before
+
+
+def test_a_csv_with_quotes_commas_and_line_ends_is_read(
+    pretrained: Path, config: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text('note,sequence,label\n"said ""hm"", then\nleft",MKV,"cell, outer"\nplain,MKL,inner\n')
+    run = tmp_path / "run"
+    given = config(data__train=str(path), trainer__max_steps=4)
+    assert finetune("-c", given, "--from", pretrained, "--run", run) == 0
+    assert load_fine_tuned(run).spec.classes == ("cell, outer", "inner")
+
+
+def test_every_kind_of_file_gives_the_same_labels(tmp_path: Path) -> None:
+    from pretrain.downstream.finetune.data import FineTuneDataModule
+
+    rows = [{"id": f"s{i}", "sequence": s, "label": label("binary", s)} for i, s in enumerate(sequences(8, 1))]
+    files = {name: tmp_path / f"t.{name}" for name in ("csv", "tsv", "jsonl", "parquet", "fasta", "bare.fasta")}
+    for name, mark in (("csv", ","), ("tsv", "\t")):
+        lines = [mark.join(row.values()) for row in rows]
+        files[name].write_text("\n".join([mark.join(rows[0]), *lines]) + "\n")
+    files["jsonl"].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pq.write_table(pa.Table.from_pylist(rows), files["parquet"])
+    headed = (f">{r['id']} label={r['label']}\n{r['sequence'][:5]}\n{r['sequence'][5:]}\n" for r in rows)
+    files["fasta"].write_text("".join(headed))
+    files["bare.fasta"].write_text("".join(f">{r['id']}\n{r['sequence']}\n" for r in rows))
+    read = []
+    for name, path in files.items():
+        labels = str(files["csv"]) if name == "bare.fasta" else None
+        data = FineTuneDataModule(str(path), labels=labels, task="binary", max_length=64, global_batch_tokens=512)
+        data.setup("fit")
+        read.append((data.train_corpus.fingerprint, data.splits["train"].labels.fingerprint, data.spec))
+    assert len(set(read)) == 1
+
+
+def test_copies_between_train_and_test_are_told(
+    pretrained: Path, config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text(GOOD + "d,MKV,1,test\n")
+    given = config(data__train=str(path), trainer__max_steps=4)
+    assert finetune("-c", given, "--from", pretrained, "--run", tmp_path / "run") == 0
+    assert "1 of 2 sequences of test are in train, too" in capsys.readouterr().err

@@ -1,0 +1,188 @@
+"""`pretrain finetune`: the pre-training path with labels; what is trained, resume, and what a run leaves."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from labelled import finetune, read_csv
+from test_resume import equal, figures
+
+from pretrain import load
+from pretrain.cli import main
+from pretrain.train.checkpoint import read_checkpoint
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "task", ["regression", pytest.param("binary", marks=SLOW), pytest.param("multilabel", marks=SLOW), "token"]
+)
+def test_a_run_learns_tells_of_its_test_split_predicts_and_is_inspected(
+    task: str, pretrained: Path, config: Callable[..., Path], tables: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    run = tmp_path / "run"
+    steps = {"trainer__max_steps": 30, "checkpoint__every_n_steps": 10, "validate_every_n_steps": 10}
+    path = config(task, **steps)
+    assert finetune("-c", path, "--from", pretrained, "--run", run) == 0
+    result = json.loads((run / "result.json").read_text())
+    metric = {"regression": "spearman", "multilabel": "auroc"}.get(task, "mcc")
+    figure = result["test"][metric]
+    assert figure["value"] > 0.6
+    low, high = figure["interval"]
+    assert low <= figure["value"] <= high
+    assert (run / "test.png").stat().st_size > 1000
+    told = capsys.readouterr().out
+    assert f"{metric:10}" in told
+
+    for suffix in ("csv", "parquet"):
+        out = tmp_path / f"predictions.{suffix}"
+        assert main(["predict", str(run), str(tables / f"{task}.csv"), "--out", str(out), "--pack_tokens", "300"]) == 0
+    rows = read_csv(tmp_path / "predictions.csv")
+    truth = read_csv(tables / f"{task}.csv")
+    assert [row["id"] for row in rows] == [row["id"] for row in truth]
+    assert pq.read_table(tmp_path / "predictions.parquet").column_names == list(rows[0])
+    held_out = [i for i, row in enumerate(truth) if row["split"] == "test"]
+    if task == "binary":
+        right = np.mean([rows[i]["prediction"] == truth[i]["label"] for i in held_out])
+        assert right == pytest.approx(result["test"]["accuracy"]["value"])
+    if task == "token":
+        assert [len(row["prediction"]) for row in rows] == [len(row["sequence"]) for row in truth]
+        pairs = [
+            p == t for i in held_out for p, t in zip(rows[i]["prediction"], truth[i]["label"], strict=True) if t != "?"
+        ]
+        assert np.mean(pairs) == pytest.approx(result["test"]["accuracy"]["value"])
+    if task == "regression":
+        errors = [float(rows[i]["prediction"]) - float(truth[i]["label"]) for i in held_out]
+        assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(result["test"]["rmse"]["value"], rel=1e-4)
+
+    capsys.readouterr()
+    assert main(["inspect", str(run), "--picture", str(tmp_path / "curves.png")]) == 0
+    assert metric in capsys.readouterr().out
+    assert main(["inspect", str(run), "--audit"]) == 0
+    assert "consumed exactly once" in capsys.readouterr().out
+    assert load(run).config == load(pretrained).config
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    assert finetune("-c", path, "--from", pretrained, "--run", run) == 0
+    assert "finished already" in capsys.readouterr().out
+    assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
+
+
+def test_a_killed_and_continued_run_has_the_bits_of_an_uninterrupted_one(
+    pretrained: Path, config: Callable[..., Path], fit: Callable[..., int], tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(pretrained, source)
+    given = ("-c", config("token", model__tune="lora", trainer__accumulate_grad_batches=2), "--from", source, "--run")
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    assert fit(*given, straight, command="finetune") == 0
+    kill = ["--trainer.callbacks+=kill.Kill", "--trainer.callbacks.moment=batch_end", "--trainer.callbacks.number=9"]
+    assert fit(*given, broken, *kill, command="finetune") == -9
+    shutil.rmtree(source)  # the run holds all that it needs
+    assert fit(*given, broken, command="finetune") == 0
+    one, other = (read_checkpoint(run / "checkpoints" / "last.ckpt") for run in (straight, broken))
+    for name in ("state_dict", "optimizer_states", "lr_schedulers", "FineTuneDataModule"):
+        assert equal(one[name], other[name]), name
+    assert figures(straight) == figures(broken)
+    assert json.loads((straight / "result.json").read_text()) == json.loads((broken / "result.json").read_text())
+
+
+@SLOW
+def test_losses_and_metrics_do_not_depend_on_processes_and_micro_batches(
+    pretrained: Path, config: Callable[..., Path], fit: Callable[..., int], tmp_path: Path
+) -> None:
+    given = ("-c", config("binary", model__pooling="attention"), "--from", pretrained, "--run")
+    assert fit(*given, tmp_path / "one", command="finetune") == 0
+    accumulated = (tmp_path / "four", "--trainer.accumulate_grad_batches", 4)
+    assert fit(*given, *accumulated, command="finetune") == 0
+    two = (tmp_path / "two", "--trainer.devices", 2, "--trainer.strategy", "ddp")
+    assert fit(*given, *two, processes=2, command="finetune") == 0
+    one = {key: value for key, value in figures(tmp_path / "one").items() if key[1].startswith(("train/loss", "val/"))}
+    for other in ("four", "two"):
+        theirs = figures(tmp_path / other)
+        assert {key: theirs[key] for key in one} == pytest.approx(one, rel=2e-4, abs=1e-5)
+
+
+def test_early_stopping_ends_a_run_which_is_then_finished(
+    pretrained: Path, config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    # A learning rate of next to nothing: no validation is better than the first by more than rounding.
+    path = config(trainer__max_steps=40, early_stopping=1, validate_every_n_steps=2, model__learning_rate=1e-30)
+    assert finetune("-c", path, "--from", pretrained, "--run", run) == 0
+    result = json.loads((run / "result.json").read_text())
+    assert result["stopped_early"]
+    assert result["steps"] < 40
+    capsys.readouterr()
+    assert finetune("-c", path, "--from", pretrained, "--run", run) == 0
+    assert "finished already" in capsys.readouterr().out
+
+
+def test_the_test_split_is_looked_at_once(
+    pretrained: Path, config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, longer = tmp_path / "run", ("--trainer.max_steps", 12, "--allow_change", "true")
+    assert finetune("-c", config(), "--from", pretrained, "--run", run) == 0
+    assert finetune("-c", config(), "--from", pretrained, "--run", run, *longer) == 2
+    assert "the test split was looked at after step 8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "moves"),
+    [
+        ({"tune": "full"}, ("embedding", "blocks.0", "blocks.1", "norm")),
+        ({"tune": "frozen"}, ()),
+        ({"tune": "last", "last_layers": 1}, ("blocks.1", "norm")),
+        ({"tune": "lora"}, ("blocks.0", "blocks.1")),
+    ],
+)
+def test_what_is_tuned_moves_and_nothing_else(
+    settings: dict[str, Any], moves: tuple[str, ...], pretrained: Path, config: Callable[..., Path], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    path = config(**{f"model__{name}": value for name, value in settings.items()})
+    assert finetune("-c", path, "--from", pretrained, "--run", run) == 0
+    before, after = load(pretrained).state_dict(), load(run).state_dict()
+    assert before.keys() == after.keys()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {move for move in moves if any(name.startswith(f"{move}.") for name in moved)} == set(moves)
+    assert all(name.startswith(tuple(f"{move}." for move in moves)) for name in moved)
+
+
+def test_from_scratch_takes_the_shape_alone(pretrained: Path, config: Callable[..., Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    path = config(model__from_scratch=True, model__tune="frozen")
+    assert finetune("-c", path, "--from", pretrained, "--run", run) == 0
+    before, after = load(pretrained), load(run)
+    assert before.config == after.config
+    assert not torch.equal(before.embedding.weight, after.embedding.weight)
+
+
+def test_the_recipe_that_ships_builds_a_run_on_the_data_that_ship(
+    pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pretrain.downstream.finetune.command import build
+
+    root = Path(__file__).parents[3]
+    monkeypatch.chdir(root)
+    cli = build(["-c", "configs/finetune_localisation.yaml", "--from", str(pretrained), "--run", str(tmp_path / "run")])
+    cli.data.setup("fit")
+    assert {split: len(part.corpus) for split, part in cli.data.splits.items()} == {
+        "train": 1932, "validation": 359, "test": 780
+    }  # fmt: skip
+    assert len(cli.data.spec.classes) == 6
+    assert not (tmp_path / "run").exists()
+
+
+def test_pretraining_that_was_fine_tuned_is_refused_as_a_run_of_the_other_kind(
+    pretrained: Path, config: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A config and a run of two kinds are told apart before anything is trained."""
+    assert finetune("-c", config(), "--from", pretrained, "--run", pretrained) == 2
+    assert "was started with" in capsys.readouterr().err
