@@ -1,0 +1,83 @@
+"""The records: questions about recipes, and the runs that answer them."""
+
+from dataclasses import dataclass
+
+SEEDS = (0, 1, 2)
+
+_STEPS = 1000
+_EPOCH = 593
+"""Steps in which the quickstart sees its corpus once."""
+
+QUICKSTART = (
+    *("-c", "quickstart", "--trainer.max_steps", str(_STEPS)),
+    *("--validate_every_n_steps", "125", "--checkpoint.every_n_steps", str(_STEPS)),
+)
+"""The quickstart's model and data for a third of its steps: 107,000 parameters, 4.0 M tokens, 1.7 epochs."""
+
+Options = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One question.
+
+    Attributes:
+        name: Its file name.
+        title: What is compared.
+        arms: What is tried, by name: options of `pretrain fit` beyond ``common``. Differences are to the first.
+        common: Options of all arms.
+        seeds: Each arm is run with each.
+    """
+
+    name: str
+    title: str
+    arms: dict[str, Options]
+    common: Options = QUICKSTART
+    seeds: tuple[int, ...] = SEEDS
+
+
+def _schedule(name: str, **settings: object) -> Options:
+    return ("--model.schedule", name, *(f"--model.schedule.{key}={value}" for key, value in settings.items()))
+
+
+RECORDS = (
+    Record(
+        "schedules",
+        "What the learning rate does after the warmup",
+        {
+            "inverse square root": (),
+            "linear to 10 %": _schedule("LinearDecay"),
+            "cosine": _schedule("CosineDecay"),
+            "WSD, 1 − √": _schedule("WarmupStableDecay"),
+            "constant": _schedule("Constant"),
+        },
+    ),
+    Record(
+        "interval",
+        "A schedule stepped at every optimizer step, and once an epoch as is Lightning's default",
+        {"every step": (), "every epoch": _schedule("interval.EveryEpoch", warmup_steps=50, steps_in_epoch=_EPOCH)},
+    ),
+    Record("optimizer", "AdamW and Muon", {"AdamW": (), "Muon": ("--model.optimizer", "muon")}),
+    Record(
+        "masking",
+        "How much is masked, and how it is drawn",
+        {
+            "30 %, a fixed count": (),
+            "15 %, a fixed count": ("--data.mlm_probability", "0.15"),
+            "30 %, independent draws": ("--data.mask_draws", "independent"),
+        },
+    ),
+    Record(
+        "crops",
+        "What is shown of sequences longer than 256 tokens",
+        {
+            "a random window, another in each epoch": (),
+            "always their beginning": ("--data.train", "runs/records/truncated.fasta"),
+        },
+    ),
+    Record(
+        "token_dropout",
+        "ESM's token dropout: masked embeddings zeroed, the others scaled",
+        {"on": (), "off": ("--model.encoder.token_dropout", "false")},
+    ),
+)

@@ -1,0 +1,145 @@
+"""Recipes beside each other: the runs of `record_list.py`, each with several seeds, and what came out.
+
+    python benchmarks/records.py                   run what has not been run yet, then write tables and pictures
+    python benchmarks/records.py schedules crops   only the runs of these records
+    python benchmarks/records.py --at-most 3       run three at most
+    python benchmarks/records.py --write           run nothing, only write
+
+A finished run leaves one file in `benchmarks/records/runs`: its command, commit, machine, versions, final figures and
+curve. It is not run again while that file is there; records whose arms have the same options share it. The run itself
+stays in `runs/records`.
+"""
+
+import argparse
+import csv
+import gzip
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from record_list import RECORDS, SEEDS, Options, Record
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "records"
+SCRATCH = Path("runs/records")
+RIVAL = "records_rival.py"
+
+_CURVES = ("train/loss", "val/loss")
+_POINTS = 100
+"""Of a training curve: means of equal stretches."""
+
+
+def result_file(options: Options, seed: int) -> Path:
+    """Where the result of a run is kept; named by what decides it."""
+    digest = hashlib.sha256("\0".join(options).encode()).hexdigest()[:10]
+    return RESULTS / "runs" / f"{digest}-{seed}.json"
+
+
+def run(options: Options, seed: int) -> None:
+    """Train once, in a process of its own, and keep what came out."""
+    out = result_file(options, seed)
+    directory = SCRATCH / out.stem
+    _prepare(options)
+    command = ["fit", *options] if not options[0].endswith(".py") else [*options]
+    command += ["--run", str(directory), "--seed_everything", str(seed)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}
+    program = ["-m", "pretrain"] if command[0] == "fit" else [str(HERE / command.pop(0))]
+    begin = time.time()
+    with open(f"{directory}.log", "w", encoding="utf-8") as log:
+        subprocess.run([sys.executable, *program, *command], env=environment, check=True, stdout=log, stderr=log)
+    result = json.loads((directory / "result.json").read_text())
+    figures = {name: value for name, value in result.items() if not isinstance(value, dict | list | str)}
+    document = {
+        "command": " ".join(["python", *program, *command]),
+        "commit": _git("rev-parse", "HEAD") + (" and changes" if _git("status", "--porcelain", "pretrain") else ""),
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{_processor()}, {os.cpu_count()} cores, {os.environ.get('OMP_NUM_THREADS', 'all')} of them used",
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("torch", "pytorch-lightning", "transformers", "numpy")},
+        "seed": seed,
+        "seconds": round(time.time() - begin),
+        "figures": figures,
+        "curves": _curves(directory / "metrics.csv"),
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def _prepare(options: Options) -> None:
+    """The training set cut to the beginnings of its sequences, where a run is to train on that."""
+    wanted = SCRATCH / "truncated.fasta"
+    wanted.parent.mkdir(parents=True, exist_ok=True)
+    if str(wanted) in options and not wanted.exists():
+        with gzip.open("data/proteins/train.fasta.gz", "rt") as file:
+            records = [record.split("\n", 1) for record in file.read().split(">")[1:]]
+        cut = [f">{head}\n{sequence.replace(chr(10), '')[:254]}\n" for head, sequence in records]
+        wanted.write_text("".join(cut))
+
+
+def _curves(metrics: Path) -> dict[str, list[list[float]]]:
+    found: dict[str, list[list[float]]] = {name: [] for name in _CURVES}
+    with metrics.open(newline="") as file:
+        for row in csv.DictReader(file):
+            if row["name"] in found:
+                found[row["name"]].append([int(row["step"]) + 1, float(row["value"])])
+    points = found["train/loss"]
+    size = -(-len(points) // _POINTS)
+    parts = [points[i : i + size] for i in range(0, len(points), size)]
+    found["train/loss"] = [[part[-1][0], round(sum(y for _, y in part) / len(part), 5)] for part in parts]
+    return found
+
+
+def _git(*command: str) -> str:
+    return subprocess.run(["git", *command], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def _processor() -> str:
+    with open("/proc/cpuinfo") as file:
+        return next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), "CPU")
+
+
+def results(record: Record) -> dict[str, list[dict[str, Any]]]:
+    """For each arm, the results of its seeds; only arms of which all seeds have been run."""
+    files = {
+        arm: [result_file((*record.common, *options), seed) for seed in record.seeds]
+        for arm, options in record.arms.items()
+    }
+    return {
+        arm: [json.loads(file.read_text()) for file in found]
+        for arm, found in files.items()
+        if all(file.exists() for file in found)
+    }
+
+
+def main() -> None:
+    """Run, seed by seed, so that every arm has its first result early; then write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("records", nargs="*", metavar="RECORD", help="default: all")
+    parser.add_argument("--at-most", type=int, default=10**6, help="runs")
+    parser.add_argument("--write", action="store_true", help="run nothing")
+    options = parser.parse_args()
+    if unknown := set(options.records) - {record.name for record in RECORDS}:
+        parser.error(f"no record is called {unknown.pop()}; there are {', '.join(r.name for r in RECORDS)}")
+    wanted = [record for record in RECORDS if not options.records or record.name in options.records]
+    todo = [
+        ((*record.common, *arm), seed)
+        for seed in SEEDS
+        for record in wanted
+        if seed in record.seeds
+        for arm in record.arms.values()
+    ]
+    todo = [one for one in dict.fromkeys(todo) if not result_file(*one).exists()]
+    for number, one in enumerate([] if options.write else todo[: options.at_most], 1):
+        print(f"{number} of {len(todo)}: seed {one[1]}, {' '.join(one[0])}", flush=True)
+        run(*one)
+
+
+if __name__ == "__main__":
+    main()
