@@ -7,11 +7,12 @@
 
 A finished run leaves one file in `benchmarks/records/runs`: its command, commit, machine, versions, final figures and
 curve. It is not run again while that file is there; records whose arms have the same options share it. The run itself
-stays in `runs/records`.
+stays in `runs/records`. Several of these may work side by side: what one is at, the others leave.
 """
 
 import argparse
 import csv
+import fcntl
 import gzip
 import hashlib
 import json
@@ -42,10 +43,19 @@ def result_file(options: Options, seed: int) -> Path:
     return RESULTS / "runs" / f"{digest}-{seed}.json"
 
 
-def run(options: Options, seed: int) -> None:
-    """Train once, in a process of its own, and keep what came out."""
+def run(options: Options, seed: int) -> bool:
+    """Train once, in a process of its own, and keep what came out; false where another process does."""
     out = result_file(options, seed)
     directory = SCRATCH / out.stem
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = open(directory / "record.lock", "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    if out.exists():
+        return False
+    print(f"seed {seed}, {' '.join(options)}", flush=True)
     _prepare(options)
     command = ["fit", *options] if not options[0].endswith(".py") else [*options]
     command += ["--run", str(directory), "--seed_everything", str(seed)]
@@ -70,6 +80,7 @@ def run(options: Options, seed: int) -> None:
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    return True
 
 
 def _prepare(options: Options) -> None:
@@ -135,10 +146,11 @@ def main() -> None:
         if seed in record.seeds
         for arm in record.arms.values()
     ]
-    todo = [one for one in dict.fromkeys(todo) if not result_file(*one).exists()]
-    for number, one in enumerate([] if options.write else todo[: options.at_most], 1):
-        print(f"{number} of {len(todo)}: seed {one[1]}, {' '.join(one[0])}", flush=True)
-        run(*one)
+    done = 0
+    for one in [] if options.write else dict.fromkeys(todo):
+        done += not result_file(*one).exists() and run(*one)
+        if done == options.at_most:
+            break
 
 
 if __name__ == "__main__":
