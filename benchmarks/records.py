@@ -27,10 +27,9 @@ from typing import Any
 
 from record_list import RECORDS, SEEDS, Options, Record
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "records"
 SCRATCH = Path("runs/records")
-RIVAL = "records_rival.py"
 
 _CURVES = ("train/loss", "val/loss")
 _POINTS = 100
@@ -44,49 +43,56 @@ def result_file(options: Options, seed: int) -> Path:
 
 
 def run(options: Options, seed: int) -> bool:
-    """Train once, in a process of its own, and keep what came out; false where another process does."""
+    """Train once, in a process of its own, and keep what came out; false where that is done or another is at it."""
     out = result_file(options, seed)
     directory = SCRATCH / out.stem
-    directory.mkdir(parents=True, exist_ok=True)
-    lock = open(directory / "record.lock", "w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    if out.exists():
-        return False
-    print(f"seed {seed}, {' '.join(options)}", flush=True)
+    SCRATCH.mkdir(parents=True, exist_ok=True)
+    with open(f"{directory}.lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        if out.exists():
+            return False
+        print(f"seed {seed}, {' '.join(options)}", flush=True)
+        _write(out, _train(options, seed, directory))
+    return True
+
+
+def _train(options: Options, seed: int, directory: Path) -> dict[str, Any]:
     _prepare(options)
-    command = ["fit", *options] if not options[0].endswith(".py") else [*options]
-    command += ["--run", str(directory), "--seed_everything", str(seed)]
+    program, arguments = ["-m", "pretrain"], ["fit", *options]
+    if options[0].endswith(".py"):
+        program, arguments = [str(HERE.relative_to(Path.cwd()) / options[0])], [*options[1:]]
+    command = [*program, *arguments, "--run", str(directory), "--seed_everything", str(seed)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}
-    program = ["-m", "pretrain"] if command[0] == "fit" else [str(HERE / command.pop(0))]
     begin = time.time()
     with open(f"{directory}.log", "w", encoding="utf-8") as log:
-        subprocess.run([sys.executable, *program, *command], env=environment, check=True, stdout=log, stderr=log)
+        subprocess.run([sys.executable, *command], env=environment, check=True, stdout=log, stderr=log)
     result = json.loads((directory / "result.json").read_text())
-    figures = {name: value for name, value in result.items() if not isinstance(value, dict | list | str)}
-    document = {
-        "command": " ".join(["python", *program, *command]),
-        "commit": _git("rev-parse", "HEAD") + (" and changes" if _git("status", "--porcelain", "pretrain") else ""),
+    return {
+        "command": " ".join(["python", *command]),
+        "commit": _git("rev-parse", "HEAD") + " and changes" * bool(_git("status", "--porcelain", "pretrain")),
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{_processor()}, {os.cpu_count()} cores, {os.environ.get('OMP_NUM_THREADS', 'all')} of them used",
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("torch", "pytorch-lightning", "transformers", "numpy")},
         "seed": seed,
         "seconds": round(time.time() - begin),
-        "figures": figures,
-        "curves": _curves(directory / "metrics.csv"),
+        "figures": {name: value for name, value in result.items() if not isinstance(value, dict | list | str)},
+        **_curves(directory / "metrics.csv"),
     }
+
+
+def _write(out: Path, document: dict[str, Any]) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    return True
+    lines = [f" {json.dumps(name)}: {json.dumps(value)}" for name, value in document.items()]
+    out.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
 def _prepare(options: Options) -> None:
     """The training set cut to the beginnings of its sequences, where a run is to train on that."""
     wanted = SCRATCH / "truncated.fasta"
-    wanted.parent.mkdir(parents=True, exist_ok=True)
     if str(wanted) in options and not wanted.exists():
         with gzip.open("data/proteins/train.fasta.gz", "rt") as file:
             records = [record.split("\n", 1) for record in file.read().split(">")[1:]]
