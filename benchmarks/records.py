@@ -5,7 +5,7 @@
     python benchmarks/records.py --at-most 3       run three at most
     python benchmarks/records.py --write           run nothing, only write
 
-A finished run leaves one file in `benchmarks/records/runs`: its command, commit, machine, versions, final figures and
+A finished run leaves one file in `benchmarks/records/log`: its command, commit, machine, versions, final figures and
 curve. It is not run again while that file is there; records whose arms have the same options share it. The run itself
 stays in `runs/records`. Several of these may work side by side: what one is at, the others leave.
 """
@@ -39,7 +39,7 @@ _POINTS = 100
 def result_file(options: Options, seed: int) -> Path:
     """Where the result of a run is kept; named by what decides it."""
     digest = hashlib.sha256("\0".join(options).encode()).hexdigest()[:10]
-    return RESULTS / "runs" / f"{digest}-{seed}.json"
+    return RESULTS / "log" / f"{digest}-{seed}.json"
 
 
 def run(options: Options, seed: int) -> bool:
