@@ -4,15 +4,16 @@ from dataclasses import dataclass
 
 SEEDS = (0, 1, 2)
 
-_STEPS = 1000
+_STEPS = 600
 _EPOCH = 593
 """Steps in which the quickstart sees its corpus once."""
 
+_SHORT = ("-c", "quickstart", "--checkpoint.every_n_steps", "1000")
 QUICKSTART = (
     *("-c", "quickstart", "--trainer.max_steps", str(_STEPS)),
-    *("--validate_every_n_steps", "125", "--checkpoint.every_n_steps", str(_STEPS)),
+    *("--validate_every_n_steps", "100", "--checkpoint.every_n_steps", str(_STEPS)),
 )
-"""The quickstart's model and data for a third of its steps: 107,000 parameters, 4.0 M tokens, 1.7 epochs."""
+"""The quickstart's model and data for a fifth of its steps: 107,000 parameters, 2.4 M tokens, an epoch."""
 
 Options = tuple[str, ...]
 
@@ -79,5 +80,26 @@ RECORDS = (
         "token_dropout",
         "ESM's token dropout: masked embeddings zeroed, the others scaled",
         {"on": (), "off": ("--model.encoder.token_dropout", "false")},
+    ),
+    Record(
+        "batch_warmup",
+        "Large steps (16,384 tokens) from the beginning, or growing to that from 2,048 over half of the run's tokens",
+        {
+            "16,384 tokens": ("--trainer.max_steps", "147", "--validate_every_n_steps", "21"),
+            "2,048 to 16,384 tokens": (
+                *("--data.batch_warmup.first", "2048", "--data.batch_warmup.tokens", "1200000"),
+                *("--trainer.max_steps", "251", "--validate_every_n_steps", "36"),
+            ),
+        },
+        common=(*_SHORT, "--data.global_batch_tokens", "16384"),
+    ),
+    Record(
+        "transformers",
+        "The same loss for the same tokens as transformers' Trainer",
+        {
+            who: ("records_rival.py", "--who", who, "--steps", "500", "--every", "50")
+            for who in ("transformers", "pretrain")
+        },
+        common=(),
     ),
 )

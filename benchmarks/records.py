@@ -31,7 +31,7 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "records"
 SCRATCH = Path("runs/records")
 
-_CURVES = ("train/loss", "val/loss")
+_CURVES = ("train/loss", "val/loss", "seconds")
 _POINTS = 100
 """Of a training curve: means of equal stretches."""
 
@@ -110,7 +110,7 @@ def _curves(metrics: Path) -> dict[str, list[list[float]]]:
     size = -(-len(points) // _POINTS)
     parts = [points[i : i + size] for i in range(0, len(points), size)]
     found["train/loss"] = [[part[-1][0], round(sum(y for _, y in part) / len(part), 5)] for part in parts]
-    return found
+    return {name: points for name, points in found.items() if points}
 
 
 def _git(*command: str) -> str:

@@ -38,10 +38,15 @@ def header(run: Run, trainer: pl.Trainer, module: MLMModule, data: MLMDataModule
             *start,
             f"  data      {corpus.num_sequences:,} sequences, {corpus.num_tokens:,} tokens{held_out}",
             *_visits(data, trainer.max_steps),
-            f"  step      {data.global_batch_tokens:,} tokens, crops of at most {data.max_length}",
+            f"  step      {_growth(data)}{data.global_batch_tokens:,} tokens, crops of at most {data.max_length}",
             f"  hardware  {hardware}; MFU against {rate / 1e12:.3g} TFLOP/s ({source})",
         ]
     )
+
+
+def _growth(data: MLMDataModule) -> str:
+    warmup = data.batch_warmup
+    return f"{warmup.first:,} tokens, growing over {warmup.tokens:,} to " if warmup else ""
 
 
 def _visits(data: MLMDataModule, max_steps: int) -> list[str]:
@@ -50,7 +55,8 @@ def _visits(data: MLMDataModule, max_steps: int) -> list[str]:
     if not isinstance(planner.order, MixtureOrder):
         return [f"            in {corpus.num_clusters:,} clusters"] if corpus.num_clusters else []
     assert isinstance(corpus, JoinedCorpus)
-    draws = max_steps * data.global_batch_tokens / planner.mean_length
+    size, warmup = data.global_batch_tokens, data.batch_warmup
+    draws = (warmup.consumed(max_steps, size) if warmup else max_steps * size) / planner.mean_length
     lines = []
     of_each = shares(corpus, planner.order, data.max_length)
     for source, component, share in zip(data.train, corpus.corpora, of_each, strict=True):

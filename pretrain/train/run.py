@@ -48,6 +48,7 @@ _IDENTITY = (
     "data.max_length",
     "data.long_sequences",
     "data.global_batch_tokens",
+    "data.batch_warmup",
     "data.task",
     "model.from_scratch",
     "model.pooling",
