@@ -208,7 +208,7 @@ class MLMDataModule(PackedDataModule):
         return PaddedDataset(packs, static_shapes(pack_tokens, length, self.max_length, masking.mean_share, spread))
 
     def baselines(self) -> dict[str, Baselines]:
-        """Unigram and bigram perplexity on the positions that validation asks about, for each set."""
+        """What to compare with on the positions that validation asks about, for each set."""
         every_sequence_once = self.draws is None and not self.train_corpus.num_clusters
         order = None if every_sequence_once else self.train_order()
         found = {}

@@ -184,8 +184,10 @@ def _figures(runs: list[_Run]) -> str:
         ("epochs", "epochs", "{:.2f}"),
         ("validation loss", "val/loss", "{:.4f}"),
         ("validation perplexity", "val/perplexity", "{:.3f}"),
+        ("&emsp;with one token masked at a time", "val/pseudo_perplexity", "{:.3f}"),
         ("&emsp;unigram", "unigram_perplexity", "{:.3f}"),
         ("&emsp;bigram", "bigram_perplexity", "{:.3f}"),
+        ("&emsp;told a relative’s residue (BLOSUM62)", "blosum62_perplexity", "{:.3f}"),
         ("validation accuracy", "val/accuracy", "{:.2%}"),
     ]
     for label, key, form in wanted:

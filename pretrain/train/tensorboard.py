@@ -137,7 +137,7 @@ def _layout(rates: list[str]) -> dict[str, dict[str, list[Any]]]:
             "epochs of the data": lines("^data/epoch$"),
         },
         "validation": {
-            "perplexity": lines("^val/([^/]*/)?perplexity$"),
+            "perplexity": lines("^val/([^/]*/)?perplexity$", "^val/pseudo_perplexity$"),
             "accuracy on masked tokens": lines("^val/accuracy$"),
             "accuracy by class of residue": lines("^val/accuracy/"),
         },
