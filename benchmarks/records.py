@@ -2,7 +2,7 @@
 
     python benchmarks/records.py                   run what has not been run yet, then write tables and pictures
     python benchmarks/records.py schedules crops   only the runs of these records
-    python benchmarks/records.py --at-most 3       run three at most
+    python benchmarks/records.py --minutes 30      begin no run after so many minutes
     python benchmarks/records.py --write           run nothing, only write
 
 A finished run leaves one file in `benchmarks/records/log`: its command, commit, machine, versions, final figures and
@@ -139,7 +139,7 @@ def main() -> None:
     """Run what is missing; then write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("records", nargs="*", metavar="RECORD", help="default: all")
-    parser.add_argument("--at-most", type=int, default=10**6, help="runs")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="after which no run is begun")
     parser.add_argument("--write", action="store_true", help="run nothing")
     options = parser.parse_args()
     if unknown := set(options.records) - {record.name for record in RECORDS}:
@@ -151,11 +151,10 @@ def main() -> None:
         for seed in record.seeds
         for arm in record.arms.values()
     ]
-    done = 0
+    end = time.monotonic() + 60 * options.minutes
     for one in [] if options.write else dict.fromkeys(todo):
-        done += not result_file(*one).exists() and run(*one)
-        if done == options.at_most:
-            break
+        if not result_file(*one).exists() and time.monotonic() < end:
+            run(*one)
 
 
 if __name__ == "__main__":
