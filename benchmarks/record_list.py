@@ -27,6 +27,7 @@ class Record:
         title: What is compared.
         arms: What is tried, by name: options of `pretrain fit` beyond ``common``. Differences are to the first.
         common: Options of all arms.
+        said: What else there is to say of the result.
         seeds: Each arm is run with each.
     """
 
@@ -34,7 +35,11 @@ class Record:
     title: str
     arms: dict[str, Options]
     common: Options = QUICKSTART
+    said: str = ""
     seeds: tuple[int, ...] = SEEDS
+
+    def __hash__(self) -> int:
+        return hash(self.name)
 
 
 def _schedule(name: str, **settings: object) -> Options:

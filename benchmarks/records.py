@@ -26,12 +26,13 @@ from pathlib import Path
 from typing import Any
 
 from record_list import RECORDS, Options, Record
+from records_page import write_page
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "records"
 SCRATCH = Path("runs/records")
 
-_CURVES = ("train/loss", "val/loss", "seconds")
+_CURVES = ("train/loss", "val/loss", "data/tokens_seen", "seconds")
 _POINTS = 100
 """Of a training curve: means of equal stretches."""
 
@@ -110,6 +111,8 @@ def _curves(metrics: Path) -> dict[str, list[list[float]]]:
     size = -(-len(points) // _POINTS)
     parts = [points[i : i + size] for i in range(0, len(points), size)]
     found["train/loss"] = [[part[-1][0], round(sum(y for _, y in part) / len(part), 5)] for part in parts]
+    validated = {step for step, _ in found["val/loss"]}
+    found["data/tokens_seen"] = [point for point in found["data/tokens_seen"] if point[0] in validated]
     return {name: points for name, points in found.items() if points}
 
 
@@ -146,15 +149,13 @@ def main() -> None:
         parser.error(f"no record is called {unknown.pop()}; there are {', '.join(r.name for r in RECORDS)}")
     wanted = [record for record in RECORDS if not options.records or record.name in options.records]
     todo = [
-        ((*record.common, *arm), seed)
-        for record in wanted
-        for seed in record.seeds
-        for arm in record.arms.values()
+        ((*record.common, *arm), seed) for record in wanted for seed in record.seeds for arm in record.arms.values()
     ]
     end = time.monotonic() + 60 * options.minutes
     for one in [] if options.write else dict.fromkeys(todo):
         if not result_file(*one).exists() and time.monotonic() < end:
             run(*one)
+    write_page({record: results(record) for record in RECORDS}, RESULTS)
 
 
 if __name__ == "__main__":
