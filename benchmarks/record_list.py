@@ -46,6 +46,13 @@ def _schedule(name: str, **settings: object) -> Options:
     return ("--model.schedule", name, *(f"--model.schedule.{key}={value}" for key, value in settings.items()))
 
 
+def _size(width: int, layers: int, rate: float) -> Options:
+    heads = max(2, width // 32)
+    shape = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
+    options = (part for name, value in shape.items() for part in (f"--model.encoder.{name}", str(value)))
+    return (*options, "--model.learning_rate", str(rate))
+
+
 RECORDS = (
     Record(
         "schedules",
@@ -97,6 +104,20 @@ RECORDS = (
             ),
         },
         common=(*_SHORT, "--data.global_batch_tokens", "16384"),
+    ),
+    Record(
+        "ladder",
+        "Larger models and more tokens",
+        {
+            "32 x 2": _size(32, 2, 4e-3),
+            "64 x 2": _size(64, 2, 3e-3),
+            "96 x 3": _size(96, 3, 2e-3),
+            "128 x 4": _size(128, 4, 2e-3),
+        },
+        common=(*_SHORT, "--validate_every_n_steps", "150", "--trainer.max_steps", "900"),
+        said="Width x layers. The inverse square root does not know where a run ends, so each point of a curve is also the "
+        "end of a shorter run; `benchmarks/scaling.py` fits them.",
+        seeds=(0,),
     ),
     Record(
         "transformers",

@@ -52,7 +52,7 @@ def write_page(found: dict[Record, Results], folder: Path) -> None:
     parts = [_HEAD]
     for record, results in found.items():
         parts.append("\n".join(section(record, results)))
-        if len(results) > 1:
+        if len(results) > 1 and len(record.seeds) > 1:
             draw(record, results, folder / f"{record.name}.png")
     (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
@@ -64,11 +64,12 @@ def section(record: Record, results: Results) -> Iterator[str]:
         yield "Not run."
         return
     one = next(iter(results.values()))[0]
-    if len(results) > 1:
+    if len(results) > 1:  # of several seeds by `draw`, of one by `scaling.py`
         yield f"![{record.title}]({record.name}.png)\n"
     yield "| | loss | perplexity | of seeds | tokens | difference of loss | |"
     yield "| --- | --- | --- | --- | --- | --- | --- |"
-    found = differences(results) if next(iter(record.arms)) in results else {}
+    comparable = len(record.seeds) > 1 and next(iter(record.arms)) in results
+    found = differences(results) if comparable else {}
     for arm in record.arms:
         if arm not in results:
             yield f"| {arm} | not run | | | | | |"
