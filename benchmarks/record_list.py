@@ -115,8 +115,8 @@ RECORDS = (
             "128 x 4": _size(128, 4, 2e-3),
         },
         common=(*_SHORT, "--validate_every_n_steps", "150", "--trainer.max_steps", "900"),
-        said="Width x layers. The inverse square root does not know where a run ends, so each point of a curve is also the "
-        "end of a shorter run; `benchmarks/scaling.py` fits them.",
+        said="Width x layers. The inverse square root does not know where a run ends, so each point of a curve is also "
+        "the end of a shorter run; `benchmarks/scaling.py` fits them.",
         seeds=(0,),
     ),
     Record(

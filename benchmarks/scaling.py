@@ -1,10 +1,10 @@
-"""How the loss falls with parameters and tokens: a law fitted on the ladder's small rungs, and what it says of larger ones.
+"""How the loss falls with parameters and tokens: a law fitted to the ladder's small rungs, and what it says beyond.
 
     python benchmarks/records.py ladder && python benchmarks/scaling.py
 
-Loss = E + A / N^a + B / D^b (Hoffmann et al. 2022, approach 3), N parameters, D tokens seen. Every validation of a run is a
-point: under the inverse square root a run's middle is a shorter run's end. How sure the law is of itself is seen by
-leaving out each size in turn and by drawing the points anew.
+Loss = E + A / N^a + B / D^b (Hoffmann et al. 2022, approach 3), N parameters, D tokens seen. Every validation of a run
+is a point: under the inverse square root a run's middle is a shorter run's end. How sure the law is of itself is seen
+by leaving out each size in turn and by drawing the points anew.
 """
 
 import math
