@@ -21,7 +21,7 @@ from pretrain.train.picture import drawing
 
 Floats = NDArray[np.float64]
 
-FIRST_STEP = 300
+FIRST_STEP = 180
 """Points before it still feel the warmup."""
 
 DRAWS = 200
