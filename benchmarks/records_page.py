@@ -47,13 +47,17 @@ def differences(results: Results) -> dict[str, tuple[float, float]]:
     }
 
 
+PICTURES = Path(__file__).resolve().parents[1] / "docs" / "images" / "records"
+
+
 def write_page(found: dict[Record, Results], folder: Path) -> None:
-    """Write ``README.md`` and a picture for each record."""
+    """Write ``README.md``, and a picture for each record, where the documentation finds it, too."""
+    PICTURES.mkdir(parents=True, exist_ok=True)
     parts = [_HEAD]
     for record, results in found.items():
         parts.append("\n".join(section(record, results)))
         if len(results) > 1 and len(record.seeds) > 1:
-            draw(record, results, folder / f"{record.name}.png")
+            draw(record, results, PICTURES / f"{record.name}.png")
     (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
@@ -65,7 +69,7 @@ def section(record: Record, results: Results) -> Iterator[str]:
         return
     one = next(iter(results.values()))[0]
     if len(results) > 1:  # of several seeds by `draw`, of one by `scaling.py`
-        yield f"![{record.title}]({record.name}.png)\n"
+        yield f"![{record.title}](../../docs/images/records/{record.name}.png)\n"
     yield "| | loss | perplexity | of seeds | tokens | difference of loss | |"
     yield "| --- | --- | --- | --- | --- | --- | --- |"
     comparable = len(record.seeds) > 1 and next(iter(record.arms)) in results

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from record_list import RECORDS
-from records import RESULTS, results
+from records import results
+from records_page import PICTURES
 from scipy.optimize import least_squares
 
 from pretrain.train.picture import drawing
@@ -90,7 +91,7 @@ def main() -> None:
         loss = float(predict(law, size, PUBLISHED_TOKENS))
         between = f"{math.exp(low):.1f} to {math.exp(high):.1f}"
         print(f"| {name} | 1.05 T | {loss:.2f} | {low:.2f} to {high:.2f} | {math.exp(loss):.1f} ({between}) |")
-    draw(names, rungs, law, RESULTS / "ladder.png")
+    draw(names, rungs, law, PICTURES / "ladder.png")
 
 
 def draw(names: Sequence[str], rungs: Sequence[Floats], law: Floats, path: Path) -> None:
