@@ -1,23 +1,18 @@
 """The records: what is asked can be run, and what is said of the answers is right."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-
-from pretrain.train.fit import build
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
 import records
 import records_page
 import scaling
+import torch
 from record_list import RECORDS, Record
+
+from pretrain.train.fit import build
 
 ARMS = {
     (*record.common, *arm): f"{record.name}, {name}"
