@@ -32,7 +32,7 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "records"
 SCRATCH = Path("runs/records")
 
-_CURVES = ("train/loss", "val/loss", "data/tokens_seen", "seconds")
+_CURVES = ("train/loss", "val/loss", "data/tokens_seen", "seconds_of_training")
 _POINTS = 100
 """Of a training curve: means of equal stretches."""
 

@@ -102,7 +102,7 @@ def verdict(mean: float, half: float) -> str:
 
 def draw(record: Record, results: Results, path: Path) -> None:
     """Curves of validation, thin for each seed, and the final differences with their intervals."""
-    by_time = all("seconds" in one for arm in results.values() for one in arm)
+    by_time = all("seconds_of_training" in one for arm in results.values() for one in arm)
     with drawing(path, (10.5, 3.9), columns=2) as (curves, final):
         shown = []
         for colour, (arm, runs) in zip(COLOURS, results.items(), strict=False):
@@ -134,7 +134,7 @@ def draw(record: Record, results: Results, path: Path) -> None:
 def _line(run: dict[str, Any], by_time: bool) -> tuple[list[float], list[float]]:
     losses = [loss for _, loss in run["val/loss"]]
     if by_time:
-        return [seconds for _, seconds in run["seconds"]], losses
+        return [seconds for _, seconds in run["seconds_of_training"]], losses
     if "data/tokens_seen" in run:
         return [tokens / 1e6 for _, tokens in run["data/tokens_seen"]], losses
     figures = run["figures"]

@@ -4,7 +4,7 @@
 
 Equal for both: crops, tokens, fp32, fused AdamW with the same decay, clipping, inverse-square-root schedule, threads.
 Each draws its own masks (30 %, 80/10/10); transformers pads each step to its longest sequence. This project's
-validation asks both, while the clock stands still. Leaves what a run leaves: `metrics.csv`, with `seconds` of training
+validation asks both, while the clock stands still. Leaves what a run leaves: `metrics.csv`, with `seconds_of_training`
 at each validation, and `result.json`.
 """
 
@@ -59,7 +59,7 @@ class Clock:
             return
         self.seconds += time.perf_counter() - self._begin
         self.loss = self._validate(encoder())
-        for name, value in (("val/loss", self.loss), ("seconds", self.seconds)):
+        for name, value in (("val/loss", self.loss), ("seconds_of_training", self.seconds)):
             self.rows.writerow([step - 1, name, value])
         print(f"step {step}: {self.loss:.4f} after {self.seconds:.1f} s", flush=True)
         self.start()
