@@ -26,8 +26,7 @@ commit, machine, versions, seed, final figures and curve.
 How to read it: loss in nats on the masked validation positions, mean over the seeds. A difference is to the first row,
 seed by seed (the same first weights, data and crops), with a 95 % t-interval: where that does not hold zero, it is
 called better or worse, otherwise nothing was seen. These are small models and short runs on a CPU: what pays here need
-not pay at another size.
-"""
+not pay at another size."""
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -112,7 +111,7 @@ def draw(record: Record, results: Results, path: Path) -> None:
             mean = np.mean([y for _, y in lines], 0)
             curves.plot(np.mean([x for x, _ in lines], 0), mean, color=colour, label=arm, linewidth=2)
             shown.append(mean)
-        low, high = min(map(min, shown)), sorted(float(mean[1]) for mean in shown)[len(shown) // 2]
+        low, high = min(map(min, shown)), float(np.median([mean[len(mean) // 3] for mean in shown]))
         curves.set_ylim(low - 0.06 * (high - low), high + 0.5 * (high - low))
         curves.set_xlabel("seconds of training" if by_time else "million tokens seen")
         curves.set_ylabel("validation loss, nats")
@@ -127,7 +126,7 @@ def draw(record: Record, results: Results, path: Path) -> None:
             )
         final.set_yticks([])
         final.set_ylim(-len(found) + 0.4, 0.8)
-        final.set_xlabel(f"final loss, less that of: {next(iter(results))}  (95 % interval; left is better)")
+        final.set_xlabel(f"final loss, less that of: {next(iter(results))}\n95 % interval; left is better")
         final.margins(x=0.25)
 
 

@@ -110,14 +110,16 @@ def draw(names: Sequence[str], rungs: Sequence[Floats], law: Floats, path: Path)
         near.xaxis.set_major_formatter("{x:g}")
         near.xaxis.set_minor_formatter("{x:g}")
         sizes = np.geomspace(3e4, 3e9, 40)
-        for tokens, colour, name in (
-            (4e6, "#1f6fb4", "4 M tokens"),
+        last = [rung[-1] for rung in rungs]
+        here = float(np.mean([tokens for _, tokens, _ in last]))
+        beyond = [
+            (here, "#1f6fb4", f"{here / 1e6:.1f} M tokens"),
             (PUBLISHED_TOKENS, "#e0752d", "1 T tokens (ESM-2's)"),
-        ):
+        ]
+        for tokens, colour, name in beyond:
             low, high = spread(rungs, sizes, tokens)
             far.fill_between(sizes, low, high, color=colour, alpha=0.18, linewidth=0)
             far.plot(sizes, predict(law, sizes, tokens), color=colour, label=f"foreseen for {name}")
-        last = [rung[-1] for rung in rungs]
         far.plot(
             [n for n, _, _ in last], [loss for *_, loss in last], "o", color="black", label="measured", markersize=4
         )
