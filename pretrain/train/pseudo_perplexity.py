@@ -63,8 +63,8 @@ class PseudoPerplexity(pl.Callback):
         mask = data.tokenizer.mask_token_id
         at_once = max(1, data.validation_pack_tokens // data.max_length)
         for first in range(0, len(tasks), at_once):
-            batch = [tensor.to(pl_module.device) for tensor in one_by_one(tasks[first : first + at_once], mask)]
-            input_ids, bounds, places, targets = batch
+            pack = one_by_one(tasks[first : first + at_once], mask)
+            input_ids, bounds, places, targets = (tensor.to(pl_module.device) for tensor in pack)
             with trainer.precision_plugin.val_step_context():
                 losses, _ = pl_module.encoder.score(input_ids, bounds, None, places, targets)
             total += torch.stack((losses.double().sum(), total.new_tensor(len(targets))))
@@ -94,13 +94,11 @@ def _all(dataset: PackDataset, packs: list[Pack]) -> Iterator[tuple[Int64, int]]
             yield tokens[bounds[sequence] : bounds[sequence + 1]].astype(np.int64), place - int(bounds[sequence])
 
 
-def one_by_one(tasks: list[tuple[Int64, int]], mask_token_id: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def one_by_one(tasks: list[tuple[Int64, int]], mask_token_id: int) -> list[Tensor]:
     """A pack of sequences with one masked place each: tokens, bounds, places in the pack, and what stood there."""
     bounds = np.cumsum([0, *(len(tokens) for tokens, _ in tasks)])
     input_ids = np.concatenate([tokens for tokens, _ in tasks])
     places = bounds[:-1] + [place for _, place in tasks]
     targets = input_ids[places]
     input_ids[places] = mask_token_id
-    arrays = (input_ids, bounds.astype(np.int32), places, targets)
-    input_ids, bounds, places, targets = (torch.from_numpy(array) for array in arrays)
-    return input_ids, bounds, places, targets
+    return [torch.from_numpy(array) for array in (input_ids, bounds.astype(np.int32), places, targets)]
