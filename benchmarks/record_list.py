@@ -106,6 +106,18 @@ RECORDS = (
         common=(*_SHORT, "--data.global_batch_tokens", "8192"),
     ),
     Record(
+        "text",
+        "English: the quickstart's masking, and BERT's",
+        {
+            "30 %, all <mask>": (),
+            "15 %, 80/10/10": (
+                *("--data.mlm_probability", "0.15"),
+                *("--data.mask_replace_prob", "0.8", "--data.random_replace_prob", "0.1"),
+            ),
+        },
+        common=("-c", "text_quickstart", "--trainer.max_steps", "900", "--validate_every_n_steps", "150"),
+    ),
+    Record(
         "ladder",
         "Larger models and more tokens",
         {

@@ -80,7 +80,13 @@ def section(record: Record, results: Results) -> Iterator[str]:
         losses = [result["figures"]["val/loss"] for result in results[arm]]
         seeds = ", ".join(f"{math.exp(loss):.2f}" for loss in losses)
         tokens = np.mean([result["figures"]["tokens_seen"] for result in results[arm]]) / 1e6
-        cells = [arm, f"{np.mean(losses):.4f}", f"{math.exp(np.mean(losses)):.2f}", seeds, f"{tokens:.2f} M"]
+        cells = [
+            arm.replace("<mask>", "`<mask>`"),
+            f"{np.mean(losses):.4f}",
+            f"{math.exp(np.mean(losses)):.2f}",
+            seeds,
+            f"{tokens:.2f} M",
+        ]
         cells += [f"{found[arm][0]:+.4f} ± {found[arm][1]:.4f}", verdict(*found[arm])] if arm in found else ["", ""]
         yield f"| {' | '.join(cells)} |"
     yield ""
