@@ -29,6 +29,8 @@ class Record:
         common: Options of all arms.
         said: What else there is to say of the result.
         seeds: Each arm is run with each.
+        alone: Times are told, so it is run only when it is named, with nothing beside it.
+        fitted: A law is fitted to its arms; see `scaling.py`.
     """
 
     name: str
@@ -37,6 +39,8 @@ class Record:
     common: Options = QUICKSTART
     said: str = ""
     seeds: tuple[int, ...] = SEEDS
+    alone: bool = False
+    fitted: bool = False
 
     def __hash__(self) -> int:
         return hash(self.name)
@@ -127,9 +131,10 @@ RECORDS = (
             "128 x 4": _size(128, 4, 2e-3),
         },
         common=(*_SHORT, "--validate_every_n_steps", "60", "--trainer.max_steps", "480"),
-        said="Width x layers. The inverse square root does not know where a run ends, so each point of a curve is also "
-        "the end of a shorter run; `benchmarks/scaling.py` fits them.",
+        said="Width x layers; a single seed. The inverse square root does not know where a run ends, so each point of "
+        "a curve is also the end of a shorter run.",
         seeds=(0,),
+        fitted=True,
     ),
     Record(
         "transformers",
@@ -139,5 +144,6 @@ RECORDS = (
             for who in ("transformers", "pretrain")
         },
         common=(),
+        alone=True,
     ),
 )

@@ -2,12 +2,14 @@
 
     python benchmarks/records.py                   run what has not been run yet, then write tables and pictures
     python benchmarks/records.py schedules crops   only the runs of these records
+    python benchmarks/records.py transformers      this one tells times: only when it is named, with nothing beside it
     python benchmarks/records.py --minutes 30      begin no run after so many minutes
     python benchmarks/records.py --write           run nothing, only write
 
 A finished run leaves one file in `benchmarks/records/log`: its command, commit, machine, versions, final figures and
 curve. It is not run again while that file is there; records whose arms have the same options share it. The run itself
-stays in `runs/records`. Several of these may work side by side: what one is at, the others leave.
+stays in `runs/records`, where one that was ended goes on. Several of these may work side by side: what one is at, the
+others leave.
 """
 
 import argparse
@@ -64,10 +66,9 @@ def _train(options: Options, seed: int, directory: Path) -> dict[str, Any]:
     _prepare(options)
     program, arguments = ["-m", "pretrain"], ["fit", *options]
     if options[0].endswith(".py"):
-        program, arguments = [str(HERE.relative_to(Path.cwd()) / options[0])], [*options[1:]]
+        program, arguments = [os.path.relpath(HERE / options[0])], [*options[1:]]
     command = [*program, *arguments, "--run", str(directory), "--seed_everything", str(seed)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}
-    begin = time.time()
     with open(f"{directory}.log", "w", encoding="utf-8") as log:
         subprocess.run([sys.executable, *command], env=environment, check=True, stdout=log, stderr=log)
     result = json.loads((directory / "result.json").read_text())
@@ -79,7 +80,6 @@ def _train(options: Options, seed: int, directory: Path) -> dict[str, Any]:
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("torch", "pytorch-lightning", "transformers", "numpy")},
         "seed": seed,
-        "seconds": round(time.time() - begin),
         "figures": {name: value for name, value in result.items() if not isinstance(value, dict | list | str)},
         **_curves(directory / "metrics.csv"),
     }
@@ -98,7 +98,9 @@ def _prepare(options: Options) -> None:
         with gzip.open("data/proteins/train.fasta.gz", "rt") as file:
             records = [record.split("\n", 1) for record in file.read().split(">")[1:]]
         cut = [f">{head}\n{sequence.replace(chr(10), '')[:254]}\n" for head, sequence in records]
-        wanted.write_text("".join(cut))
+        partial = wanted.with_suffix(f".{os.getpid()}")
+        partial.write_text("".join(cut))
+        partial.rename(wanted)
 
 
 def _curves(metrics: Path) -> dict[str, list[list[float]]]:
@@ -141,13 +143,13 @@ def results(record: Record) -> dict[str, list[dict[str, Any]]]:
 def main() -> None:
     """Run what is missing; then write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("records", nargs="*", metavar="RECORD", help="default: all")
+    parser.add_argument("records", nargs="*", metavar="RECORD", help="default: all that tell no times")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="after which no run is begun")
     parser.add_argument("--write", action="store_true", help="run nothing")
     options = parser.parse_args()
     if unknown := set(options.records) - {record.name for record in RECORDS}:
         parser.error(f"no record is called {unknown.pop()}; there are {', '.join(r.name for r in RECORDS)}")
-    wanted = [record for record in RECORDS if not options.records or record.name in options.records]
+    wanted = [record for record in RECORDS if record.name in options.records or not (options.records or record.alone)]
     todo = [
         ((*record.common, *arm), seed) for record in wanted for seed in record.seeds for arm in record.arms.values()
     ]
@@ -155,7 +157,7 @@ def main() -> None:
     for one in [] if options.write else dict.fromkeys(todo):
         if not result_file(*one).exists() and time.monotonic() < end:
             run(*one)
-    write_page({record: results(record) for record in RECORDS}, RESULTS)
+    write_page({record: results(record) for record in RECORDS})
 
 
 if __name__ == "__main__":

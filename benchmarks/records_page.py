@@ -1,4 +1,4 @@
-"""What came out of the records: a page with a table and a picture of each."""
+"""What came out of the records: a page of the documentation, with a table and a picture of each."""
 
 import math
 from collections.abc import Iterator
@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from record_list import Record
+from scaling import describe
 from scipy.stats import t
 
 from pretrain.train.picture import drawing
@@ -14,14 +15,21 @@ from pretrain.train.picture import drawing
 Results = dict[str, list[dict[str, Any]]]
 """For each arm, what its seeds left."""
 
+ROOT = Path(__file__).resolve().parents[1]
+README, PAGE, PICTURES = ROOT / "README.md", ROOT / "docs/records.md", ROOT / "docs/images/records"
+SHOWN = ("schedules", "transformers")
+"""In the README, where they have been run."""
+
+_BEGIN, _END = "<!-- records -->", "<!-- end of records -->"
+
 COLOURS = ("#1f6fb4", "#e0752d", "#3a9a5b", "#b5458e", "#7a6a58", "#c9a227")
 
 _HEAD = """# Records
 
 Questions about recipes, each answered by runs beside each other: the same data, the same validation (all targets
 `<mask>`), equal tokens, several seeds. This page and its pictures are written by `python benchmarks/records.py`, which
-first runs what is missing; the questions are in `benchmarks/record_list.py`. `log/` has a file for each run: command,
-commit, machine, versions, seed, final figures and curve.
+first runs what is missing; the questions are in `benchmarks/record_list.py`. `benchmarks/records/log` has a file for
+each run: command, commit, machine, versions, seed, final figures and curve.
 
 How to read it: loss in nats on the masked validation positions, mean over the seeds. A difference is to the first row,
 seed by seed (the same first weights, data and crops), with a 95 % t-interval: where that does not hold zero, it is
@@ -46,29 +54,60 @@ def differences(results: Results) -> dict[str, tuple[float, float]]:
     }
 
 
-PICTURES = Path(__file__).resolve().parents[1] / "docs" / "images" / "records"
+def times(results: Results) -> str:
+    """How much sooner the second arm is done than the first, and has come to its final loss."""
+    (rival, rivals), (name, runs) = list(results.items())[:2]
+    whole, reached = [], []
+    for theirs, ours in zip(rivals, runs, strict=True):
+        seconds = theirs["seconds_of_training"][-1][1]
+        clock = [moment for _, moment in ours["seconds_of_training"]]
+        whole.append(seconds / clock[-1])
+        losses = np.minimum.accumulate([loss for _, loss in ours["val/loss"]])
+        wanted = theirs["val/loss"][-1][1]
+        if losses[-1] <= wanted:
+            reached.append(seconds / float(np.interp(-wanted, -losses, clock)))
+    mean, half = interval(whole)
+    said = f"For the same steps {name} takes the time of {rival} divided by {mean:.2f} ± {half:.2f}"
+    if len(reached) < len(whole):
+        return f"{said}; with {len(reached)} of {len(whole)} seeds it reaches {rival}'s final loss within these steps."
+    mean, half = interval(reached)
+    return f"{said}; it reaches the final loss of {rival} in that time divided by {mean:.2f} ± {half:.2f}."
 
 
-def write_page(found: dict[Record, Results], folder: Path) -> None:
-    """Write ``README.md``, and a picture for each record, where the documentation finds it, too."""
+def write_page(found: dict[Record, Results]) -> None:
+    """Write docs/records.md, a picture for each record, and what the README shows of them."""
     PICTURES.mkdir(parents=True, exist_ok=True)
     parts = [_HEAD]
     for record, results in found.items():
         parts.append("\n".join(section(record, results)))
         if len(results) > 1 and len(record.seeds) > 1:
             draw(record, results, PICTURES / f"{record.name}.png")
-    (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    PAGE.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    shown = [record for name in SHOWN for record, results in found.items() if record.name == name and len(results) > 1]
+    if shown:
+        pictures = [f"![{record.title}](docs/images/records/{record.name}.png)" for record in shown]
+        lines = [
+            "",
+            "Recipes beside each other, with three seeds and what did not help: [records](docs/records.md).",
+            "",
+        ]
+        text = README.read_text(encoding="utf-8")
+        before, begin, rest = text.partition(_BEGIN)
+        _, end, after = rest.partition(_END)
+        block = "\n".join([*lines, "\n\n".join(pictures), "", ""])
+        README.write_text(f"{before}{begin}{block}{end}{after}", encoding="utf-8")
 
 
 def section(record: Record, results: Results) -> Iterator[str]:
     """One record in Markdown; an arm that was not run with all its seeds is named as such."""
     yield f"## {record.title}\n"
     if not results:
-        yield "Not run."
+        yield f"Not run: `python benchmarks/records.py {record.name}`."
         return
     one = next(iter(results.values()))[0]
-    if len(results) > 1:  # of several seeds by `draw`, of one by `scaling.py`
-        yield f"![{record.title}](../../docs/images/records/{record.name}.png)\n"
+    complete = len(results) == len(record.arms)
+    if len(results) > 1 if len(record.seeds) > 1 else complete and record.fitted:
+        yield f"![{record.title}](images/records/{record.name}.png)\n"
     yield "| | loss | perplexity | of seeds | tokens | difference of loss | |"
     yield "| --- | --- | --- | --- | --- | --- | --- |"
     comparable = len(record.seeds) > 1 and next(iter(record.arms)) in results
@@ -95,6 +134,11 @@ def section(record: Record, results: Results) -> Iterator[str]:
         yield f"Unigram {unigram:.2f}, bigram {bigram:.2f}. {record.said}".strip()
     elif record.said:
         yield record.said
+    if record.fitted and complete:
+        yield ""
+        yield from describe({arm: runs[0] for arm, runs in results.items()}, PICTURES / f"{record.name}.png")
+    if record.alone and complete:
+        yield f"\n{times(results)}"
     machines = sorted({result["machine"] for arm in results.values() for result in arm})
     commits = sorted({result["commit"][:10] for arm in results.values() for result in arm})
     yield f"\n{one['date']}, {'; '.join(machines)}, torch {one['versions']['torch']}, commit {', '.join(commits)}."

@@ -1,21 +1,17 @@
 """How the loss falls with parameters and tokens: a law fitted to the ladder's small rungs, and what it says beyond.
 
-    python benchmarks/records.py ladder && python benchmarks/scaling.py
-
 Loss = E + A / N^a + B / D^b (Hoffmann et al. 2022, approach 3), N parameters, D tokens seen. Every validation of a run
 is a point: under the inverse square root a run's middle is a shorter run's end. How sure the law is of itself is seen
 by leaving out each size in turn and by drawing the points anew.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from record_list import RECORDS
-from records import results
-from records_page import PICTURES
 from scipy.optimize import least_squares
 
 from pretrain.train.picture import drawing
@@ -25,7 +21,7 @@ Floats = NDArray[np.float64]
 FIRST_STEP = 180
 """Points before it still feel the warmup."""
 
-DRAWS = 200
+DRAWS = 100
 PUBLISHED_TOKENS = 500_000 * 2_097_152
 LARGER = {"8M": 7.51e6, "35M": 33.5e6, "150M": 148e6, "650M": 651e6, "3B": 2.84e9}
 
@@ -51,50 +47,51 @@ def predict(law: Floats, n: Floats | float, d: Floats | float) -> Floats:
     return loss
 
 
-def measured() -> tuple[list[str], list[Floats]]:
-    """The rungs that have been run, and the points of each."""
-    (ladder,) = (record for record in RECORDS if record.name == "ladder")
-    rungs = []
-    for (run,) in results(ladder).values():
-        tokens = dict(run["data/tokens_seen"])
-        size = run["figures"]["parameters"]
-        rungs.append(np.array([(size, tokens[step], loss) for step, loss in run["val/loss"] if step >= FIRST_STEP]))
-    return list(results(ladder)), rungs
+def points_of(run: dict[str, Any]) -> Floats:
+    """What a run's validations say, as rows of (parameters, tokens, loss)."""
+    tokens, size = dict(run["data/tokens_seen"]), run["figures"]["parameters"]
+    return np.array([(size, tokens[step], loss) for step, loss in run["val/loss"] if step >= FIRST_STEP])
 
 
-def spread(rungs: Sequence[Floats], n: Floats | float, d: Floats | float) -> tuple[Floats, Floats]:
-    """Between which values laws lie that are fitted on points drawn anew, each time also without one of the rungs."""
+def other_laws(rungs: Sequence[Floats]) -> list[Floats]:
+    """Laws fitted on points drawn anew, each time also without one of the rungs."""
     generator = np.random.default_rng(0)
-    said = []
+    laws = []
     for draw in range(DRAWS):
-        kept = [rung for number, rung in enumerate(rungs) if number != draw % (len(rungs) + 1)]
-        points = np.concatenate(kept)
-        said.append(predict(fit(points[generator.integers(len(points), size=len(points))]), n, d))
-    low, high = np.quantile(said, [0.05, 0.95], axis=0)
+        points = np.concatenate([rung for number, rung in enumerate(rungs) if number != draw % (len(rungs) + 1)])
+        laws.append(fit(points[generator.integers(len(points), size=len(points))]))
+    return laws
+
+
+def spread(laws: Sequence[Floats], n: Floats | float, d: Floats | float) -> tuple[Floats, Floats]:
+    """Between which losses nine in ten laws lie."""
+    low, high = np.quantile([predict(law, n, d) for law in laws], [0.05, 0.95], axis=0)
     return low, high
 
 
-def main() -> None:
-    """Fit, say what came out as Markdown, and draw it."""
-    names, rungs = measured()
-    law = fit(np.concatenate(rungs))
+def describe(runs: dict[str, dict[str, Any]], picture: Path) -> Iterator[str]:
+    """The law of these runs and what it foresees, as Markdown; and a picture of it."""
+    rungs = [points_of(run) for run in runs.values()]
+    everything = np.concatenate(rungs)
+    law, laws = fit(everything), other_laws(rungs)
     log_a, log_b, log_e, a, b = law
-    error = np.abs(predict(law, *np.concatenate(rungs).T[:2]) - np.concatenate(rungs)[:, 2]).max()
-    print(
-        f"loss = {math.exp(log_e):.3f} + {math.exp(log_a):.3g} / N^{a:.2f} + {math.exp(log_b):.3g} / D^{b:.2f}; ",
-        end="",
+    error = np.abs(predict(law, *everything.T[:2]) - everything[:, 2]).max()
+    yield (
+        f"The law: {math.exp(log_e):.3f} + {math.exp(log_a):.3g} / N^{a:.2f} + {math.exp(log_b):.3g} / D^{b:.2f} nats, "
+        f"at most {error:.4f} from what was measured. What it foresees for ESM-2's sizes and tokens, a million times "
+        "beyond the rungs, is a guess, and by its own account an uncertain one; it is about this validation set, too.\n"
     )
-    print(f"largest error on the rungs {error:.4f} nats\n")
-    print("| | tokens | loss foreseen | between | perplexity |\n| --- | --- | --- | --- | --- |")
+    yield "| | loss foreseen for 1.05 T tokens | nine in ten laws between | perplexity |"
+    yield "| --- | --- | --- | --- |"
     for name, size in LARGER.items():
-        low, high = spread(rungs, size, PUBLISHED_TOKENS)
+        low, high = spread(laws, size, PUBLISHED_TOKENS)
         loss = float(predict(law, size, PUBLISHED_TOKENS))
         between = f"{math.exp(low):.1f} to {math.exp(high):.1f}"
-        print(f"| {name} | 1.05 T | {loss:.2f} | {low:.2f} to {high:.2f} | {math.exp(loss):.1f} ({between}) |")
-    draw(names, rungs, law, PICTURES / "ladder.png")
+        yield f"| {name} | {loss:.2f} | {low:.2f} to {high:.2f} | {math.exp(loss):.1f} ({between}) |"
+    draw(list(runs), rungs, law, laws, picture)
 
 
-def draw(names: Sequence[str], rungs: Sequence[Floats], law: Floats, path: Path) -> None:
+def draw(names: Sequence[str], rungs: Sequence[Floats], law: Floats, laws: Sequence[Floats], path: Path) -> None:
     """The rungs with their law; and the law far beyond them, with what it does not know."""
     colours = ("#9ec5e8", "#5a9bd4", "#1f6fb4", "#0c3f6e")
     with drawing(path, (10.5, 4.1), columns=2) as (near, far):
@@ -117,16 +114,10 @@ def draw(names: Sequence[str], rungs: Sequence[Floats], law: Floats, path: Path)
             (PUBLISHED_TOKENS, "#e0752d", "1 T tokens (ESM-2's)"),
         ]
         for tokens, colour, name in beyond:
-            low, high = spread(rungs, sizes, tokens)
+            low, high = spread(laws, sizes, tokens)
             far.fill_between(sizes, low, high, color=colour, alpha=0.18, linewidth=0)
             far.plot(sizes, predict(law, sizes, tokens), color=colour, label=f"foreseen for {name}")
-        far.plot(
-            [n for n, _, _ in last], [loss for *_, loss in last], "o", color="black", label="measured", markersize=4
-        )
+        far.plot(*np.array([(n, loss) for n, _, loss in last]).T, "o", color="black", label="measured", markersize=4)
         far.set(xscale="log", xlabel="parameters", ylabel="validation loss, nats")
         far.set_title("beyond them: a guess; bands: without a rung, points drawn anew", fontsize=10)
         far.legend(frameon=False, fontsize=8)
-
-
-if __name__ == "__main__":
-    main()

@@ -43,6 +43,21 @@ def test_a_difference_is_seed_by_seed_with_students_interval() -> None:
     assert records_page.verdict(0.2, 0.1) == "worse"
 
 
+def test_times_are_compared_at_equal_steps_and_at_equal_loss() -> None:
+    def run(seconds: list[float], losses: list[float]) -> dict[str, Any]:
+        return {
+            "val/loss": [[step, loss] for step, loss in enumerate(losses)],
+            "seconds_of_training": [[step, moment] for step, moment in enumerate(seconds)],
+        }
+
+    rival = [run([10.0, 20.0, 30.0], [3.0, 2.9, 2.8])] * 3
+    sooner = records_page.times({"a": rival, "b": [run([5.0, 10.0, 15.0], [3.0, 2.9, 2.7])] * 3})
+    assert "the time of a divided by 2.00" in sooner
+    assert "the final loss of a in that time divided by 2.40" in sooner  # after 12.5 s
+    never = records_page.times({"a": rival, "b": [run([5.0, 10.0, 15.0], [3.0, 2.9, 2.81])] * 3})
+    assert "with 0 of 3 seeds" in never
+
+
 def test_the_page_holds_only_arms_that_were_run_with_every_seed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
