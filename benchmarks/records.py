@@ -110,7 +110,7 @@ def _curves(metrics: Path) -> dict[str, list[list[float]]]:
             if row["name"] in found:
                 found[row["name"]].append([int(row["step"]) + 1, float(row["value"])])
     points = found["train/loss"]
-    size = -(-len(points) // _POINTS)
+    size = max(1, -(-len(points) // _POINTS))
     parts = [points[i : i + size] for i in range(0, len(points), size)]
     found["train/loss"] = [[part[-1][0], round(sum(y for _, y in part) / len(part), 5)] for part in parts]
     validated = {step for step, _ in found["val/loss"]}

@@ -1,6 +1,7 @@
 """The records: what is asked can be run, and what is said of the answers is right."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from record_list import RECORDS, Record
 
 from pretrain.train.fit import build
 
+ROOT = Path(__file__).parents[2]
 ARMS = {
     (*record.common, *arm): f"{record.name}, {name}"
     for record in RECORDS
@@ -81,3 +83,25 @@ def test_the_fitted_law_is_the_one_that_made_the_points() -> None:
     n, d = (grid.ravel() for grid in np.meshgrid([3e4, 1e5, 4e5, 1e6], np.geomspace(1e6, 3e7, 6)))
     found = scaling.fit(np.stack([n, d, scaling.predict(law, n, d)], 1))
     assert np.allclose(scaling.predict(found, n * 2, d * 2), scaling.predict(law, n * 2, d * 2), rtol=1e-3)
+
+
+@pytest.mark.parametrize("who", ["pretrain", pytest.param("transformers", marks=pytest.mark.slow)])
+def test_a_run_leaves_its_command_its_figures_and_its_curve(
+    who: str, tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
+    monkeypatch.setattr(records, "SCRATCH", tmp_path / "scratch")
+    options: tuple[str, ...] = ("-c", str(tiny(trainer__max_steps=8)))
+    if who == "transformers":
+        options = ("records_rival.py", "--who", who, "--steps", "4", "--every", "2")
+    assert records.run(options, 0)
+    assert not records.run(options, 0), "it is there already"
+    kept = json.loads(records.result_file(options, 0).read_text())
+    assert kept["seed"] == 0
+    assert kept["command"].endswith("--seed_everything 0")
+    assert [step for step, _ in kept["val/loss"]] == ([2, 4] if who == "transformers" else [4, 8])
+    assert kept["val/loss"][-1][1] == pytest.approx(kept["figures"]["val/loss"], rel=1e-6)
+    along = "seconds_of_training" if who == "transformers" else "data/tokens_seen"
+    assert [step for step, _ in kept[along]] == [step for step, _ in kept["val/loss"]]
+    assert sorted(value for _, value in kept[along]) == [value for _, value in kept[along]]
