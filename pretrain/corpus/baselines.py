@@ -86,7 +86,8 @@ def perplexities(
         places = [train.tokenizer.tokens.index(residue) for residue in ORDER]
         nats[places] = told_a_relatives_residue(single[places] / single[places].sum())
         told = float(np.exp(nats[target].mean()))
-    return Baselines(*(float(np.exp(-np.log(p).mean())) for p in (unigram, bigram)), told)
+    single_best, with_left = (float(np.exp(-np.log(p).mean())) for p in (unigram, bigram))
+    return Baselines(single_best, with_left, told)
 
 
 def _questions(validation: PackDataset, pack: Pack) -> tuple[Int64, Int64]:
