@@ -1,4 +1,4 @@
-"""The numbers to beat: unigram and bigram perplexity on the very positions that validation asks about."""
+"""What a perplexity is to be compared with, on the very positions that validation asks about."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -7,9 +7,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.corpus.batch import PackDataset
+from pretrain.corpus.blosum import ORDER, told_a_relatives_residue
 from pretrain.corpus.order import AnyOrder
 from pretrain.corpus.packing import Pack
 from pretrain.corpus.store import Corpus
+from pretrain.corpus.tokenizer import ProteinTokenizer
 
 Int64 = NDArray[np.int64]
 
@@ -23,10 +25,17 @@ _PRIOR = 10.0
 
 
 class Baselines(NamedTuple):
-    """Perplexities on the validation targets."""
+    """Perplexities on the validation targets.
+
+    Attributes:
+        unigram: Of who knows how frequent each token is.
+        bigram: Of who is told the token before, too.
+        blosum62: Of proteins: of who is told the residue that a relative has there; see `told_a_relatives_residue`.
+    """
 
     unigram: float
     bigram: float
+    blosum62: float | None = None
 
 
 def perplexities(
@@ -71,7 +80,14 @@ def perplexities(
             break
     unigram = single[target] / single.sum()
     bigram = (pairs[where] + _PRIOR * unigram) / (context[left] + _PRIOR)
-    return Baselines(*(float(np.exp(-np.log(p).mean())) for p in (unigram, bigram)))
+    told = None
+    if isinstance(train.tokenizer, ProteinTokenizer):
+        nats = -np.log(single / single.sum())  # for what is none of the twenty
+        places = [train.tokenizer.tokens.index(residue) for residue in ORDER]
+        nats[places] = told_a_relatives_residue(single[places] / single[places].sum())
+        told = float(np.exp(nats[target].mean()))
+    single_best, with_left = (float(np.exp(-np.log(p).mean())) for p in (unigram, bigram))
+    return Baselines(single_best, with_left, told)
 
 
 def _questions(validation: PackDataset, pack: Pack) -> tuple[Int64, Int64]:

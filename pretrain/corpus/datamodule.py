@@ -13,7 +13,7 @@ from pretrain.corpus.masking import MaskDraws, Masking, MaskUnit
 from pretrain.corpus.mixture import JoinedCorpus, draws_of_a_block, mixture_of
 from pretrain.corpus.order import AnyOrder, Order
 from pretrain.corpus.packed import PackedDataModule
-from pretrain.corpus.packing import Planner, StepPlanner, validation_packs
+from pretrain.corpus.packing import BatchWarmup, Planner, StepPlanner, validation_packs
 from pretrain.corpus.padding import PaddedDataset, static_shapes
 from pretrain.corpus.prepare import open_or_prepare
 from pretrain.corpus.remote import RemoteCorpus
@@ -41,6 +41,7 @@ class MLMDataModule(PackedDataModule):
         long_sequences: What becomes of longer ones: ``crop`` shows a random window, another one in each epoch;
             ``split`` cuts them into several sequences, without losing a token (for documents of text).
         global_batch_tokens: Tokens in an optimizer step, over all processes and micro-batches.
+        batch_warmup: Smaller steps at the beginning, ``{first: 262144, tokens: 1000000000}``; see `BatchWarmup`.
         mlm_probability: Share of the tokens that are targets; or two, between which one is drawn for each sequence.
         mask_replace_prob: Share of the targets that become ``<mask>``.
         random_replace_prob: Share of the targets that become a random token; the rest stays.
@@ -70,6 +71,7 @@ class MLMDataModule(PackedDataModule):
         max_length: int = 1024,
         long_sequences: Literal["crop", "split"] = "crop",
         global_batch_tokens: int = 131_072,
+        batch_warmup: BatchWarmup | None = None,
         mlm_probability: float | tuple[float, float] = 0.15,
         mask_replace_prob: float = 0.8,
         random_replace_prob: float = 0.1,
@@ -104,7 +106,18 @@ class MLMDataModule(PackedDataModule):
         self.windows = max_length if long_sequences == "split" else None
         if isinstance(group_shards, int) and group_shards < 1:
             raise UserError(f"data.group_shards is {group_shards}; give at least 1, or all")
+        if static_shapes and batch_warmup:
+            raise UserError(
+                "data.batch_warmup makes small steps, which data.static_shapes pads to the full size, so that nothing "
+                "is gained; leave one of them out"
+            )
+        if batch_warmup and batch_warmup.first >= global_batch_tokens:
+            raise UserError(
+                f"data.batch_warmup begins with {batch_warmup.first} tokens, which is not less than "
+                f"data.global_batch_tokens, {global_batch_tokens}; give fewer, or leave the warmup out"
+            )
         self.static_shapes = static_shapes
+        self.batch_warmup = batch_warmup
         self.group_shards = group_shards
         self.cache_bytes = None if cache_gb is None else int(cache_gb * 1e9)
         shares = (mlm_probability, mask_replace_prob, random_replace_prob)
@@ -141,7 +154,7 @@ class MLMDataModule(PackedDataModule):
 
     @override
     def train_planner(self) -> Planner:
-        return Planner(self.train_corpus, self.train_order(), self.masking, self.max_length)
+        return Planner(self.train_corpus, self.train_order(), self.masking, self.max_length, self.batch_warmup)
 
     def train_order(self) -> AnyOrder:
         """The order of the training corpus."""
@@ -160,9 +173,10 @@ class MLMDataModule(PackedDataModule):
 
     @override
     def identity(self) -> dict[str, Any]:
-        corpus = self.train_corpus
+        corpus, warmup = self.train_corpus, self.batch_warmup
         return {
             **super().identity(),
+            "batch_warmup": [warmup.first, warmup.tokens] if warmup else None,
             "proportions": None if self.draws is None else self.draws.tolist(),
             "clusters": corpus.clusters_fingerprint,
             "group_shards": group_size(corpus, self.group_shards),
@@ -194,7 +208,7 @@ class MLMDataModule(PackedDataModule):
         return PaddedDataset(packs, static_shapes(pack_tokens, length, self.max_length, masking.mean_share, spread))
 
     def baselines(self) -> dict[str, Baselines]:
-        """Unigram and bigram perplexity on the positions that validation asks about, for each set."""
+        """What to compare with on the positions that validation asks about, for each set."""
         every_sequence_once = self.draws is None and not self.train_corpus.num_clusters
         order = None if every_sequence_once else self.train_order()
         found = {}

@@ -14,7 +14,7 @@ from typing_extensions import override
 from pretrain.corpus.batch import Batch
 from pretrain.corpus.masking import MAX_TOKENS_PER_SEQUENCE
 from pretrain.corpus.order import ORDER_VERSION
-from pretrain.corpus.packing import FixedSampler, PackSampler, Position, StepPlanner, validation_packs
+from pretrain.corpus.packing import BatchWarmup, FixedSampler, PackSampler, Position, StepPlanner, validation_packs
 from pretrain.corpus.store import Corpus
 from pretrain.corpus.tokenizer import load_tokenizer
 from pretrain.errors import UserError
@@ -46,6 +46,7 @@ class PackedDataModule(pl.LightningDataModule):
     """
 
     static_shapes = False
+    batch_warmup: BatchWarmup | None = None
 
     def __init__(
         self,
@@ -107,13 +108,15 @@ class PackedDataModule(pl.LightningDataModule):
         Raises:
             UserError: If a step is too small to be shared out among so many packs; names values that work.
         """
-        packs, budget = processes * micro_batches, self.global_batch_tokens
+        packs, budget, name = processes * micro_batches, self.global_batch_tokens, "global_batch_tokens"
+        if self.batch_warmup:
+            budget, name = self.batch_warmup.first, "batch_warmup.first"
         if budget < packs * self.max_length:
             remedy = f"give at least {packs * self.max_length}"
             if fitting := budget // self.max_length:
                 remedy += f", or at most {fitting} packs: fewer processes or a smaller trainer.accumulate_grad_batches"
             raise UserError(
-                f"data.global_batch_tokens is {budget}, too small for {packs} packs a step ({processes} processes x "
+                f"data.{name} is {budget}, too small for {packs} packs a step ({processes} processes x "
                 f"{micro_batches} micro-batches) of up to {self.max_length} tokens; {remedy}"
             )
 

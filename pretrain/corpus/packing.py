@@ -5,6 +5,7 @@ the data depends on how many there are. So the whole state of the data is one in
 """
 
 import heapq
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -24,7 +25,7 @@ from pretrain.errors import UserError
 Int64 = NDArray[np.int64]
 
 _SAMPLE = 1024
-"""Crops that a planner looks at to know about how long they are: it decides how far it looks ahead, nothing else."""
+"""Crops that a planner looks at to know about how long they are: for how far it looks ahead, and how steps grow."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,42 @@ class Position:
     cursor: int = 0
     tokens: int = 0
     epochs: float = 0.0
+
+
+@dataclass(frozen=True)
+class BatchWarmup:
+    """Steps that begin small and grow, in a straight line over the tokens consumed, to ``global_batch_tokens``.
+
+    Small steps teach more for the same tokens while the loss still falls fast (McCandlish et al. 2018); how large a
+    step is follows from the cursor, as everything does.
+
+    Args:
+        first: Tokens in the first step, at most.
+        tokens: Tokens consumed (cursor times the mean length of a crop) until steps have their full size.
+
+    Raises:
+        UserError: If either is not positive.
+    """
+
+    first: int
+    tokens: int
+
+    def __post_init__(self) -> None:
+        if self.first < 1 or self.tokens < 1:
+            raise UserError(
+                f"data.batch_warmup has first {self.first} and tokens {self.tokens}; give positive numbers of tokens"
+            )
+
+    def size(self, consumed: float, full: int) -> int:
+        """Tokens in the step that begins after ``consumed`` tokens, at most."""
+        return min(full, int(self.first + (full - self.first) * consumed / self.tokens))
+
+    def consumed(self, steps: int, full: int) -> int:
+        """About how many tokens so many steps consume: each is larger than the one before by the same factor."""
+        rate = (full - self.first) / self.tokens
+        growing = math.ceil(math.log(full / self.first) / math.log1p(rate))
+        grown = self.first / rate * math.expm1(min(steps, growing) * math.log1p(rate))
+        return int(grown + max(0, steps - growing) * full)
 
 
 @dataclass(frozen=True)
@@ -83,10 +120,11 @@ class StepPlanner(ABC):
         corpus: What to train on; only its counts and ``lengths`` are used.
         order: The order of its sequences.
         max_length: Tokens in a crop, at most.
+        warmup: How the steps grow to their full size, if they do.
     """
 
-    def __init__(self, corpus: Corpus, order: AnyOrder, max_length: int) -> None:
-        self.corpus, self.order, self.max_length = corpus, order, max_length
+    def __init__(self, corpus: Corpus, order: AnyOrder, max_length: int, warmup: BatchWarmup | None = None) -> None:
+        self.corpus, self.order, self.max_length, self.warmup = corpus, order, max_length, warmup
         self.epoch_size = sum(order.sizes)
         _, sample = order(np.arange(_SAMPLE))
         self.mean_length = max(1.0, float(np.minimum(corpus.lengths(sample), max_length).mean()))
@@ -105,7 +143,12 @@ class StepPlanner(ABC):
         """How many targets each crop has; arguments as `Pack` describes them."""
 
     def step(self, start: Position, global_batch_tokens: int) -> Pack:
-        """The step at ``start``, as one pack: the next sequences whose crops fit into ``global_batch_tokens``."""
+        """The step at ``start``, as one pack: the next sequences whose crops fit into ``global_batch_tokens``.
+
+        Or into what the warmup allows there, which is less.
+        """
+        if self.warmup:
+            global_batch_tokens = self.warmup.size(start.cursor * self.mean_length, global_batch_tokens)
         window = int(global_batch_tokens / self.mean_length * 1.1) + 16
         while True:
             epochs, indices = self.order(np.arange(start.cursor, start.cursor + window))
@@ -136,10 +179,18 @@ class Planner(StepPlanner):
         order: The order of its sequences.
         masking: What will mask them; it knows how many targets a sequence gets.
         max_length: Tokens in a crop, at most.
+        warmup: How the steps grow to their full size, if they do.
     """
 
-    def __init__(self, corpus: Corpus, order: AnyOrder, masking: Masking, max_length: int) -> None:
-        super().__init__(corpus, order, max_length)
+    def __init__(
+        self,
+        corpus: Corpus,
+        order: AnyOrder,
+        masking: Masking,
+        max_length: int,
+        warmup: BatchWarmup | None = None,
+    ) -> None:
+        super().__init__(corpus, order, max_length, warmup)
         self.masking = masking
 
     @override

@@ -168,13 +168,16 @@ def _rows(
     config, model, data = encoder.config, settings["model"], settings["data"]
     step = checkpoint["global_step"]
     finished = result.get("steps") == step
+    size = f"{data['global_batch_tokens']:,} tokens"
+    if warmup := data.get("batch_warmup"):
+        size = f"{warmup['first']:,} growing to {size}"
     rows = [
         (
             "Parameters",
             f"{sum(p.numel() for p in encoder.parameters()):,} ({config.num_hidden_layers} layers, "
             f"{config.hidden_size} wide, {config.num_attention_heads} heads)",
         ),
-        ("Optimizer steps", f"{step:,} of {data['global_batch_tokens']:,} tokens, crops of {data['max_length']}"),
+        ("Optimizer steps", f"{step:,} of {size}, crops of {data['max_length']}"),
         ("Training data", ", ".join(f"`{source}`" for source in sources)),
         (
             "Peak learning rate",

@@ -87,7 +87,7 @@ h1{font-size:1.5rem;margin:0}h2{font-size:1.15rem;margin:1.6rem 0 .4rem}
 .legend i{display:inline-block;width:1.1em;height:.35em;margin-right:.45em;vertical-align:middle;border-radius:2px}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr));gap:1rem 1.4rem}
 figure{margin:0;break-inside:avoid}figcaption{font-weight:600}figcaption small{font-weight:400;color:#666}
-svg{width:100%;height:auto;display:block}svg text{font:12px system-ui,sans-serif;fill:#555}
+svg{width:100%;height:auto;display:block;overflow:visible}svg text{font:12px system-ui,sans-serif;fill:#555}
 .wide{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 th,td{text-align:right;padding:.22rem .8rem;border-bottom:1px solid #e4e4e4;white-space:nowrap}
 th:first-child,td:first-child{text-align:left;padding-left:0;white-space:normal}
@@ -184,8 +184,10 @@ def _figures(runs: list[_Run]) -> str:
         ("epochs", "epochs", "{:.2f}"),
         ("validation loss", "val/loss", "{:.4f}"),
         ("validation perplexity", "val/perplexity", "{:.3f}"),
+        ("&emsp;with one token masked at a time", "val/pseudo_perplexity", "{:.3f}"),
         ("&emsp;unigram", "unigram_perplexity", "{:.3f}"),
         ("&emsp;bigram", "bigram_perplexity", "{:.3f}"),
+        ("&emsp;BLOSUM62", "blosum62_perplexity", "{:.3f}"),
         ("validation accuracy", "val/accuracy", "{:.2%}"),
     ]
     for label, key, form in wanted:

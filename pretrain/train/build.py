@@ -11,6 +11,7 @@ from pytorch_lightning.cli import LightningArgumentParser
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from typing_extensions import override
 
+import pretrain.train.pseudo_perplexity  # noqa: F401  (trainer.callbacks then knows it by its name)
 from pretrain.errors import UserError
 from pretrain.train.branch import Branch
 from pretrain.train.checkpoint import AtomicCheckpointIO

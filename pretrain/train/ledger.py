@@ -19,7 +19,7 @@ from pretrain.corpus.counter import bits
 from pretrain.corpus.datamodule import MLMDataModule
 from pretrain.corpus.order import AnyOrder
 from pretrain.corpus.packed import PackedDataModule
-from pretrain.corpus.packing import Pack, Position, jump
+from pretrain.corpus.packing import BatchWarmup, Pack, Position, jump
 from pretrain.corpus.store import Corpus
 from pretrain.errors import UserError
 from pretrain.train.logging import LineFile, step_of_csv
@@ -113,6 +113,8 @@ def audit(directory: Path, data_class: type[PackedDataModule] = MLMDataModule) -
     if state is None:
         raise UserError(f"{directory}: no checkpoint in {CHECKPOINTS} yet, so there is nothing to audit")
     settings = {**run.config["data"], "seed": run.config["seed_everything"]}
+    if warmup := settings.get("batch_warmup"):
+        settings["batch_warmup"] = BatchWarmup(**warmup)
     data = data_class(**({**settings, "validation": None} if data_class is MLMDataModule else settings))
     data.setup("fit")
     corpus = data.train_corpus

@@ -14,6 +14,7 @@ from pytorch_lightning.cli import LightningArgumentParser
 from pytorch_lightning.strategies import FSDPStrategy, ModelParallelStrategy, StrategyRegistry
 from typing_extensions import override
 
+from pretrain.corpus.packing import BatchWarmup
 from pretrain.errors import UserError
 from pretrain.shipped import recipe_name
 from pretrain.train.memory import ELEMENT_SIZES, GIB, TrainingMemory
@@ -99,6 +100,7 @@ class PlanCLI(SettingsCLI):
             mfu=config.mfu,
             max_steps=config.trainer.max_steps,
             step_tokens=config.data.global_batch_tokens,
+            batch_warmup=self.datamodule.batch_warmup,
             accumulate_grad_batches=config.trainer.accumulate_grad_batches,
             max_length=config.data.max_length,
             mean_length=length,
@@ -118,6 +120,7 @@ class Plan:
         accumulate_grad_batches: Packs of a step on each GPU.
         max_length: Tokens of the longest sequence.
         mean_length: Tokens of a sequence, for the cost of attention.
+        batch_warmup: How the steps grow to ``step_tokens``, if they do.
     """
 
     memory: TrainingMemory
@@ -128,6 +131,7 @@ class Plan:
     accumulate_grad_batches: int
     max_length: int
     mean_length: int
+    batch_warmup: BatchWarmup | None = None
 
     @property
     def flops_per_token(self) -> float:
@@ -138,6 +142,8 @@ class Plan:
     @property
     def tokens(self) -> int:
         """Tokens of the whole run."""
+        if self.batch_warmup:
+            return self.batch_warmup.consumed(self.max_steps, self.step_tokens)
         return self.max_steps * self.step_tokens
 
     @property

@@ -39,10 +39,15 @@ def header(run: Run, trainer: pl.Trainer, module: MLMModule, data: MLMDataModule
             *start,
             f"  data      {corpus.num_sequences:,} sequences, {corpus.num_tokens:,} tokens{held_out}",
             *_visits(data, trainer.max_steps),
-            f"  step      {data.global_batch_tokens:,} tokens, crops of at most {data.max_length}",
+            f"  step      {_growth(data)}{data.global_batch_tokens:,} tokens, crops of at most {data.max_length}",
             f"  hardware  {hardware}; MFU against {rate / 1e12:.3g} TFLOP/s ({source})",
         ]
     )
+
+
+def _growth(data: MLMDataModule) -> str:
+    warmup = data.batch_warmup
+    return f"{warmup.first:,} tokens, growing over {warmup.tokens:,} to " if warmup else ""
 
 
 def _visits(data: MLMDataModule, max_steps: int) -> list[str]:
@@ -51,7 +56,8 @@ def _visits(data: MLMDataModule, max_steps: int) -> list[str]:
     if not isinstance(planner.order, MixtureOrder):
         return [f"            in {corpus.num_clusters:,} clusters"] if corpus.num_clusters else []
     assert isinstance(corpus, JoinedCorpus)
-    draws = max_steps * data.global_batch_tokens / planner.mean_length
+    size, warmup = data.global_batch_tokens, data.batch_warmup
+    draws = (warmup.consumed(max_steps, size) if warmup else max_steps * size) / planner.mean_length
     lines = []
     of_each = shares(corpus, planner.order, data.max_length)
     for source, component, share in zip(data.train, corpus.corpora, of_each, strict=True):
@@ -107,11 +113,12 @@ def final_figures(trainer: pl.Trainer, module: MLMModule, data: MLMDataModule) -
         first = next(iter(sets))
         result["validation_sources"] = [str(source) for source in data.validation_sets[first]]
         result["validation_sequences"] = len(data.validation_corpora[first])
-        for name in ("unigram_perplexity", "bigram_perplexity"):
-            result[name] = sets[first][name]
+        result |= {name: value for name, value in sets[first].items() if name.endswith("_perplexity")}
         for name, found in sets.items():
             for prefix in ["val"] * (name == first) + [f"val/{name}"] * bool(name):
                 result |= {f"{prefix}/{figure}": found[figure] for figure in ("loss", "perplexity", "accuracy")}
+        if "val/pseudo_perplexity" in trainer.callback_metrics:
+            result["val/pseudo_perplexity"] = float(trainer.callback_metrics["val/pseudo_perplexity"])
         result["validation"] = sets
     return result
 
@@ -120,15 +127,15 @@ def _validation(name: str, baselines: Baselines, module: MLMModule, data: MLMDat
     """What the last validation found on a set, beside the baselines; an alphabet's tokens one by one."""
     found = module.findings[name]
     loss = float(found.loss)
-    perplexities = {"unigram": baselines.unigram, "bigram": baselines.bigram, "model": math.exp(loss)}
+    known = {name: value for name, value in baselines._asdict().items() if value is not None}
+    perplexities = {**known, "model": math.exp(loss)}
     figures: dict[str, Any] = {
         "sources": [str(source) for source in data.validation_sets[name]],
         "sequences": len(data.validation_corpora[name]),
         "loss": loss,
         "perplexity": math.exp(loss),
         "accuracy": float(found.accuracy),
-        "unigram_perplexity": baselines.unigram,
-        "bigram_perplexity": baselines.bigram,
+        **{f"{name}_perplexity": value for name, value in known.items()},
         "bits_per_token": {model: math.log2(perplexity) for model, perplexity in perplexities.items()},
         "by_length": found.by_length(),
     }
@@ -163,6 +170,11 @@ def summary(run: Path, result: dict[str, Any]) -> str:
             f"    this run   {model:8.3f} {bits['model']:8.4f}   "
             f"({model / unigram - 1:+.1%} against unigram, {model / bigram - 1:+.1%} against bigram)",
         ]
+        if "blosum62_perplexity" in found:
+            told = f"    BLOSUM62   {found['blosum62_perplexity']:8.3f} {bits['blosum62']:8.4f}"
+            lines.append(f"{told}   (who is told the residue that an aligned relative has there)")
+    if "val/pseudo_perplexity" in result:
+        lines.append(f"  pseudo-perplexity, a sample of these masked one by one: {result['val/pseudo_perplexity']:.3f}")
     longer = f"--allow_change --trainer.max_steps {2 * result['steps']}"
     lines += [
         "",

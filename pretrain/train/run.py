@@ -52,6 +52,7 @@ _IDENTITY = (
     "data.max_length",
     "data.long_sequences",
     "data.global_batch_tokens",
+    "data.batch_warmup",
     "data.task",
     "data.pair_order",
     "model.from_scratch",

@@ -60,10 +60,16 @@ def test_a_pack_lost_doubled_or_cropped_otherwise_fails_the_audit_at_its_step(
     assert "step 2 differs" in message  # two packs a step: those at 4 and 5 are of step 2
 
 
+@pytest.mark.parametrize("warmup", [None, {"first": 256, "tokens": 10_000}], ids=["equal steps", "growing steps"])
 def test_the_audit_passes_over_kills_and_counts_every_epoch(
-    tiny: Callable[..., Path], fit: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny: Callable[..., Path],
+    fit: Callable[..., int],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    warmup: dict[str, int] | None,
 ) -> None:
-    run, config = tmp_path / "run", tiny(trainer__max_steps=60, validate_every_n_steps=14)
+    run = tmp_path / "run"
+    config = tiny(trainer__max_steps=60, validate_every_n_steps=14, data__batch_warmup=warmup)
     for moment, number in [("save", 2), ("batch_end", 44), ("validation", 1)]:
         assert fit("-c", config, "--run", run, *kill(moment, number)) == -9
     assert fit("-c", config, "--run", run, "--trainer.accumulate_grad_batches", 4) == 0

@@ -15,8 +15,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 
+from pretrain.corpus.blosum import ORDER, blosum62
 from pretrain.corpus.prepare import train_tokenizer_file
-from pretrain.train.substitutions import ORDER, blosum62, log_odds, picture
+from pretrain.train.substitutions import log_odds, picture
 
 
 def events(run: Path) -> EventAccumulator:

@@ -17,6 +17,7 @@ from pretrain.cli import main
 from pretrain.downstream.inspect import inspect
 from pretrain.errors import UserError
 from pretrain.train.fit import fit as fit_here
+from pretrain.train.pseudo_perplexity import PseudoPerplexity
 from pretrain.train.validation import LENGTHS, RESIDUE_CLASSES
 
 
@@ -51,9 +52,9 @@ def test_every_set_has_its_figures_and_the_first_is_the_one_that_counts(
     assert set(result["validation"]["far"]["by_token"]) == set("LAGVSE")
 
 
-def validated(module: MLMModule, data: MLMDataModule) -> pl.Trainer:
+def validated(module: MLMModule, data: MLMDataModule, *callbacks: pl.Callback) -> pl.Trainer:
     options = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = pl.Trainer(accelerator="cpu", logger=False, max_steps=1, **options)  # type: ignore[arg-type]
+    trainer = pl.Trainer(accelerator="cpu", logger=False, max_steps=1, callbacks=[*callbacks], **options)  # type: ignore[arg-type]
     trainer.validate(module, data, verbose=False)
     return trainer
 
@@ -94,6 +95,37 @@ def test_what_is_found_is_what_one_sequence_at_a_time_gives(proteins: Path, far:
     rows = [tokens.index(residue) for residue in "DE"]
     right = sum(float(module.findings["near"].confusion[row, row]) for row in rows)
     assert by_class["negative"] == pytest.approx(right / float(module.findings["near"].confusion[rows].sum()))
+
+
+def test_pseudo_perplexity_is_that_of_one_masked_token_at_a_time(proteins: Path) -> None:
+    torch.manual_seed(0)
+    module = MLMModule(EncoderConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2))
+    with torch.no_grad():
+        module.encoder.embedding.weight.mul_(50)
+    data = MLMDataModule(str(proteins), str(proteins), max_length=40, validation_pack_tokens=200)
+    for sample in (30, 10**6):  # some of the places, and all of them
+        trainer = validated(module, data, PseudoPerplexity(sample))
+        losses = []
+        for batch in data.val_dataloader():
+            truth = batch.input_ids.clone()
+            truth[batch.target_positions] = batch.targets
+            for place in batch.target_positions.tolist():
+                (first, end) = next(pair for pair in batch.cu_seqlens.unfold(0, 2, 1).tolist() if place < pair[1])
+                alone, true = truth[first:end].clone(), int(truth[place])
+                alone[place - first] = data.tokenizer.mask_token_id
+                logits = module.encoder(alone, torch.tensor([0, end - first], dtype=torch.int32))[place - first]
+                losses.append(float(F.cross_entropy(logits.detach(), torch.tensor(true))))
+        chosen = losses if sample > len(losses) else [losses[i * len(losses) // sample] for i in range(sample)]
+        assert float(trainer.callback_metrics["val/pseudo_perplexity"]) == pytest.approx(
+            math.exp(sum(chosen) / len(chosen)), rel=1e-4
+        )
+
+
+def test_a_run_tells_its_pseudo_perplexity(tiny: Callable[..., Path], fit: Callable[..., int], tmp_path: Path) -> None:
+    options = ("--trainer.callbacks+=PseudoPerplexity", "--trainer.callbacks.sample=20")
+    assert fit("-c", tiny(trainer__max_steps=2), *options, "--run", tmp_path / "run") == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert scalars(tmp_path / "run")["val/pseudo_perplexity"][-1][1] == pytest.approx(result["val/pseudo_perplexity"])
 
 
 def test_every_residue_has_one_class() -> None:

@@ -14,7 +14,16 @@ from torch.utils.data import DistributedSampler
 
 from pretrain.corpus.masking import Masking
 from pretrain.corpus.order import Order
-from pretrain.corpus.packing import FixedSampler, Pack, PackSampler, Planner, Position, share_out, validation_packs
+from pretrain.corpus.packing import (
+    BatchWarmup,
+    FixedSampler,
+    Pack,
+    PackSampler,
+    Planner,
+    Position,
+    share_out,
+    validation_packs,
+)
 from pretrain.errors import UserError
 
 
@@ -29,26 +38,36 @@ class Lengths:
         return self._lengths[np.asarray(indices)]
 
 
-def make_planner(lengths: list[int], max_length: int, seed: int = 0, mlm_probability: float = 0.15) -> Planner:
+def make_planner(
+    lengths: list[int], max_length: int, seed: int = 0, mlm_probability: float = 0.15, warmup: BatchWarmup | None = None
+) -> Planner:
     masking = Masking(mlm_probability, 0.8, 0.1, 32, np.arange(4, 24), seed)
-    return Planner(Lengths(lengths), Order(len(lengths), seed), masking, max_length)  # type: ignore[arg-type]
+    return Planner(Lengths(lengths), Order(len(lengths), seed), masking, max_length, warmup)  # type: ignore[arg-type]
 
 
 BEGIN = Position()
 
 
 class Setting(NamedTuple):
-    """Sequences and how steps are cut from them; every pack can hold a sequence."""
+    """Sequences and how steps are cut from them, with or without a warmup; every pack can hold a sequence."""
 
     lengths: list[int]
     max_length: int
     packs: int
     budget: int
     seed: int
+    warmup: BatchWarmup | None = None
 
     @property
     def planner(self) -> Planner:
-        return make_planner(self.lengths, self.max_length, self.seed)
+        return make_planner(self.lengths, self.max_length, self.seed, warmup=self.warmup)
+
+    def budget_at(self, position: Position) -> int:
+        """Written out again: a straight line from the first size to the full one."""
+        if self.warmup is None:
+            return self.budget
+        done = position.cursor * self.planner.mean_length / self.warmup.tokens
+        return int(self.warmup.first + (self.budget - self.warmup.first) * done) if done < 1 else self.budget
 
 
 @st.composite
@@ -56,7 +75,8 @@ def settings_of_a_run(draw: st.DrawFn) -> Setting:
     lengths = draw(st.lists(st.integers(2, 60), min_size=1, max_size=40))
     max_length, packs = draw(st.integers(3, 70)), draw(st.integers(1, 8))
     budget = packs * max_length + draw(st.integers(0, 300))
-    return Setting(lengths, max_length, packs, budget, draw(st.integers(0, 2**40)))
+    warmups = st.builds(BatchWarmup, st.integers(packs * max_length, budget), st.integers(1, 5000))
+    return Setting(lengths, max_length, packs, budget, draw(st.integers(0, 2**40)), draw(st.none() | warmups))
 
 
 def rows(*packs: Pack) -> Counter[tuple[int, ...]]:
@@ -121,9 +141,32 @@ def test_the_position_after_a_step_counts_what_it_consumed(run: Setting) -> None
 
 @given(settings_of_a_run())
 def test_a_step_holds_as_many_sequences_as_fit_and_not_one_more(run: Setting) -> None:
+    position = BEGIN
     for step, following in pairwise(steps_until(run.planner, run.budget, len(run.lengths) + 1)):
-        assert step.lengths.sum() <= run.budget
-        assert step.lengths.sum() + following.lengths[0] > run.budget
+        assert step.lengths.sum() <= run.budget_at(position)
+        assert step.lengths.sum() + following.lengths[0] > run.budget_at(position)
+        position = step.after
+
+
+def test_steps_grow_in_a_straight_line_over_the_tokens_consumed() -> None:
+    planner = make_planner([10] * 1000, 10, warmup=BatchWarmup(100, 3000))
+    steps = [len(step.indices) for step, _ in zip(walk(planner, 400), range(40), strict=False)]
+    assert steps[:7] == [10, 11, 12, 13, 14, 16, 17]  # tenths of 100 + tokens before / 10
+    assert steps == sorted(steps)
+    assert steps[-1] == 40
+    halfway = planner.step(Position(150), 400)  # found at once, wherever it is
+    assert len(halfway.indices) == 25
+
+
+@given(st.integers(100, 5000), st.integers(1, 5000), st.integers(1, 10**6), st.integers(0, 500))
+def test_the_tokens_that_a_plan_foresees_are_those_that_the_steps_add_up_to(
+    first: int, more: int, tokens: int, steps: int
+) -> None:
+    warmup, full = BatchWarmup(first, tokens), first + more
+    total = 0
+    for _ in range(steps):
+        total += warmup.size(total, full)
+    assert total == pytest.approx(warmup.consumed(steps, full), rel=0.02, abs=2 * full)  # sizes are rounded down
 
 
 @given(st.lists(st.integers(10, 20), min_size=1, max_size=5), st.integers(1, 9))

@@ -13,7 +13,7 @@ from pretrain.train.fit import build
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 PRE_TRAINING = [path for path in sorted(CONFIGS.glob("*.yaml")) if not path.stem.startswith("finetune")]
-OVERLAYS = {"compile", "ddp", "fsdp", "gpu"}
+OVERLAYS = {"compile", "ddp", "fsdp", "gpu", "wandb"}
 RECIPES = {
     **{size: f"esm2_{size}" for size in ESM2_SIZES},
     **{size: size.lower().replace("-", "_") for size in BERT_SIZES},

@@ -10,12 +10,13 @@ import pytest
 
 from pretrain.corpus import baselines
 from pretrain.corpus.batch import PackDataset
+from pretrain.corpus.blosum import ORDER, blosum62, told_a_relatives_residue
 from pretrain.corpus.masking import Masking
 from pretrain.corpus.order import Order
 from pretrain.corpus.packing import Planner
 from pretrain.corpus.prepare import prepare
 from pretrain.corpus.store import Corpus
-from pretrain.corpus.tokenizer import ProteinTokenizer
+from pretrain.corpus.tokenizer import ProteinTokenizer, load_tokenizer
 
 ESM = ProteinTokenizer()
 MASKING = Masking(0.3, 1.0, 0.0, ESM.mask_token_id, ESM.replacement_ids, 0)
@@ -80,3 +81,37 @@ def test_uniform_residues_have_a_perplexity_of_twenty(tmp_path: Path) -> None:
         train, PackDataset(train, MASKING), [planner.describe(np.zeros(500, int), np.arange(500))]
     )
     assert found.unigram == pytest.approx(20, rel=0.005)
+
+
+def test_told_a_relatives_residue_is_bayes_rule_written_out() -> None:
+    frequencies = np.random.default_rng(0).dirichlet(np.ones(20))
+    odds = 2 ** (blosum62() / 2)
+    found = told_a_relatives_residue(frequencies)
+    for a in range(20):
+        weights = [frequencies[b] * odds[a, b] for b in range(20)]  # which residue the relative has, where this has a
+        left = [
+            -math.log(frequencies[a] * odds[a, b] / sum(frequencies[c] * odds[c, b] for c in range(20)))
+            for b in range(20)
+        ]
+        assert found[a] == pytest.approx(np.dot(weights, left) / sum(weights))
+
+
+def test_blosum62_tells_about_as_much_of_a_residue_as_was_published() -> None:
+    """0.698 bits (Henikoff and Henikoff 1992), here with scores rounded to half-bits and other frequencies."""
+    percent = dict(zip("ARNDCQEGHILKMFPSTWYV", [7.4, 5.2, 4.5, 5.4, 2.5, 3.4, 5.4, 7.4, 2.6, 6.8, 9.9, 5.8, 2.5, 4.7,
+                                                3.9, 5.7, 5.1, 1.3, 3.2, 7.3], strict=True))  # fmt: skip
+    frequencies = np.array([percent[residue] for residue in ORDER])
+    frequencies /= frequencies.sum()
+    entropy = -float((frequencies * np.log2(frequencies)).sum())
+    left = float((frequencies * told_a_relatives_residue(frequencies)).sum()) / math.log(2)
+    assert entropy - left == pytest.approx(0.698, abs=0.05)
+
+
+def test_a_corpus_of_text_has_no_relatives(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer("data/text/tokenizer.json")
+    source = tmp_path / "text.jsonl"
+    source.write_text('{"text": "the state of the union is strong and so is the state of this test"}\n' * 5)
+    text = prepare([source], tmp_path / "text", tokenizer)
+    masking = Masking(0.3, 1.0, 0.0, tokenizer.mask_token_id, tokenizer.replacement_ids, 0)
+    pack = Planner(text, Order(len(text), 0), masking, 64).describe(np.zeros(len(text), int), np.arange(len(text)))
+    assert baselines.perplexities(text, PackDataset(text, masking), [pack]).blosum62 is None

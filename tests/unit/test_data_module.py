@@ -17,6 +17,7 @@ from pretrain.corpus.batch import Batch
 from pretrain.corpus.datamodule import MLMDataModule
 from pretrain.corpus.masking import MAX_TOKENS_PER_SEQUENCE
 from pretrain.corpus.order import ORDER_VERSION, Order
+from pretrain.corpus.packing import BatchWarmup
 from pretrain.corpus.prepare import prepare, train_tokenizer_file
 from pretrain.corpus.store import Corpus
 from pretrain.corpus.tokenizer import ESM_ALPHABET, load_tokenizer
@@ -239,6 +240,7 @@ def test_a_checkpoint_holds_the_position_and_what_identifies_the_order(proteins:
         "max_length": 64,
         "global_batch_tokens": 512,
         "group_shards": None,
+        "batch_warmup": None,
         "proportions": None,
         "clusters": None,
         "skips": 0,
@@ -271,6 +273,7 @@ def test_a_run_continues_where_its_checkpoint_stands_on_any_number_of_ranks(prot
         ("corpus", "0123456789abcdef"),
         ("max_length", 128),
         ("global_batch_tokens", 1024),
+        ("batch_warmup", [256, 10_000]),
     ],
 )
 def test_a_checkpoint_of_another_order_is_refused(proteins: Path, field: str, theirs: object) -> None:
@@ -318,6 +321,26 @@ def test_a_step_smaller_than_a_sequence_is_refused(proteins: Path) -> None:
         "data.global_batch_tokens is 63, too small for 1 packs a step (1 processes x 1 micro-batches) of up to 64 "
         "tokens; give at least 64"
     )
+
+
+def test_a_warmup_must_leave_every_pack_a_sequence(proteins: Path) -> None:
+    data = make(proteins, batch_warmup=BatchWarmup(first=200, tokens=10_000))
+    data.check_packs(1, 3)
+    with pytest.raises(UserError) as caught:
+        data.check_packs(1, 4)
+    assert str(caught.value) == (
+        "data.batch_warmup.first is 200, too small for 4 packs a step (1 processes x 4 micro-batches) of up to 64 "
+        "tokens; give at least 256, or at most 3 packs: fewer processes or a smaller trainer.accumulate_grad_batches"
+    )
+
+
+def test_a_warmup_that_cannot_be_is_refused(proteins: Path) -> None:
+    with pytest.raises(UserError, match=r"^data\.batch_warmup has first 0 and tokens 5; give positive numbers"):
+        BatchWarmup(0, 5)
+    with pytest.raises(UserError, match=r"^data\.batch_warmup makes small steps, which data\.static_shapes pads"):
+        make(proteins, batch_warmup=BatchWarmup(256, 1000), static_shapes=True)
+    with pytest.raises(UserError, match=r"^data\.batch_warmup begins with 512 tokens, which is not less than"):
+        make(proteins, batch_warmup=BatchWarmup(512, 1000))
 
 
 @pytest.mark.parametrize("max_length", [2, MAX_TOKENS_PER_SEQUENCE + 1])

@@ -69,6 +69,9 @@ def test_the_arithmetic_of_a_run() -> None:
     assert plan.pack_tokens == 2_097_152 // (8 * 32)
     assert plan.hours == pytest.approx(plan.tokens * plan.flops_per_token / (8 * 0.4 * GPUS["H200"].bf16_flops) / 3600)
     assert plan.hours * 3600 * plan.tokens_per_second == pytest.approx(plan.tokens)
+    growing = planned(*PUBLISHED, "--data.batch_warmup.first", 1_048_576, "--data.batch_warmup.tokens", 10**9).plan
+    fewer = 10**9 * np.log(2) / 1_048_576 * 2_097_152 - 10**9  # than full steps see in the same number of steps
+    assert plan.tokens - growing.tokens == pytest.approx(fewer, rel=0.01)
     short = planned(*PUBLISHED, "--mean_length", 300).plan
     assert short.flops_per_token * 300 == config.training_flops([300], np.array([45.0]))
 
