@@ -113,34 +113,18 @@ def test_a_lost_connection_is_tried_again(
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 def test_a_corpus_made_in_an_s3_bucket(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    source: Path, s3: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    command = [*COMMAND[:3], "s3://corpora/x", *COMMAND[4:]]
-    try:
-        assert main(command) == 2
-        assert capsys.readouterr().err.startswith("pretrain: error: s3://corpora/x/")
-        files = fsspec.filesystem("s3", skip_instance_cache=True)
-        files.mkdir("corpora")
-        assert main(command) == 0
-        assert there(files, "corpora/x") == here(tmp_path)
-        assert len(RemoteCorpus("s3://corpora/x")) == 150
-        capsys.readouterr()
-        assert main(command) == 0
-        assert capsys.readouterr().out.startswith("s3://corpora/x: is ready, 150 sequences")
-    finally:
-        server.stop()
+    command = [*COMMAND[:3], "s3://made/x", *COMMAND[4:]]
+    assert main(command) == 2
+    assert capsys.readouterr().err.startswith("pretrain: error: s3://made/x/")
+    s3.mkdir("made")
+    assert main(command) == 0
+    assert there(s3, "made/x") == here(tmp_path)
+    assert len(RemoteCorpus("s3://made/x")) == 150
+    capsys.readouterr()
+    assert main(command) == 0
+    assert capsys.readouterr().out.startswith("s3://made/x: is ready, 150 sequences")
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pytest
-from moto.server import ThreadedMotoServer
 
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # else Ray takes the loopback for an address to the outside
 import ray
@@ -28,22 +26,7 @@ SOME = Filters(min_length=10, skip_bad=True, deduplicate=True)
 
 
 @pytest.fixture(scope="module")
-def bucket() -> Iterator[None]:
-    """An S3 endpoint on the loopback."""
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            monkeypatch.setenv(name, "test")
-        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        yield
-    server.stop()
-
-
-@pytest.fixture(scope="module")
-def cluster(bucket: None) -> Iterator[Cluster]:
+def cluster(s3: Any) -> Iterator[Cluster]:
     """A cluster of one node on the loopback, which others may join."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
@@ -124,17 +107,16 @@ def test_the_command_makes_it_too_and_the_first_mistake_is_told_in_one_line(
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 def test_nodes_put_their_shards_into_a_bucket(
-    cluster: Cluster, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cluster: Cluster, source: Path, s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Which the sources come from, too: the nodes share no directory."""
     monkeypatch.setenv("PRETRAIN_CACHE", str(tmp_path / "cache"))
-    files = fsspec.filesystem("s3", skip_instance_cache=True)
-    files.mkdir("corpora")
-    files.put(str(source), "corpora/x.fasta")
-    given = ["s3://corpora/x.fasta", "--skip_bad"]
-    assert main(["prepare", *given, "--out", "s3://corpora/x", "--engine", "ray"]) == 0
+    s3.mkdir("nodes")
+    s3.put(str(source), "nodes/x.fasta")
+    given = ["s3://nodes/x.fasta", "--skip_bad"]
+    assert main(["prepare", *given, "--out", "s3://nodes/x", "--engine", "ray"]) == 0
     whole = prepare(given[:1], tmp_path / "whole", ESM, filters=Filters(skip_bad=True)).path
-    made = {name.rpartition("/")[2]: files.cat_file(name) for name in files.ls("corpora/x", detail=False)}
+    made = {name.rpartition("/")[2]: s3.cat_file(name) for name in s3.ls("nodes/x", detail=False)}
     assert made == content(whole)
 
 

@@ -147,34 +147,16 @@ def test_a_corpus_in_memory_and_one_in_a_directory_open_by_their_urls(local: Cor
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
-def test_a_corpus_in_an_s3_bucket_opens_and_what_is_lost_there_is_told(
-    local: Corpus, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    try:
-        files = fsspec.filesystem("s3", skip_instance_cache=True)
-        files.mkdir("bucket")
-        files.put(f"{local.path}/", "bucket/corpora/x/", recursive=True)
-        corpus = RemoteCorpus("s3://bucket/corpora/x")
-        assert everything(corpus) == everything(local)
-        corpus._cache.evict()
-        corpus._open.clear()
-        files.rm(f"bucket/corpora/x/{shard(local)}")
-        with pytest.raises(UserError, match=rf"^s3://bucket/corpora/x/{shard(local)}: .*; check the address and your"):
-            corpus.tokens(0)
-    finally:
-        server.stop()
+def test_a_corpus_in_an_s3_bucket_opens_and_what_is_lost_there_is_told(local: Corpus, s3: Any) -> None:
+    s3.mkdir("bucket")
+    s3.put(f"{local.path}/", "bucket/corpora/x/", recursive=True)
+    corpus = RemoteCorpus("s3://bucket/corpora/x")
+    assert everything(corpus) == everything(local)
+    corpus._cache.evict()
+    corpus._open.clear()
+    s3.rm(f"bucket/corpora/x/{shard(local)}")
+    with pytest.raises(UserError, match=rf"^s3://bucket/corpora/x/{shard(local)}: .*; check the address and your"):
+        corpus.tokens(0)
 
 
 def test_a_pickled_corpus_is_its_address(local: Corpus, server: Server) -> None:
