@@ -146,6 +146,16 @@ def test_bf16_under_fsdp_follows_bf16_in_one_process(runs: Runs) -> None:
     assert checkpoint(two, 4)["state_dict"]["encoder.blocks.0.qkv.weight"].dtype == torch.float32
 
 
+@pytest.mark.parametrize("layout", [DDP, FSDP])
+def test_compiled_blocks_train_as_one_process_does(runs: Runs, whole: dict[str, Path], layout: str) -> None:
+    compiled = ("--model.compile", "true", "--data.static_shapes", "true", "--trainer.callbacks+=traced.Traced")
+    run = runs.run(f"compiled-{layout}", layout, *compiled, "--trainer.max_steps", 3)
+    expected = {key: value for key, value in figures(whole[ONE], *CURVES[:2]).items() if key[0] < 3}
+    assert len(expected) == 6
+    assert figures(run, *CURVES[:2]) == pytest.approx(expected, rel=1e-5)
+    assert '"compiled": true' in (run / "starts.jsonl").read_text()
+
+
 def test_a_run_under_fsdp_loads_and_exports(whole: dict[str, Path], tmp_path: Path) -> None:
     encoder = pretrain.load(whole[FSDP])
     state = checkpoint(whole[FSDP], STEPS)["state_dict"]
