@@ -86,8 +86,11 @@ def perplexities(
         places = [train.tokenizer.tokens.index(residue) for residue in ORDER]
         nats[places] = told_a_relatives_residue(single[places] / single[places].sum())
         told = float(np.exp(nats[target].mean()))
-    single_best, with_left = (float(np.exp(-np.log(p).mean())) for p in (unigram, bigram))
-    return Baselines(single_best, with_left, told)
+    return Baselines(_perplexity(unigram), _perplexity(bigram), told)
+
+
+def _perplexity(probabilities: NDArray[np.float64]) -> float:
+    return float(np.exp(-np.log(probabilities).mean()))
 
 
 def _questions(validation: PackDataset, pack: Pack) -> tuple[Int64, Int64]:

@@ -29,6 +29,7 @@ def test_every_arm_can_be_run(options: tuple[str, ...], tmp_path: Path) -> None:
     with torch.device("meta"):
         cli = build([*options, "--run", str(tmp_path / "run"), "--seed_everything", "2"])
     cli.datamodule.check_packs(1, cli.trainer.accumulate_grad_batches)
+    cli.model.max_steps = cli.trainer.max_steps
     assert cli.model.build_optimizer()
 
 
