@@ -40,7 +40,8 @@ def varlen_attn(
 
 @pytest.fixture
 def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    def attention(query: Tensor, key: Tensor, value: Tensor, queries: Layout, keys: Layout) -> Tensor:
+    def attention(query: Tensor, key: Tensor, value: Tensor, queries: Layout, keys: Layout, dropout: float) -> Tensor:
+        assert not dropout
         return varlen_attn(query, key, value, queries.cu_seqlens, keys.cu_seqlens, queries.max_seqlen, keys.max_seqlen)
 
     def layout(cu_seqlens: Tensor, max_seqlen: int | None = None) -> Layout:

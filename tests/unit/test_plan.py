@@ -20,7 +20,7 @@ from pretrain.train.throughput import GPUS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 PRE_TRAINING = [path for path in sorted(CONFIGS.glob("*.yaml")) if not path.stem.startswith("finetune")]
-OVERLAYS = {"compile", "ddp", "fsdp", "gpu"}
+OVERLAYS = {"compile", "ddp", "fsdp", "gpu", "wandb"}
 PUBLISHED = ["-c", str(CONFIGS / "esm2_8M.yaml"), "-c", str(CONFIGS / "gpu.yaml")]
 
 
