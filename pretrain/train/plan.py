@@ -17,7 +17,7 @@ from typing_extensions import override
 from pretrain.corpus.packing import BatchWarmup
 from pretrain.errors import UserError
 from pretrain.shipped import recipe_name
-from pretrain.train.memory import ELEMENT_SIZES, GIB, TrainingMemory
+from pretrain.train.memory import COMPUTE_SIZES, GIB, TrainingMemory
 from pretrain.train.module import MLMModule
 from pretrain.train.picture import drawing
 from pretrain.train.schedule import advance
@@ -75,8 +75,8 @@ class PlanCLI(SettingsCLI):
             raise UserError(f"price is {config.price}; give what a GPU costs for an hour, 0 or more")
         precision = str(config.trainer.precision)
         precision = _PRECISIONS.get(precision, precision)
-        if precision not in ELEMENT_SIZES:
-            raise UserError(f"trainer.precision is {precision}; a plan can be made for {', '.join(ELEMENT_SIZES)}")
+        if precision not in COMPUTE_SIZES:
+            raise UserError(f"trainer.precision is {precision}; `fit` trains in {' or '.join(COMPUTE_SIZES)}: give one")
         with torch.device("meta"):
             built = self.parser.instantiate_classes(config)
         self.datamodule, self.model = built.data, built.model
@@ -289,10 +289,9 @@ def describe(cli: PlanCLI, rates: dict[int, float]) -> str:
     lines[-1] += f"  of {gpu.memory:.1f}"
     lines += [""]
     lines += [_verdict(plan)]
-    if ELEMENT_SIZES[memory.precision][1] != 2:
+    if COMPUTE_SIZES[memory.precision] != 2:
         lines += [
-            f"  precision    {memory.precision}: attention over packs needs bfloat16 or float16 on a GPU; "
-            "add -c configs/gpu.yaml"
+            f"  precision    {memory.precision}: attention over packs needs bfloat16 on a GPU; add -c configs/gpu.yaml"
         ]
     if not plan.fits:
         return "\n".join(lines + ([f"  picture      {cli.config.picture}"] if cli.config.picture else []))
