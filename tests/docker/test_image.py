@@ -33,8 +33,8 @@ cgroup_manager = "cgroupfs"
 """
 
 # What a user would lay over it, here to see a checkpoint soon.
-COMMAND = ["fit", "-c", "quickstart", "--trainer.max_steps", "300", "--checkpoint.every_n_steps", "5"]
-SHORT = {"services": {"train": {"command": COMMAND}}}
+COMMAND = ["fit", "-c", "quickstart", "--trainer.max_steps", "60", "--checkpoint.every_n_steps", "5"]
+SHORT = {"services": {"train": {"command": COMMAND, "environment": {"OMP_NUM_THREADS": "1"}}}}
 
 
 def test_the_image_takes_the_versions_that_are_tested() -> None:
@@ -119,7 +119,20 @@ class Container:
 
     def start(self, *command: str, volumes: dict[Path, str] | None = None) -> subprocess.Popen[str]:
         mounts = [f"--volume={outside}:{inside}" for outside, inside in (volumes or {}).items()]
-        run = ["buildah", "run", "--isolation", "chroot", "--user", "1000", *mounts, self.name, "--", *command]
+        run = [
+            "buildah",
+            "run",
+            "--isolation",
+            "chroot",
+            "--user",
+            "1000",
+            "--env",
+            "OMP_NUM_THREADS=1",
+            *mounts,
+            self.name,
+            "--",
+            *command,
+        ]
         return subprocess.Popen(run, env=self.engine, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -146,7 +159,7 @@ def test_a_container_trains_as_its_user_and_a_killed_one_continues(container: Co
     for folder in volumes:
         folder.mkdir()
         os.chown(folder, 1000, 1000)
-    fit = ("pretrain", "fit", "-c", "quickstart", "--trainer.max_steps", "200", "--checkpoint.every_n_steps", "5")
+    fit = ("pretrain", "fit", "-c", "quickstart", "--trainer.max_steps", "60", "--checkpoint.every_n_steps", "5")
     quickstart = tmp_path / "runs" / "quickstart"
 
     first = container.start(*fit, volumes=volumes)
@@ -159,7 +172,7 @@ def test_a_container_trains_as_its_user_and_a_killed_one_continues(container: Co
     second = container.start(*fit, volumes=volumes)
     printed, _ = second.communicate(timeout=600)
     assert second.returncode == 0, printed
-    assert re.search(r"continues after step \d+ of 200", printed)
+    assert re.search(r"continues after step \d+ of 60", printed)
     assert {path.stat().st_uid for path in quickstart.rglob("*")} == {1000}
 
 
@@ -201,7 +214,7 @@ def test_a_crashed_run_continues_and_tensorboard_shows_it(compose: Compose) -> N
     wait_for(lambda: "step-" in compose.podman(*checkpoints), 300)
     os.kill(int(compose.podman("inspect", "--format", "{{.State.Pid}}", "pretrain_train_1")), signal.SIGKILL)
     logs = ("logs", "pretrain_train_1")
-    wait_for(lambda: re.search(r"continues after step \d+ of 300", compose.podman(*logs)), 300)
+    wait_for(lambda: re.search(r"continues after step \d+ of 60", compose.podman(*logs)), 300)
 
     def shown() -> bool:
         try:
