@@ -224,6 +224,6 @@ def test_a_crashed_run_continues_and_tensorboard_shows_it(compose: Compose) -> N
             return False
 
     wait_for(shown, 120)
-    wait_for(lambda: "/work/runs/quickstart: finished" in compose.podman(*logs), 300)
+    wait_for(lambda: "runs/quickstart: finished" in compose.podman(*logs), 300)
     state = ("inspect", "--format", "{{.State.Status}} {{.State.ExitCode}}", "pretrain_train_1")
     wait_for(lambda: compose.podman(*state).split() == ["exited", "0"], 30)
