@@ -21,7 +21,7 @@ from pathlib import Path
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).parents[1]
-WARM_UP = 120  # seconds
+WARM_UP = 1500  # steps
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -39,11 +39,14 @@ def processes_of(group: int) -> list[int]:
 
 
 def usage(process: int) -> tuple[int, int] | None:
-    """Anonymous memory in bytes, with that of all processes of its group, and open files; None when it is gone."""
+    """Anonymous memory in bytes, with that of its loader worker, and open files; None when it is gone.
+
+    The worker is the oldest of the others in its group: a validation's come and go.
+    """
     memory = 0
     try:
         files = len(os.listdir(f"/proc/{process}/fd"))
-        for member in processes_of(process):
+        for member in sorted(processes_of(process))[:2]:
             status = Path(f"/proc/{member}/status").read_text()
             (line,) = (line for line in status.splitlines() if line.startswith("RssAnon"))
             memory += int(line.split()[1]) * 1024
@@ -56,8 +59,8 @@ def grows(samples: list[tuple[float, int]], allowed: float) -> float:
     """How much higher the peak of the second half is than that of the first, if by more than is allowed; else 0.
 
     Peaks, since the kernel takes pages back now and then, and gives them again. The samples must begin after the
-    warming up: packs differ in size, and until the heap has a hole for each, two minutes or so, it grows by 20 MiB and
-    more, while what is allocated in it stays the same.
+    warming up: packs differ in size, and until the heap has a hole for each, a thousand steps or so, it grows by 20 MiB
+    and more, while what is allocated in it stays the same.
 
     Args:
         samples: Times in seconds, and values.
@@ -69,6 +72,11 @@ def grows(samples: list[tuple[float, int]], allowed: float) -> float:
     halves = [[value for time, value in samples if (time > middle) == later] for later in (False, True)]
     growth = float(max(halves[1]) - max(halves[0]))
     return growth if growth > allowed else 0.0
+
+
+def newest_step(run: Path) -> int:
+    """The step of a run's newest checkpoint; 0 before the first."""
+    return max((int(path.stem[5:]) for path in (run / "checkpoints").glob("step-*.ckpt")), default=0)
 
 
 def check_files(run: Path) -> list[str]:
@@ -105,14 +113,13 @@ def soak(run: Path, minutes: float, workers: int, seed: int) -> list[str]:
             command, env=environment, cwd=ROOT, start_new_session=True, stdout=output, stderr=output
         )
         length = draw.uniform(8, 40) if kills else 30 * minutes
-        begin = time.monotonic()
-        stop = min(begin + length, end + 5)
+        stop = min(time.monotonic() + length, end + 5)
         memory: list[tuple[float, int]] = []
         files: list[tuple[float, int]] = []
         while time.monotonic() < stop and process.poll() is None:
             time.sleep(0.5)
             sample = usage(process.pid)
-            if sample and time.monotonic() > begin + WARM_UP:
+            if sample and not kills and newest_step(run) >= WARM_UP:
                 memory.append((time.monotonic(), sample[0]))
                 files.append((time.monotonic(), sample[1]))
         if process.poll() is not None:
@@ -135,6 +142,8 @@ def soak(run: Path, minutes: float, workers: int, seed: int) -> list[str]:
             found.append(f"anonymous memory grew by {growth / 2**20:.0f} MiB in {length:.0f} seconds")
         if growth := grows(files, 2):
             found.append(f"open files grew by {growth:.0f} in {length:.0f} seconds")
+        if kills == 1 and not memory:
+            print(f"  {newest_step(run)} steps: too few to judge memory by, which takes {WARM_UP}", flush=True)
         if memory:
             peaks = f"{max(value for _, value in memory) / 2**20:.0f} MiB, {max(value for _, value in files)} files"
             print(f"  at most {peaks} in {memory[-1][0] - memory[0][0]:.0f} s, flat: {not found}", flush=True)
@@ -148,8 +157,7 @@ def soak(run: Path, minutes: float, workers: int, seed: int) -> list[str]:
 def check_end(run: Path, command: list[str], environment: dict[str, str], kills: int) -> list[str]:
     """Finish the run a few steps on, and look at the whole of it."""
     found = []
-    checkpoints = sorted((run / "checkpoints").glob("step-*.ckpt"))
-    steps = int(checkpoints[-1].stem[5:]) + 20 if checkpoints else 20
+    steps = newest_step(run) + 20
     last = [*command, "--trainer.max_steps", str(steps), "--allow_change"]
     done = subprocess.run(last, env=environment, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
