@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple
 
 from pretrain.corpus.store import file_checksum
@@ -216,7 +216,11 @@ def file_system(url: str) -> tuple[Any, str]:
     return files, path
 
 
-def put_file(file: Path, url: str) -> None:
+_BUCKETS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci"}
+"""Where there are no directories to make, and a mistyped bucket should not come to be."""
+
+
+def put_file(file: Path, url: str, attempts: int = ATTEMPTS) -> None:
     """Copy a local file to an address, in several attempts if need be.
 
     Raises:
@@ -225,9 +229,15 @@ def put_file(file: Path, url: str) -> None:
 
     def attempt() -> None:
         files, remote = file_system(url)
+        size = file.stat().st_size  # a file of lines may grow meanwhile
+        if not _BUCKETS.intersection([files.protocol] if isinstance(files.protocol, str) else files.protocol):
+            files.makedirs(str(PurePosixPath(remote).parent), exist_ok=True)
         files.put_file(str(file), remote)
+        files.invalidate_cache()
+        if (stored := files.size(remote)) < size:
+            raise OSError(f"{stored} of {size} bytes are there")
 
-    with_retries(url, attempt, action="written")
+    with_retries(url, attempt, attempts, "written")
 
 
 def get_file(url: str, file: Path) -> bool:

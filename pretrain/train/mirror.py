@@ -12,16 +12,13 @@ import threading
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
-from pretrain.corpus.cache import ATTEMPTS, file_system, with_retries
+from pretrain.corpus.cache import ATTEMPTS, file_system, put_file, with_retries
 from pretrain.corpus.remote import is_remote
 from pretrain.corpus.whole import exclusive
 from pretrain.errors import UserError
 from pretrain.train.lock import locked
 from pretrain.train.run import CHECKPOINTS, LOCK, RESULT
 from pretrain.train.spikes import read_skips
-
-_BUCKETS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci"}
-"""Where there are no directories to make, and a mistyped bucket should not come to be."""
 
 
 class Mirror:
@@ -232,18 +229,7 @@ class Mirror:
         files.rm_file(path)
 
     def _put(self, file: Path, name: str, attempts: int) -> None:
-        def attempt() -> None:
-            files, path = file_system(f"{self.url}/{name}")
-            size = file.stat().st_size  # a file of lines may grow meanwhile
-            protocols = {files.protocol} if isinstance(files.protocol, str) else set(files.protocol)
-            if not protocols & _BUCKETS:
-                files.makedirs(str(PurePosixPath(path).parent), exist_ok=True)
-            files.put_file(str(file), path)
-            files.invalidate_cache()
-            if (stored := files.size(path)) < size:
-                raise OSError(f"{stored} of {size} bytes are there")
-
-        with_retries(f"{self.url}/{name}", attempt, attempts, "written")
+        put_file(file, f"{self.url}/{name}", attempts)
 
 
 def _warn(text: str) -> None:

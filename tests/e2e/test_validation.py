@@ -169,6 +169,6 @@ def test_a_result_from_before_sets_had_names_is_told_like_any_other(tiny: Callab
     told = inspect(run)
     assert "this run" in told
     result = json.loads((run / "result.json").read_text())
-    del result["validation"]
+    del result["validation"], result["blosum62_perplexity"]
     (run / "result.json").write_text(json.dumps(result))
-    assert inspect(run) == told
+    assert inspect(run).splitlines() == [line for line in told.splitlines() if "BLOSUM62" not in line]
