@@ -144,8 +144,8 @@ RECORDS = (
             for who in ("transformers", "pretrain")
         },
         common=(),
-        said="Times of runs within five minutes of each other. An earlier set (transformers 82 to 84 s, pretrain 20 to 51 "
-        "s for the same losses) was taken while the machine ran at a third of this speed or less, and is not kept.",
+        said="Times of runs within five minutes of each other. An earlier set (transformers 82 to 84 s, "
+        "pretrain 20 to 51 s for the same losses) was taken while the machine ran at a third of this speed or less, and is not kept.",
         alone=True,
     ),
 )
