@@ -145,7 +145,8 @@ RECORDS = (
         },
         common=(),
         said="Times of runs within five minutes of each other. An earlier set (transformers 82 to 84 s, "
-        "pretrain 20 to 51 s for the same losses) was taken while the machine ran at a third of this speed or less, and is not kept.",
+        "pretrain 20 to 51 s for the same losses) was taken while the machine ran at a third of this speed or less, "
+        "and is not kept.",
         alone=True,
     ),
 )
