@@ -7,6 +7,7 @@ process that ends, however it ends.
 
 import errno
 import fcntl
+import math
 import os
 import queue
 import sys
@@ -270,6 +271,8 @@ def remove_file(url: str) -> None:
 def written_at(url: str) -> float | None:
     """When a file at an address was written, in seconds since 1970 (0 if that is not told); None if there is none.
 
+    Object stores tell whole seconds, rounded down: it is the end of that second, before which it was surely written.
+
     Raises:
         UserError: If that cannot be found out.
     """
@@ -281,7 +284,7 @@ def written_at(url: str) -> float | None:
             found.append(None)
             return
         try:
-            found.append(files.modified(remote).timestamp())
+            found.append(math.floor(files.modified(remote).timestamp()) + 1.0)
         except NotImplementedError:
             found.append(0.0)
 

@@ -1,5 +1,6 @@
 """`prepare --out URL`: byte for byte the corpus that is made in a directory, without a disk that holds it."""
 
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -123,8 +124,13 @@ def test_a_corpus_made_in_an_s3_bucket(
     assert there(s3, "made/x") == here(tmp_path)
     assert len(RemoteCorpus("s3://made/x")) == 150
     capsys.readouterr()
+    written = s3.modified("made/x/manifest.json").timestamp()
+    os.utime(source, (written + 0.9, written + 0.9))  # within the same second, which is all that S3 tells
     assert main(command) == 0
     assert capsys.readouterr().out.startswith("s3://made/x: is ready, 150 sequences")
+    os.utime(source, (written + 2, written + 2))
+    assert main(command) == 2
+    assert "x.fasta has changed since" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
