@@ -2,7 +2,7 @@
 
 runs/quickstart/
   config.yaml                 every setting, resolved
-  checkpoints/                step-000000500.ckpt ..., last.ckpt links to the newest
+  checkpoints/                step-000000500.ckpt ..., last.ckpt links to the newest; under FSDP2 with parts beside it
   events.out.tfevents.*       TensorBoard
   metrics.csv                 the same figures as step,name,value
   ledger.csv                  what each step consumed, for `pretrain inspect --audit`
@@ -33,6 +33,7 @@ from torch import Tensor
 from pretrain.errors import UserError
 from pretrain.model.config import DROPOUT
 from pretrain.train.checkpoint import data_state, link, newest_checkpoint, read_checkpoint, write_whole
+from pretrain.train.divided import DividedTensor, remove
 from pretrain.train.lock import Lock, locked
 from pretrain.train.spikes import of_history, read_skips
 
@@ -126,7 +127,7 @@ class Run:
         directory = self.directory / CHECKPOINTS
         newer = [path for path in directory.glob("step-*.ckpt") if not self.checkpoint or path > self.checkpoint]
         for path in newer:
-            path.unlink()
+            remove(path)
         if newer and self.checkpoint:
             link(directory / "last.ckpt", self.checkpoint.name)
         elif newer:
@@ -338,7 +339,10 @@ def _outline(checkpoint: dict[str, Any]) -> dict[str, Any]:
 
 
 def _shapes(weights: Mapping[str, Any]) -> dict[str, list[int] | None]:
-    return {name: list(value.shape) if isinstance(value, Tensor) else None for name, value in weights.items()}
+    return {
+        name: list(value.shape) if isinstance(value, Tensor | DividedTensor) else None
+        for name, value in weights.items()
+    }
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], defaults: dict[str, Any], prefix: str = "") -> Any:

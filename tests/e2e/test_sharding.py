@@ -10,6 +10,7 @@ import torch
 import pretrain
 from pretrain.cli import main
 from pretrain.train.checkpoint import read_checkpoint
+from pretrain.train.divided import whole as put_together
 from pretrain.train.logging import read_metrics
 
 STEPS = 8
@@ -36,7 +37,8 @@ def figures(run: Path, *names: str) -> dict[tuple[int, str], float]:
 
 
 def checkpoint(run: Path, step: int) -> dict[str, object]:
-    return read_checkpoint(run / "checkpoints" / f"step-{step:09d}.ckpt")
+    content: dict[str, object] = put_together(read_checkpoint(run / "checkpoints" / f"step-{step:09d}.ckpt"))
+    return content
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +81,7 @@ def test_every_layout_begins_with_the_same_bits(whole: dict[str, Path], layout: 
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-def test_a_checkpoint_is_the_same_file_in_every_layout(whole: dict[str, Path]) -> None:
+def test_a_checkpoint_holds_the_same_in_every_layout(whole: dict[str, Path]) -> None:
     def shape(value: object) -> object:
         if isinstance(value, torch.Tensor):
             assert type(value) is torch.Tensor
