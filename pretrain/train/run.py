@@ -15,6 +15,7 @@ runs/quickstart/
 """
 
 import json
+import math
 import platform
 import shlex
 import subprocess
@@ -24,11 +25,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import yaml
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from pretrain.errors import UserError
 from pretrain.model.config import DROPOUT
@@ -207,7 +209,7 @@ class Run:
             result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:  # damaged: it is made again
             return None
-        return result
+        return cast(dict[str, Any], tree_map(lambda value: math.nan if value is None else value, result))
 
     def check(self, config: dict[str, Any], allow_change: bool, defaults: dict[str, Any]) -> list[str]:
         """Compare the settings with those that the run was started with.
@@ -296,8 +298,9 @@ class Run:
             file.write(json.dumps(start) + "\n")
 
     def record_result(self, result: dict[str, Any]) -> None:
-        """Write the final figures."""
-        write_whole(self.directory / RESULT, json.dumps(result, indent=1) + "\n")
+        """Write the final figures; one that is not defined as null, since JSON knows no NaN."""
+        plain = tree_map(lambda value: None if isinstance(value, float) and not math.isfinite(value) else value, result)
+        write_whole(self.directory / RESULT, json.dumps(plain, indent=1, allow_nan=False) + "\n")
 
 
 def yaml_error(path: Path) -> str | None:
