@@ -58,10 +58,10 @@ def usage(process: int) -> tuple[int, int] | None:
 def grows(samples: list[tuple[float, int]], allowed: float) -> float:
     """How much higher the second half lies than the first, if by more than is allowed; else 0.
 
-    High values are compared, the 90th percentiles, since the kernel takes pages back now and then, and gives them again;
-    not the highest, which a checkpoint or a validation makes for a moment. The samples must begin after the warming up:
-    packs differ in size, and until the heap has a hole for each, a thousand steps or so, it grows by 20 MiB and more,
-    while what is allocated in it stays the same.
+    High values are compared, the 90th percentiles, since the kernel takes pages back now and then, and gives them
+    again; not the highest, which a checkpoint or a validation makes for a moment. The samples must begin after the
+    warming up: packs differ in size, and until the heap has a hole for each, a thousand steps or so, it grows by 20 MiB
+    and more, while what is allocated in it stays the same.
 
     Args:
         samples: Times in seconds, and values.
