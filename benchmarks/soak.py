@@ -26,16 +26,17 @@ SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal
 
 
 def processes_of(group: int) -> list[int]:
-    """The living processes of a process group."""
+    """The living processes of a process group, the oldest first."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
-            state, _, pgrp = stat.read_text().rpartition(")")[2].split()[:3]
+            state, _, pgrp, *others = stat.read_text().rpartition(")")[2].split()
         except OSError:  # it has ended meanwhile
             continue
         if int(pgrp) == group and state != "Z":
-            found.append(int(stat.parent.name))
-    return found
+            started = int(others[16])  # not their numbers, which begin anew when they have come to the largest
+            found.append((started, int(stat.parent.name)))
+    return [process for _, process in sorted(found)]
 
 
 def usage(process: int) -> tuple[int, int] | None:
@@ -46,7 +47,7 @@ def usage(process: int) -> tuple[int, int] | None:
     memory = 0
     try:
         files = len(os.listdir(f"/proc/{process}/fd"))
-        for member in sorted(processes_of(process))[:2]:
+        for member in processes_of(process)[:2]:
             status = Path(f"/proc/{member}/status").read_text()
             (line,) = (line for line in status.splitlines() if line.startswith("RssAnon"))
             memory += int(line.split()[1]) * 1024
