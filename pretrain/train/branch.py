@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import time
 from pathlib import Path
@@ -38,6 +39,11 @@ class Branch:
         if self.step is not None:
             return
         inside = source.is_file()
+        if inside and not re.fullmatch(r"step-\d{9}\.ckpt", source.resolve().name):
+            raise UserError(
+                f"branch_from: {source} is not named as a run names its checkpoints (step-000000500.ckpt); "
+                "give it back its own"
+            )
         home = source.resolve().parent.parent if inside else source
         if not (home / CONFIG).is_file():
             raise UserError(f"branch_from: {source} is neither a run nor a checkpoint in one; give either")

@@ -205,6 +205,8 @@ def newest_checkpoint(
                 checkpoint = read_checkpoint(path)
                 if usable(checkpoint):
                     return path, checkpoint, problems
+                if brought:
+                    remove(path)
                 break
             except UserError as error:
                 problems.append(str(error))

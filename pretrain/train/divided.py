@@ -4,28 +4,35 @@ step-000000500.ckpt                      all else; of divided tensors names and 
 step-000000500.part-0-of-2.safetensors   the first process's rows of each divided tensor
 step-000000500.part-1-of-2.safetensors
 
-No process ever holds a whole tensor for it, neither to write nor to read. The checkpoint is written after its parts:
+No process ever holds a whole tensor for it, neither to write nor to read, though each compares the checksums of all
+parts before it trusts them. The checkpoint is written after its parts:
 without one of them there is none. And rows are put together by their numbers, so any number of processes can read it.
 """
 
-import errno
 import hashlib
+import json
 import os
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 from torch.utils._pytree import tree_map_only, tree_map_with_path
 
 PARTS, DIVIDED = "parts", "divided_tensor"
 
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+}
 _PART = re.compile(r"[\w.-]+\.part-\d+-of-\d+\.safetensors")
 
 
@@ -110,27 +117,39 @@ def part_name(checkpoint: Path, process: int, processes: int) -> str:
 def write_part(path: Path, tensors: dict[str, Tensor]) -> bytes:
     """Write a process's rows, whole or not at all.
 
+    By hand, since the library's ``save_file`` copies to a file of its own making that a killed process leaves behind,
+    and hides what the disk said.
+
     Returns:
         The file's SHA-256.
 
     Raises:
         OSError: If they cannot be written.
     """
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the first tensor begins at a multiple of eight
+    digest = hashlib.sha256()
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:
-        save_file(tensors, partial)
-        with partial.open("rb") as file:
+        with partial.open("wb") as file:
+            for piece in (len(text).to_bytes(8, "little"), text, *map(_bytes_of, tensors.values())):
+                digest.update(piece)
+                file.write(piece)
+            file.flush()
             os.fsync(file.fileno())
-            digest = hashlib.file_digest(file, "sha256").digest()
         partial.rename(path)
-    except SafetensorError as error:  # what the library makes of a write that the disk refused
-        if shutil.disk_usage(path.parent).free > 2**20:
-            raise
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
-    return digest
+    return digest.digest()
+
+
+def _bytes_of(tensor: Tensor) -> Any:
+    return tensor.contiguous().flatten().view(torch.uint8).numpy()
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------

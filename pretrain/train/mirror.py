@@ -53,10 +53,6 @@ class Mirror:
         """Names of the checkpoints there, the oldest first."""
         return [name for name in self._list(CHECKPOINTS) if re.fullmatch(r"step-\d+\.ckpt", name)]
 
-    def _parts(self, checkpoint: str) -> list[str]:
-        begins = f"{checkpoint.removesuffix('.ckpt')}.part-"
-        return [name for name in self._list(CHECKPOINTS) if name.startswith(begins)]
-
     def reachable_checkpoints(self) -> list[str]:
         """As `checkpoints`; none, with a warning, if the address cannot be reached and there is one to go on from here.
 
@@ -88,11 +84,11 @@ class Mirror:
                 return
             try:
                 with locked(self.directory / LOCK):
-                    self._replace_files()
+                    self._replace_files(there[-1])
             except BlockingIOError:
                 return
 
-    def _replace_files(self) -> None:
+    def _replace_files(self, newest: str) -> None:
         aside = self.directory / ".mirror"
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
@@ -102,6 +98,8 @@ class Mirror:
             if len(read_skips(aside)) >= len(read_skips(self.directory)):
                 for path in aside.iterdir():
                     path.replace(self.directory / path.name)
+                # So that the next process of this machine finds nothing to do, and leaves the lock to who trains.
+                self.bring(newest, replace=False)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
 
@@ -119,8 +117,10 @@ class Mirror:
             partial = path.with_name(f".{name}.partial")
             try:
                 self._get(f"{CHECKPOINTS}/{name}", partial)
-                for part in self._parts(name):
-                    self._get(f"{CHECKPOINTS}/{part}", path.with_name(part))
+                begins = f"{path.stem}.part-"
+                for part in [part for part in self._list(CHECKPOINTS) if part.startswith(begins)]:
+                    self._get(f"{CHECKPOINTS}/{part}", path.with_name(f".{part}.partial"))
+                    path.with_name(f".{part}.partial").replace(path.with_name(part))
                 partial.replace(path)
             finally:
                 partial.unlink(missing_ok=True)
@@ -190,12 +190,18 @@ class Mirror:
             try:
                 self._push_files(ATTEMPTS)
                 self._put_checkpoint(checkpoint, ATTEMPTS)
-                for name in surplus(self.checkpoints()):
-                    for file in (name, *self._parts(name)):
-                        self._remove(f"{CHECKPOINTS}/{file}")
+                self._tidy(checkpoint, surplus(self.checkpoints()))
             except Exception as error:  # each protocol's library has exceptions of its own
                 said = " ".join(str(error).split())[:300]
                 _warn(f"{checkpoint.name} is not copied ({said}); the run goes on, and tries again with its next one")
+
+    def _tidy(self, newest: Path, surplus: list[str]) -> None:
+        """Remove what is older than a checkpoint and surplus, with its parts; and parts that have no checkpoint."""
+        names = self._list(CHECKPOINTS)  # a checkpoint stands before its parts
+        kept = {name.removesuffix(".ckpt") for name in names if name.endswith(".ckpt") and name not in surplus}
+        for name in names:
+            if (begins := name.partition(".")[0]) not in kept and begins <= newest.stem and name.startswith("step-"):
+                self._remove(f"{CHECKPOINTS}/{name}")
 
     def _push_files(self, attempts: int) -> None:
         for path in sorted(self.directory.iterdir()):

@@ -35,7 +35,7 @@ from torch.utils._pytree import tree_map
 from pretrain.errors import UserError
 from pretrain.model.config import DROPOUT
 from pretrain.train.checkpoint import data_state, link, newest_checkpoint, read_checkpoint, write_whole
-from pretrain.train.divided import DividedTensor, remove
+from pretrain.train.divided import DividedTensor, lost_parts, remove
 from pretrain.train.lock import Lock, locked
 from pretrain.train.spikes import of_history, read_skips
 
@@ -164,6 +164,8 @@ class Run:
                         f"{self.directory}: another process has trained here meanwhile; give the command again"
                     )
                 for path in (self.directory / CHECKPOINTS).glob(".step-*.partial"):  # of a process that was killed
+                    path.unlink()
+                for path in lost_parts(self.directory / CHECKPOINTS):
                     path.unlink()
                 if self.skips:
                     self._take_back()

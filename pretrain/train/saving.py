@@ -23,7 +23,8 @@ from pretrain.errors import UserError, disk_is_full
 from pretrain.train.checkpoint import link, snapshot
 from pretrain.train.divided import lost_parts, remove
 from pretrain.train.mirror import Mirror
-from pretrain.train.sharding import FullyShardedStrategy
+from pretrain.train.sharding import SAME_DIRECTORY, FullyShardedStrategy
+from pretrain.train.spikes import RewindError
 
 LAST, BEST = "last.ckpt", "best.ckpt"
 
@@ -103,7 +104,7 @@ class StepCheckpoint(Checkpoint):
         remote: Address to copy each checkpoint and the run's files to, in the background (``s3://bucket/runs/a``, or
             whatever fsspec knows); a run whose disk is gone continues from there. None for none.
         in_background: Copy what is to be saved, in host memory, and write it while training goes on; otherwise training
-            waits, and no memory is needed for a copy.
+            waits, and no memory is needed for a copy (under FSDP2 there is one in any case).
 
     Raises:
         UserError: If an interval or a number to keep is not positive.
@@ -151,6 +152,7 @@ class StepCheckpoint(Checkpoint):
         self._signal: int | None = None
         self._handlers: dict[int, Any] = {}
         self._group: Any = None
+        self._divided = False
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -170,19 +172,22 @@ class StepCheckpoint(Checkpoint):
             trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
             if trainer.strategy.root_device.type == "cuda":
                 self._group = torch.distributed.new_group(backend="gloo")
+        self._divided = isinstance(trainer.strategy, FullyShardedStrategy)
         step = trainer.global_step
         if (newest := self._agreed(trainer, step)) != (oldest := -self._agreed(trainer, -step)):
             raise UserError(
-                f"{self.directory}: the processes continue from different steps, {oldest} to {newest}; put the run "
-                "where all machines see the same directory"
+                f"{self.directory}: the processes continue from different steps, {oldest} to {newest}; {SAME_DIRECTORY}"
             )
         self._saved_step, self._tried_time = step, time.monotonic()
         # Lightning's own handlers act in the middle of a step, and broadcast and save inside the handler.
         self._handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt  # asked twice: leave at once
+        if self._signal is not None and number == signal.SIGINT:  # asked twice: leave at once
+            if self._divided and self._writing is not None:  # a thread that speaks to others would abort the process
+                os.write(2, b"\npretrain: error: interrupted\n")
+                os._exit(128 + number)
+            raise KeyboardInterrupt
         self._signal = number
 
     def on_train_batch_start(
@@ -194,8 +199,9 @@ class StepCheckpoint(Checkpoint):
         if self._writing is not None:
             self._writing.check()
         late = time.monotonic() - self._tried_time > 60 * self.every_minutes
-        number = self._agreed(trainer, self._signal or int(late))  # a signal's number is 2 or more
-        if number or self._due(trainer.global_step):
+        # Agreed upon in any case: what is due depends on the best ones, of which a process may know less than another.
+        number = self._agreed(trainer, self._signal or int(late or self._due(trainer.global_step)))
+        if number:  # a signal's is 2 or more
             self._save(trainer)
         if number > 1:
             saved = self.finish(trainer)
@@ -232,6 +238,8 @@ class StepCheckpoint(Checkpoint):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if self._writing is not None and not isinstance(exception, KeyboardInterrupt):
             self._writing.wait()  # what begins next looks at the checkpoints
+        if self.mirror and isinstance(exception, RewindError):
+            self.mirror.finish()  # before checkpoints that it copies are taken back
         self.teardown(trainer, pl_module, "fit")
 
     def _due(self, step: int) -> bool:
@@ -267,10 +275,9 @@ class StepCheckpoint(Checkpoint):
             return
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         self._writing = Writing(step, previous)
-        divided = isinstance(trainer.strategy, FullyShardedStrategy)
-        if trainer.is_global_zero or divided:  # where tensors are divided, each process writes its part of them
+        if trainer.is_global_zero or self._divided:  # where tensors are divided, each process writes its part of them
             # Further steps change the tensors, so that a thread needs a copy of them, which divided ones are already.
-            content = snapshot(checkpoint) if self.in_background and not divided else checkpoint
+            content = snapshot(checkpoint) if self.in_background and not self._divided else checkpoint
             self._writing.start(lambda: self._write(trainer.strategy, content, step), self.in_background)
         if not self.in_background:
             self.finish(trainer)

@@ -24,12 +24,14 @@ from pretrain.model.encoder import Block, Encoder
 from pretrain.train.checkpoint import read_checkpoint
 from pretrain.train.divided import PARTS, DividedTensor, OwnRows, part_name, parts_of, take_out, write_part
 
+SAME_DIRECTORY = "put the run where all machines see the same directory"
+
 
 class FullyShardedStrategy(ModelParallelStrategy):
     """Lightning's strategy for FSDP2 over all processes, with checkpoints that continue under any other strategy.
 
-    Each process writes its part of the tensors, as safetensors, and reads only its part, of however many processes
-    they are; the optimizer's state is numbered as torch numbers it. (Lightning's own class numbers it by the order of
+    Each process writes its part of the tensors, as safetensors, and takes only its part, of however many processes
+    wrote them; the optimizer's state is numbered as torch numbers it. (Lightning's own class numbers it by the order of
     the module's parameters, which is another as soon as there are two parameter groups, lets the optimizer's
     hyper-parameters of the checkpoint win over those configured, and divides checkpoints into pickled files.)
 
@@ -67,38 +69,45 @@ class FullyShardedStrategy(ModelParallelStrategy):
 
         Raises:
             OSError: If a part cannot be written, here or, on the first process, elsewhere.
+            UserError: On the first process, if it does not see what the others write.
         """
         path, (content, own) = Path(filepath), take_out(checkpoint)
-        names = [part_name(path, process, self.world_size) for process in range(self.world_size)]
-        error, digest = 0, bytes(32)
+        parts = [path.with_name(part_name(path, process, self.world_size)) for process in range(self.world_size)]
+        mine, error, digest = parts[self.global_rank], 0, bytes(32)
         try:
-            digest = write_part(path.with_name(names[self.global_rank]), own)
+            digest = write_part(mine, own)
         except BaseException as problem:
             error = (problem.errno if isinstance(problem, OSError) else None) or errno.EIO
             raise
         finally:
-            digests = self._exchange(error, digest)
-        if self.is_global_zero:
-            content[PARTS] = dict(zip(names, digests, strict=True))
+            outcomes = self._exchange(error, digest)
+            failed = [(number, part) for (number, _), part in zip(outcomes, parts, strict=True) if number]
+            if failed:  # there will be no checkpoint; nothing of it takes up room
+                mine.unlink(missing_ok=True)
+        if not self.is_global_zero:
+            return
+        if failed:
+            raise OSError(failed[0][0], os.strerror(failed[0][0]), str(failed[0][1]))
+        if missing := [part for part in parts if not part.exists()]:
+            mine.unlink()
+            raise UserError(f"{missing[0]}: was written by another machine, and is not seen here; {SAME_DIRECTORY}")
+        content[PARTS] = {part.name: digest for part, (_, digest) in zip(parts, outcomes, strict=True)}
+        try:
             super(ModelParallelStrategy, self).save_checkpoint(content, path, storage_options)
-            for part in parts_of(path):
-                if part.name not in names:  # of a checkpoint that this one takes the place of
-                    part.unlink()
+        except OSError:
+            for part in parts:
+                part.unlink(missing_ok=True)
+            raise
+        for part in parts_of(path):
+            if part not in parts:  # of a checkpoint that this one takes the place of
+                part.unlink()
 
-    def _exchange(self, error: int, digest: bytes) -> list[str]:
-        """Tell all processes how writing went; their checksums.
-
-        Raises:
-            OSError: On the first process, if another one has failed.
-        """
+    def _exchange(self, error: int, digest: bytes) -> list[tuple[int, str]]:
+        """Tell all processes how writing went; each one's error number, or 0, and checksum."""
         mine = torch.tensor([error, *digest])
         told = [torch.empty_like(mine) for _ in range(self.world_size)]
         torch.distributed.all_gather(told, mine, group=self._writers)
-        outcomes = [(number, bytes(digest).hex()) for number, *digest in (one.tolist() for one in told)]
-        for process, (number, _) in enumerate(outcomes):
-            if number and self.is_global_zero and not error:
-                raise OSError(number, f"process {process} could not write its part: {os.strerror(number)}")
-        return [digest for _, digest in outcomes]
+        return [(number, bytes(digest).hex()) for number, *digest in (one.tolist() for one in told)]
 
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 import torch
 
 from pretrain.corpus import shards
-from pretrain.train import divided, spikes
+from pretrain.train import divided, sharding, spikes
 
 
 class Kill(pl.Callback):
@@ -28,7 +28,7 @@ class Kill(pl.Callback):
         if moment == "save":
             self._save, torch.save = torch.save, self._save_half
         if moment == "part":
-            self._save_file, divided.save_file = divided.save_file, self._save_file_half
+            self._write_part, sharding.write_part = sharding.write_part, self._write_part_half
         if moment == "rewind":
             self._append, spikes._append = spikes._append, self._append_and_die
         if moment == "prepare":
@@ -61,12 +61,11 @@ class Kill(pl.Callback):
         self._kill("save", self._count)
         self._save(checkpoint, file)
 
-    def _save_file_half(self, tensors: Any, file: Any) -> None:
-        self._save_file(tensors, file)
+    def _write_part_half(self, path: Any, tensors: Any) -> bytes:
         self._count += 1
         if self._count == self.number:
-            os.truncate(file, file.stat().st_size // 2)
-        self._kill("part", self._count)
+            divided._bytes_of = lambda tensor: self._kill("part", self._count)
+        return self._write_part(path, tensors)
 
     def _append_and_die(self, path: Any, line: str) -> None:
         self._append(path, line)

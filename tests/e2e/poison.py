@@ -104,10 +104,10 @@ class Hang(pl.Callback):
 
 
 class Fill(pl.Callback):
-    """Fills the disk before one micro-batch, and makes room before another."""
+    """Fills the disk before one micro-batch, but for some bytes, and makes room before another."""
 
-    def __init__(self, first: int, last: int, file: str) -> None:
-        self.first, self.last, self.file = first, last, Path(file)
+    def __init__(self, first: int, last: int, file: str, leave: int = 0) -> None:
+        self.first, self.last, self.file, self.leave = first, last, Path(file), leave
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx == self.first:
@@ -116,9 +116,21 @@ class Fill(pl.Callback):
                     while True:
                         file.write(bytes(4096))
                 except OSError:
-                    pass
+                    file.truncate(max(0, file.tell() - self.leave))
         if batch_idx == self.last:
             self.file.unlink(missing_ok=True)  # another process may have been first
+
+
+class Elsewhere(pl.Callback):
+    """Lets the second process write its checkpoints into a directory that the first does not see."""
+
+    def __init__(self, directory: str) -> None:
+        self.directory = Path(directory)
+
+    def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
+        saving: Any = trainer.checkpoint_callback
+        if trainer.global_rank == 1:
+            saving.directory = self.directory
 
 
 class Remove(pl.Callback):

@@ -95,3 +95,16 @@ def test_what_cannot_be_branched_is_one_line_and_writes_nothing(
         assert expected in line
         assert contents(tmp_path) == before
         assert not (tmp_path / "new").exists()
+
+
+def test_a_checkpoint_under_another_name_is_refused(
+    origin: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, run = origin
+    other = tmp_path / "run" / "checkpoints" / "good.ckpt"
+    other.parent.mkdir(parents=True)
+    other.write_bytes((run / "checkpoints" / "step-000000006.ckpt").read_bytes())
+    (tmp_path / "run" / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
+    assert main(["fit", "-c", str(config), "--run", str(tmp_path / "b"), "--branch_from", str(other)]) == 2
+    assert "good.ckpt is not named as a run names its checkpoints" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()

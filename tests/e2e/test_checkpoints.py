@@ -209,7 +209,7 @@ def test_processes_that_found_different_checkpoints_do_not_train_together(
     monkeypatch.setattr(
         StepCheckpoint, "_agreed", lambda self, trainer, value: max(value, others if value > 0 else -others)
     )
-    trainer: Any = SimpleNamespace(global_step=4, world_size=1)
+    trainer: Any = SimpleNamespace(global_step=4, world_size=1, strategy=None)
     with pytest.raises(UserError, match=r"the processes continue from different steps, 4 to 9; put the run where"):
         StepCheckpoint(tmp_path).on_train_start(trainer, pl.LightningModule())
     trainer.global_step = others

@@ -201,6 +201,21 @@ def test_each_process_writes_its_half_and_each_file_of_it_goes_when_its_checkpoi
     assert max(sizes) < 0.6 * in_one_file.stat().st_size
 
 
+def test_parts_can_be_read_by_whom_the_checkpoint_can_be_read(whole: dict[str, Path]) -> None:
+    modes = {(whole[FSDP] / "checkpoints" / name).stat().st_mode for name in files(whole[FSDP], STEPS)}
+    assert len(modes) == 1
+
+
+def test_machines_that_do_not_share_a_directory_do_not_train_as_if_they_did(runs: Runs, tmp_path: Path) -> None:
+    away = f"--trainer.callbacks+=poison.Elsewhere --trainer.callbacks.directory={tmp_path / 'other'}".split()
+    run = runs.home / "apart"
+    overlay = ("-c", CONFIGS / "fsdp.yaml", "--trainer.devices", 2, "--run", run)
+    # The first process, which does not see what the other wrote, says so in a line; the other loses it.
+    with pytest.raises(AssertionError, match=r"ended with \{1, 2\}"):
+        runs.fit("-c", runs.config, *overlay, *away, processes=2)
+    assert not list((run / "checkpoints").glob("step-*"))
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_killed_while_it_writes_its_part_leaves_the_checkpoint_before(
     runs: Runs, whole: dict[str, Path], rank: int
@@ -261,10 +276,14 @@ def test_a_full_disk_under_fsdp_costs_checkpoints_but_not_the_run(
     try:
         full = {"file": disk / "filling", "first": 6, "last": 11}
         filling = ["--trainer.callbacks+=poison.Fill", *(f"--trainer.callbacks.{k}={v}" for k, v in full.items())]
+        # Enough is left for the header of a part, and a part of that; not for the whole.
+        filling.append("--trainer.callbacks.leave=20000")
         waiting = ("--checkpoint.in_background", "false", "--checkpoint.keep_last", 2)
         overlay = ("-c", CONFIGS / "fsdp.yaml", "--trainer.devices", 2)
         assert runs.fit("-c", runs.config, *overlay, "--run", disk / "run", *waiting, *filling, processes=2) == 0
         assert figures(disk / "run", "train/loss") == figures(whole[FSDP], "train/loss")
+        left = {path.name.partition(".")[0] for path in (disk / "run" / "checkpoints").glob("step-*")}
+        assert left == {f"step-{step:09d}" for step in (STEPS - 1, STEPS)}, "parts of no checkpoint take up room"
         assert equal(checkpoint(disk / "run", STEPS)["state_dict"], checkpoint(whole[FSDP], STEPS)["state_dict"])
     finally:
         subprocess.run(["umount", "--lazy", disk], check=True)
