@@ -20,7 +20,7 @@ from pretrain.shipped import find_recipes
 from pretrain.train.module import MLMModule
 from pretrain.train.run import yaml_error
 from pretrain.train.saving import StepCheckpoint
-from pretrain.train.settings_help import asked_for, shown
+from pretrain.train.settings_help import shorten_help, wants_help
 from pretrain.train.spikes import LossSpikes
 from pretrain.train.step import StepModule
 
@@ -91,8 +91,8 @@ class SettingsCLI(LightningCLI):
         for given in _config_files(args):
             if given.is_file() and (problem := yaml_error(given)):
                 raise UserError(problem)
-        if asked_for(args):
-            print(shown(parser.format_help(), args), end="")
+        if wants_help(args):
+            print(shorten_help(parser.format_help(), args), end="")
             raise SystemExit(0)
         try:
             self.config = parser.parse_args(args)

@@ -17,12 +17,12 @@ _USUAL = (
 )
 
 
-def asked_for(arguments: Sequence[str]) -> bool:
+def wants_help(arguments: Sequence[str]) -> bool:
     """Whether the arguments ask for help instead of a command's work."""
     return "--help" in arguments or "-h" in arguments
 
 
-def shown(text: str, arguments: Sequence[str]) -> str:
+def shorten_help(text: str, arguments: Sequence[str]) -> str:
     """A parser's help, shortened unless all of it was asked for with ``--help trainer``.
 
     Args:
