@@ -15,6 +15,7 @@ from pretrain.corpus.batch import Batch
 from pretrain.corpus.masking import MAX_TOKENS_PER_SEQUENCE
 from pretrain.corpus.order import ORDER_VERSION
 from pretrain.corpus.packing import BatchWarmup, FixedSampler, PackSampler, Position, StepPlanner, validation_packs
+from pretrain.corpus.processes import end_with_parent
 from pretrain.corpus.store import Corpus
 from pretrain.corpus.tokenizer import load_tokenizer
 from pretrain.errors import UserError
@@ -165,6 +166,7 @@ class PackedDataModule(pl.LightningDataModule):
             batch_size=None,  # a pack is a batch already
             collate_fn=_unchanged,
             num_workers=self.num_workers,
+            worker_init_fn=end_with_parent,
             pin_memory=torch.cuda.is_available(),
         )
 

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.process import BaseProcess
 from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
@@ -106,15 +107,23 @@ def _start(function: Callable[[Any], Any]) -> None:
     global _function
     _function = function
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent's answer is enough
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     pa.set_cpu_count(1)
 
 
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent:
-        parent.join()  # returns when the parent has ended, however it did
+def end_with_parent(worker: int = 0) -> None:
+    """Let this process end as soon as the one that started it has, however that did; also a ``worker_init_fn``.
+
+    PyTorch's loader workers look for their parent by themselves, but then wait for ever for somebody to read what they
+    have sent.
+    """
+
+    def watch(parent: BaseProcess) -> None:
+        parent.join()
         os._exit(1)
+
+    if parent := multiprocessing.parent_process():
+        threading.Thread(target=watch, args=(parent,), daemon=True).start()
 
 
 def _apply(task: Any) -> Any:

@@ -50,7 +50,7 @@ def fit_regression(model: PretrainedEncoder, structures: Sequence[Structure]) ->
     row = 0
     for ids, structure in _encoded(model, structures):
         first, second = (torch.from_numpy(places) for places in structure.pairs)
-        features[row : row + len(first)] = pair_features(model, ids, first, second)
+        features[row : row + len(first)] = pair_features(model, ids, first, second).numpy()
         row += len(first)
     if not np.isfinite(features).all():
         raise UserError("the model's attention is not finite; take an earlier checkpoint")

@@ -14,6 +14,7 @@ from pretrain.errors import UserError
 from pretrain.model.config import EncoderConfig
 from pretrain.model.hf import contacts_from_hf, from_hf_config
 from pretrain.train.checkpoint import contacts_in, data_state, newest_checkpoint, read_checkpoint
+from pretrain.train.divided import whole
 from pretrain.train.pretrained import CONFIG, load_tensors, read_config, read_tensors
 from pretrain.train.run import CHECKPOINTS
 from pretrain.train.spikes import of_history, read_skips
@@ -59,6 +60,11 @@ def _tokenizer_of_run(serialized: str | None, source: str) -> Tokenizer:
 
 def checkpoint_of(path: Path) -> dict[str, Any]:
     """The content of a checkpoint file, or of a run's newest readable checkpoint that it has not taken back."""
+    checkpoint = _read(path)
+    return {**checkpoint, "state_dict": whole(checkpoint["state_dict"])}
+
+
+def _read(path: Path) -> dict[str, Any]:
     if path.is_file():
         return read_checkpoint(path)
     if not path.exists():

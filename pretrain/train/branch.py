@@ -9,6 +9,7 @@ from typing import Any
 
 from pretrain.errors import UserError
 from pretrain.train.checkpoint import sync_directory, write_whole
+from pretrain.train.divided import parts_of
 from pretrain.train.logging import METRICS_FILE, LineFile, step_of_csv
 from pretrain.train.run import CHECKPOINTS, CONFIG, LEDGER, ORIGIN, SICK, Run
 from pretrain.train.sick import step_of_json
@@ -60,7 +61,8 @@ class Branch:
         shutil.rmtree(partial, ignore_errors=True)
         (partial / CHECKPOINTS).mkdir(parents=True)
         try:
-            _link_or_copy(checkpoint, partial / CHECKPOINTS / checkpoint.name)
+            for file in (checkpoint, *parts_of(checkpoint)):
+                _link_or_copy(file, partial / CHECKPOINTS / file.name)
             (partial / CHECKPOINTS / "last.ckpt").symlink_to(checkpoint.name)
             shutil.copy(origin.directory / CONFIG, partial / CONFIG)
             for name, step_of in ((LEDGER, step_of_csv), (METRICS_FILE, step_of_csv), (SICK, step_of_json)):

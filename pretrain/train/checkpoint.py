@@ -8,7 +8,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from io import BufferedRandom
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning_fabric.plugins import CheckpointIO
@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from pretrain.errors import UserError
 from pretrain.model.contacts import ContactRegression
+from pretrain.train.divided import put_in, remove, whole
 
 FORMAT, FORMAT_VERSION = "pretrain_format", 1
 CONTACTS = "contact_regression"
@@ -53,11 +54,11 @@ class AtomicCheckpointIO(CheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        return read_checkpoint(Path(path), mapped=False)
+        return cast(dict[str, Any], whole(read_checkpoint(Path(path), mapped=False)))
 
     @override
     def remove_checkpoint(self, path: str | Path) -> None:
-        Path(path).unlink(missing_ok=True)
+        remove(Path(path))
 
 
 def snapshot(checkpoint: dict[str, Any]) -> dict[str, Any]:
@@ -72,6 +73,8 @@ def snapshot(checkpoint: dict[str, Any]) -> dict[str, Any]:
 
 def read_checkpoint(path: Path, mapped: bool = True) -> dict[str, Any]:
     """A checkpoint's content on the CPU. Tensors and plain values only: nothing is executed.
+
+    Tensors that were divided among processes are `DividedTensor`; `whole` puts them together.
 
     The checksum that ends the file is compared first, so a damaged file is refused rather than trained on. A file that
     was made to deceive is refused, too: one that claims to hold more than it does, or names code.
@@ -93,6 +96,7 @@ def read_checkpoint(path: Path, mapped: bool = True) -> dict[str, Any]:
         _check_content(checkpoint)
         if not mapped:
             checkpoint = tree_map_only(Tensor, Tensor.clone, checkpoint)
+        checkpoint = put_in(checkpoint, path.resolve().parent)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such checkpoint") from error
     except (

@@ -16,6 +16,7 @@ from pretrain.corpus.cache import ATTEMPTS, file_system, put_file, with_retries
 from pretrain.corpus.remote import is_remote
 from pretrain.corpus.whole import exclusive
 from pretrain.errors import UserError
+from pretrain.train.divided import parts_of
 from pretrain.train.lock import locked
 from pretrain.train.run import CHECKPOINTS, LOCK, RESULT
 from pretrain.train.spikes import read_skips
@@ -51,6 +52,10 @@ class Mirror:
     def checkpoints(self) -> list[str]:
         """Names of the checkpoints there, the oldest first."""
         return [name for name in self._list(CHECKPOINTS) if re.fullmatch(r"step-\d+\.ckpt", name)]
+
+    def _parts(self, checkpoint: str) -> list[str]:
+        begins = f"{checkpoint.removesuffix('.ckpt')}.part-"
+        return [name for name in self._list(CHECKPOINTS) if name.startswith(begins)]
 
     def reachable_checkpoints(self) -> list[str]:
         """As `checkpoints`; none, with a warning, if the address cannot be reached and there is one to go on from here.
@@ -114,6 +119,8 @@ class Mirror:
             partial = path.with_name(f".{name}.partial")
             try:
                 self._get(f"{CHECKPOINTS}/{name}", partial)
+                for part in self._parts(name):
+                    self._get(f"{CHECKPOINTS}/{part}", path.with_name(part))
                 partial.replace(path)
             finally:
                 partial.unlink(missing_ok=True)
@@ -169,7 +176,7 @@ class Mirror:
             self._remove(RESULT)
         here = sorted((self.directory / CHECKPOINTS).glob("step-*.ckpt"))
         if here and here[-1].name not in self.checkpoints():
-            self._put(here[-1], f"{CHECKPOINTS}/{here[-1].name}", attempts)
+            self._put_checkpoint(here[-1], attempts)
 
     def _work(self) -> None:
         while True:
@@ -182,9 +189,10 @@ class Mirror:
             checkpoint, surplus = task
             try:
                 self._push_files(ATTEMPTS)
-                self._put(checkpoint, f"{CHECKPOINTS}/{checkpoint.name}", ATTEMPTS)
+                self._put_checkpoint(checkpoint, ATTEMPTS)
                 for name in surplus(self.checkpoints()):
-                    self._remove(f"{CHECKPOINTS}/{name}")
+                    for file in (name, *self._parts(name)):
+                        self._remove(f"{CHECKPOINTS}/{file}")
             except Exception as error:  # each protocol's library has exceptions of its own
                 said = " ".join(str(error).split())[:300]
                 _warn(f"{checkpoint.name} is not copied ({said}); the run goes on, and tries again with its next one")
@@ -197,6 +205,10 @@ class Mirror:
             if self._copied.get(path.name) != (state := (stat.st_mtime_ns, stat.st_size)):
                 self._put(path, path.name, attempts)
                 self._copied[path.name] = state
+
+    def _put_checkpoint(self, checkpoint: Path, attempts: int) -> None:
+        for file in (*parts_of(checkpoint), checkpoint):  # it last: with it, it is a checkpoint
+            self._put(file, f"{CHECKPOINTS}/{file.name}", attempts)
 
     # --- one file -----------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 runs/quickstart/
   config.yaml                 every setting, resolved
-  checkpoints/                step-000000500.ckpt ..., last.ckpt links to the newest
+  checkpoints/                step-000000500.ckpt ..., last.ckpt links to the newest; under FSDP2 with parts beside it
   events.out.tfevents.*       TensorBoard
   metrics.csv                 the same figures as step,name,value
   ledger.csv                  what each step consumed, for `pretrain inspect --audit`
@@ -15,6 +15,7 @@ runs/quickstart/
 """
 
 import json
+import math
 import platform
 import shlex
 import subprocess
@@ -24,15 +25,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import yaml
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from pretrain.errors import UserError
 from pretrain.model.config import DROPOUT
 from pretrain.train.checkpoint import data_state, link, newest_checkpoint, read_checkpoint, write_whole
+from pretrain.train.divided import DividedTensor, remove
 from pretrain.train.lock import Lock, locked
 from pretrain.train.spikes import of_history, read_skips
 
@@ -126,7 +129,7 @@ class Run:
         directory = self.directory / CHECKPOINTS
         newer = [path for path in directory.glob("step-*.ckpt") if not self.checkpoint or path > self.checkpoint]
         for path in newer:
-            path.unlink()
+            remove(path)
         if newer and self.checkpoint:
             link(directory / "last.ckpt", self.checkpoint.name)
         elif newer:
@@ -206,7 +209,7 @@ class Run:
             result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:  # damaged: it is made again
             return None
-        return result
+        return cast(dict[str, Any], tree_map(lambda value: math.nan if value is None else value, result))
 
     def check(self, config: dict[str, Any], allow_change: bool, defaults: dict[str, Any]) -> list[str]:
         """Compare the settings with those that the run was started with.
@@ -295,8 +298,9 @@ class Run:
             file.write(json.dumps(start) + "\n")
 
     def record_result(self, result: dict[str, Any]) -> None:
-        """Write the final figures."""
-        write_whole(self.directory / RESULT, json.dumps(result, indent=1) + "\n")
+        """Write the final figures; one that is not defined as null, since JSON knows no NaN."""
+        plain = tree_map(lambda value: None if isinstance(value, float) and not math.isfinite(value) else value, result)
+        write_whole(self.directory / RESULT, json.dumps(plain, indent=1, allow_nan=False) + "\n")
 
 
 def yaml_error(path: Path) -> str | None:
@@ -338,7 +342,10 @@ def _outline(checkpoint: dict[str, Any]) -> dict[str, Any]:
 
 
 def _shapes(weights: Mapping[str, Any]) -> dict[str, list[int] | None]:
-    return {name: list(value.shape) if isinstance(value, Tensor) else None for name, value in weights.items()}
+    return {
+        name: list(value.shape) if isinstance(value, Tensor | DividedTensor) else None
+        for name, value in weights.items()
+    }
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], defaults: dict[str, Any], prefix: str = "") -> Any:

@@ -14,13 +14,14 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from lightning_fabric.plugins import CheckpointIO
 from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.strategies import Strategy
 from torch.distributed import ReduceOp
 from typing_extensions import override
 
 from pretrain.errors import UserError, disk_is_full
 from pretrain.train.checkpoint import link, snapshot
+from pretrain.train.divided import lost_parts, remove
 from pretrain.train.mirror import Mirror
 from pretrain.train.sharding import FullyShardedStrategy
 
@@ -40,7 +41,7 @@ class RunInterruptedError(Exception):
 
 
 class Writing:
-    """A checkpoint on its way to the disk: written by the first process, the others only know of it.
+    """A checkpoint on its way to the disk: written by the first process, or by all; the others only know of it.
 
     Args:
         step: The step that it is of.
@@ -266,11 +267,11 @@ class StepCheckpoint(Checkpoint):
             return
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         self._writing = Writing(step, previous)
-        if trainer.is_global_zero:
-            # Further steps change the tensors, so that a thread needs a copy of them, which FSDP2's are already.
-            live = self.in_background and not isinstance(trainer.strategy, FullyShardedStrategy)
-            content = snapshot(checkpoint) if live else checkpoint
-            self._writing.start(lambda: self._write(trainer.strategy.checkpoint_io, content, step), self.in_background)
+        divided = isinstance(trainer.strategy, FullyShardedStrategy)
+        if trainer.is_global_zero or divided:  # where tensors are divided, each process writes its part of them
+            # Further steps change the tensors, so that a thread needs a copy of them, which divided ones are already.
+            content = snapshot(checkpoint) if self.in_background and not divided else checkpoint
+            self._writing.start(lambda: self._write(trainer.strategy, content, step), self.in_background)
         if not self.in_background:
             self.finish(trainer)
 
@@ -299,12 +300,13 @@ class StepCheckpoint(Checkpoint):
             full = True
         return bool(self._agreed(trainer, int(full)))
 
-    def _write(self, files: CheckpointIO, content: dict[str, Any], step: int) -> None:
+    def _write(self, strategy: Strategy, content: dict[str, Any], step: int) -> None:
         try:
-            files.save_checkpoint(content, self.directory / _name(step))
-            self._tidy(step)
+            strategy.save_checkpoint(content, self.directory / _name(step))
+            if strategy.is_global_zero:
+                self._tidy(step)
         except OSError as error:
-            if disk_is_full(error):
+            if disk_is_full(error) and strategy.is_global_zero:
                 self._warn(step)
             raise
 
@@ -326,7 +328,10 @@ class StepCheckpoint(Checkpoint):
             self.mirror.push(self.directory / _name(step), lambda names: self._surplus(names, step, best))
         for name in self._surplus([path.name for path in self.directory.glob("step-*.ckpt")], step, best):
             if not self.mirror or name not in self.mirror.in_use:
-                (self.directory / name).unlink()
+                remove(self.directory / name)
+        for part in lost_parts(self.directory):
+            if part.name < _name(step):  # what is newer, the other processes may be writing
+                part.unlink()
 
     def _surplus(self, names: list[str], step: int, best: list[str]) -> list[str]:
         """Which of these checkpoints are neither among the last, the best nor the permanent ones, after a step."""

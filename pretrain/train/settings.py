@@ -159,6 +159,7 @@ def _explain(message: str, parser: LightningArgumentParser) -> str:
     """A parser's message in one line, with the key that was probably meant and where the keys are listed."""
     if _MISFIT in message:
         message = _of_the_union(message)
+    message = re.sub(r"a typing\.Literal\[(.*?)\]\.", r"one of \1.", message)
     # What a link computes is a UserError's own line; jsonargparse puts its machinery before it.
     message = re.sub(r"^Call to compute_fn of link .* failed: ", "", " ".join(message.split()))
     unknown = re.search(r"(?:'([\w.]+)' does not accept (?:option|nested key)|[Kk]ey) '([\w.]+)'", message)

@@ -1,5 +1,7 @@
-"""FSDP2: weights, gradients and optimizer state divided among the processes, and whole again in a checkpoint."""
+"""FSDP2: weights, gradients and optimizer state divided among the processes, and so in a checkpoint."""
 
+import errno
+import os
 from collections.abc import Mapping
 from datetime import timedelta
 from itertools import chain
@@ -12,7 +14,7 @@ from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 from typing_extensions import override
@@ -20,22 +22,23 @@ from typing_extensions import override
 from pretrain.errors import UserError
 from pretrain.model.encoder import Block, Encoder
 from pretrain.train.checkpoint import read_checkpoint
+from pretrain.train.divided import PARTS, DividedTensor, OwnRows, part_name, parts_of, take_out, write_part
 
 
 class FullyShardedStrategy(ModelParallelStrategy):
-    """Lightning's strategy for FSDP2 over all processes, with checkpoints like those of any other strategy.
+    """Lightning's strategy for FSDP2 over all processes, with checkpoints that continue under any other strategy.
 
-    A checkpoint is one file of whole tensors, the optimizer's state numbered as torch numbers it, so that it continues
-    under any strategy on any number of processes. Lightning's own class numbers it by the order of the module's
-    parameters, which is another as soon as there are two parameter groups, and lets the optimizer's hyper-parameters
-    of the checkpoint win over those configured.
+    Each process writes its part of the tensors, as safetensors, and reads only its part, of however many processes
+    they are; the optimizer's state is numbered as torch numbers it. (Lightning's own class numbers it by the order of
+    the module's parameters, which is another as soon as there are two parameter groups, lets the optimizer's
+    hyper-parameters of the checkpoint win over those configured, and divides checkpoints into pickled files.)
 
     Args:
         timeout: How long a process waits for the others before it gives up.
     """
 
     def __init__(self, timeout: timedelta = timedelta(minutes=30)) -> None:
-        super().__init__(save_distributed_checkpoint=False, timeout=timeout)
+        super().__init__(timeout=timeout)
 
     @property
     @override
@@ -46,26 +49,56 @@ class FullyShardedStrategy(ModelParallelStrategy):
     def setup_environment(self) -> None:
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
         super().setup_environment()
+        # Checkpoints may be written by threads, which cannot share a group with the training that goes on beside them.
+        self._writers = torch.distributed.new_group(backend="gloo", timeout=self._timeout)
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         assert self.model is not None
-        return self._whole(self.model.state_dict())
+        return own_rows(self.model.state_dict())
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        plain = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        return self._whole(plain.state_dict())
+        return own_rows((optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer).state_dict())
 
-    def _whole(self, state: dict[str, Any]) -> dict[str, Any]:
-        """A copy of the state with whole tensors on the CPU, on the first process; one at a time, by all together."""
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        """Write a checkpoint, all processes together; the one that fails raises, and with it the first one.
 
-        def gather(tensor: Tensor) -> Tensor | None:
-            tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            return tensor.detach().to("cpu", copy=True) if self.is_global_zero else None
+        Raises:
+            OSError: If a part cannot be written, here or, on the first process, elsewhere.
+        """
+        path, (content, own) = Path(filepath), take_out(checkpoint)
+        names = [part_name(path, process, self.world_size) for process in range(self.world_size)]
+        error, digest = 0, bytes(32)
+        try:
+            digest = write_part(path.with_name(names[self.global_rank]), own)
+        except BaseException as problem:
+            error = (problem.errno if isinstance(problem, OSError) else None) or errno.EIO
+            raise
+        finally:
+            digests = self._exchange(error, digest)
+        if self.is_global_zero:
+            content[PARTS] = dict(zip(names, digests, strict=True))
+            super(ModelParallelStrategy, self).save_checkpoint(content, path, storage_options)
+            for part in parts_of(path):
+                if part.name not in names:  # of a checkpoint that this one takes the place of
+                    part.unlink()
 
-        state = tree_map_only(Tensor, gather, state)
-        return state if self.is_global_zero else {}
+    def _exchange(self, error: int, digest: bytes) -> list[str]:
+        """Tell all processes how writing went; their checksums.
+
+        Raises:
+            OSError: On the first process, if another one has failed.
+        """
+        mine = torch.tensor([error, *digest])
+        told = [torch.empty_like(mine) for _ in range(self.world_size)]
+        torch.distributed.all_gather(told, mine, group=self._writers)
+        outcomes = [(number, bytes(digest).hex()) for number, *digest in (one.tolist() for one in told)]
+        for process, (number, _) in enumerate(outcomes):
+            if number and self.is_global_zero and not error:
+                raise OSError(number, f"process {process} could not write its part: {os.strerror(number)}")
+        return [digest for _, digest in outcomes]
 
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
@@ -75,28 +108,44 @@ class FullyShardedStrategy(ModelParallelStrategy):
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         assert self.model is not None
         own = self.model.state_dict()
-        whole = checkpoint["state_dict"].items()
-        self.model.load_state_dict({k: _divided_as(own[k], v) if k in own else v for k, v in whole}, strict=strict)
+        saved = checkpoint["state_dict"].items()
+        self.model.load_state_dict({k: _divided_as(own[k], v) if k in own else v for k, v in saved}, strict=strict)
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        for optimizer, whole in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
-            numbers = chain.from_iterable(group["params"] for group in whole["param_groups"])
+            numbers = chain.from_iterable(group["params"] for group in saved["param_groups"])
             parameter_of = dict(zip(numbers, parameters, strict=True))
             state = {
                 number: {name: _divided_as(parameter_of[number], value) for name, value in values.items()}
-                for number, values in whole["state"].items()
+                for number, values in saved["state"].items()
             }
-            optimizer.load_state_dict({**whole, "state": state})
+            optimizer.load_state_dict({**saved, "state": state})
 
 
-def _divided_as(model: Tensor, whole: Any) -> Any:
-    """This process's part of a whole tensor, divided as ``model`` is; anything of another shape as it was."""
-    if not isinstance(model, DTensor) or not isinstance(whole, Tensor) or whole.shape != model.shape:
-        return whole
-    # Every process holds the whole, so nothing is sent; a copy, since a part would keep the whole in memory.
-    return distribute_tensor(whole, model.device_mesh, model.placements, src_data_rank=None).clone()
+def own_rows(state: dict[str, Any]) -> dict[str, Any]:
+    """A copy of the state on the CPU that no further step changes; of what is divided, this process's rows."""
+
+    def copy(tensor: Tensor) -> Tensor | OwnRows:
+        if isinstance(tensor, DTensor):
+            return OwnRows(tensor.shape, tensor.to_local().detach().to("cpu", copy=True).contiguous())
+        return tensor.detach().to("cpu", copy=True)
+
+    copied: dict[str, Any] = tree_map_only(Tensor, copy, state)
+    return copied
+
+
+def _divided_as(model: Tensor, saved: Any) -> Any:
+    """This process's rows of a saved tensor, divided as ``model`` is; anything of another shape whole, as it was."""
+    if not isinstance(saved, Tensor | DividedTensor):
+        return saved
+    if not isinstance(model, DTensor) or saved.shape != model.shape:
+        return saved[:] if isinstance(saved, DividedTensor) else saved
+    # As torch.chunk divides rows, and FSDP2 with it. A copy: a view would keep the whole in memory.
+    mesh, count = model.device_mesh, -(-saved.shape[0] // model.device_mesh.size())
+    rows = saved[mesh.get_local_rank() * count : (mesh.get_local_rank() + 1) * count].to(model.device, copy=True)
+    return DTensor.from_local(rows, mesh, model.placements, run_check=False, shape=model.shape, stride=model.stride())
 
 
 def shard(encoder: Encoder, mesh: DeviceMesh, precision: str) -> None:

@@ -73,7 +73,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]
     place = tmp_path_factory.mktemp("images")
     (place / "storage.conf").write_text(STORAGE.format(place=place))
     files, processes = (resource.getrlimit(which)[1] for which in (resource.RLIMIT_NOFILE, resource.RLIMIT_NPROC))
-    # buildah lowers its own limit to the largest process id when it starts; in a sandbox it may not raise it again.
+    # buildah lowers its own limit to this, and may not be allowed to raise it again for what it runs.
     processes = min(processes, int(Path("/proc/sys/kernel/pid_max").read_text()))
     (place / "containers.conf").write_text(CONTAINERS.format(files=files, processes=processes))
     configuration = {"CONTAINERS_STORAGE_CONF": "storage.conf", "CONTAINERS_CONF": "containers.conf"}

@@ -9,21 +9,26 @@ import pytorch_lightning as pl
 import torch
 
 from pretrain.corpus import shards
-from pretrain.train import spikes
+from pretrain.train import divided, spikes
 
 
 class Kill(pl.Callback):
     """Kill at the start or the end of a micro-batch, or this process's n-th time in the middle of something else.
 
-    That is a pack of a validation, the writing of a checkpoint, of a corpus, or after it decided to go back. ``copied``
-    is the start of a micro-batch, once all checkpoints have been copied to where they go.
+    That is a pack of a validation, the writing of a checkpoint, of this process's part of one, of a corpus, or after it
+    decided to go back. ``copied`` is the start of a micro-batch, once all checkpoints have been copied to where they
+    go. Where there are several processes, ``rank`` is the one, or None for whichever comes there first.
     """
 
-    def __init__(self, moment: str, number: int) -> None:
+    def __init__(self, moment: str, number: int, rank: int | None = None) -> None:
+        if rank is not None and int(os.environ["RANK"]) != rank:
+            moment = "never"
         self.moment, self.number = moment, number
         self._count = 0
         if moment == "save":
             self._save, torch.save = torch.save, self._save_half
+        if moment == "part":
+            self._save_file, divided.save_file = divided.save_file, self._save_file_half
         if moment == "rewind":
             self._append, spikes._append = spikes._append, self._append_and_die
         if moment == "prepare":
@@ -55,6 +60,13 @@ class Kill(pl.Callback):
             file.flush()
         self._kill("save", self._count)
         self._save(checkpoint, file)
+
+    def _save_file_half(self, tensors: Any, file: Any) -> None:
+        self._save_file(tensors, file)
+        self._count += 1
+        if self._count == self.number:
+            os.truncate(file, file.stat().st_size // 2)
+        self._kill("part", self._count)
 
     def _append_and_die(self, path: Any, line: str) -> None:
         self._append(path, line)

@@ -118,7 +118,7 @@ class Fill(pl.Callback):
                 except OSError:
                     pass
         if batch_idx == self.last:
-            self.file.unlink()
+            self.file.unlink(missing_ok=True)  # another process may have been first
 
 
 class Remove(pl.Callback):

@@ -55,6 +55,42 @@ def test_a_second_process_is_refused_until_the_first_is_gone_however_it_went(
     assert fit("-c", config, "--run", run) == 0
 
 
+def test_a_killed_process_takes_its_loader_workers_with_it(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    paused, config = tmp_path / "paused", tiny(data__num_workers=2, data__global_batch_tokens=65536)
+    pause = ["--trainer.callbacks+=poison.Pause", "--trainer.callbacks.number=1", f"--trainer.callbacks.file={paused}"]
+    command = [sys.executable, "-m", "pretrain", "fit", "-c", config, "--run", tmp_path / "run", *pause]
+    here = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
+    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": here}, start_new_session=True)
+    try:
+        while not paused.exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        time.sleep(2)  # until the workers wait for somebody to take what they have made
+        assert len(members(process.pid)) == 3
+        process.kill()
+        process.wait()
+        end = time.monotonic() + 5
+        while members(process.pid):
+            assert time.monotonic() < end, "a worker has outlived its parent"
+            time.sleep(0.05)
+    finally:
+        for member in members(process.pid):
+            os.kill(member, signal.SIGKILL)
+
+
+def members(group: int) -> list[int]:
+    """The living processes of a process group."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, of = stat.read_text().rpartition(")")[2].split()[:3]
+        except OSError:  # it has ended meanwhile
+            continue
+        if int(of) == group and state != "Z":
+            found.append(int(stat.parent.name))
+    return found
+
+
 TRY = """
 import sys
 from pathlib import Path

@@ -1,15 +1,19 @@
 """One process, two under DDP and two under FSDP2 train the same model, and continue each other's checkpoints."""
 
+import json
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from test_resume import equal, kill
 
 import pretrain
 from pretrain.cli import main
 from pretrain.train.checkpoint import read_checkpoint
+from pretrain.train.divided import whole as put_together
 from pretrain.train.logging import read_metrics
 
 STEPS = 8
@@ -36,7 +40,8 @@ def figures(run: Path, *names: str) -> dict[tuple[int, str], float]:
 
 
 def checkpoint(run: Path, step: int) -> dict[str, object]:
-    return read_checkpoint(run / "checkpoints" / f"step-{step:09d}.ckpt")
+    content: dict[str, object] = put_together(read_checkpoint(run / "checkpoints" / f"step-{step:09d}.ckpt"))
+    return content
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +84,7 @@ def test_every_layout_begins_with_the_same_bits(whole: dict[str, Path], layout: 
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-def test_a_checkpoint_is_the_same_file_in_every_layout(whole: dict[str, Path]) -> None:
+def test_a_checkpoint_holds_the_same_in_every_layout(whole: dict[str, Path]) -> None:
     def shape(value: object) -> object:
         if isinstance(value, torch.Tensor):
             assert type(value) is torch.Tensor
@@ -175,3 +180,91 @@ def test_one_process_may_use_the_fsdp_overlay(runs: Runs, whole: dict[str, Path]
     run = runs.run("alone", ONE, *overlay)
     expected = {key: value for key, value in figures(whole[ONE], "train/loss").items() if key[0] < 2}
     assert figures(run, "train/loss") == pytest.approx(expected, rel=1e-5)
+
+
+def files(run: Path, step: int) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").glob(f"step-{step:09d}*"))
+
+
+def test_each_process_writes_its_half_and_each_file_of_it_goes_when_its_checkpoint_goes(whole: dict[str, Path]) -> None:
+    run = whole[FSDP]
+    for step in range(1, STEPS + 1):
+        begin = f"step-{step:09d}"
+        assert files(run, step) == [
+            f"{begin}.ckpt",
+            f"{begin}.part-0-of-2.safetensors",
+            f"{begin}.part-1-of-2.safetensors",
+        ]
+    sizes = [(run / "checkpoints" / name).stat().st_size for name in files(run, STEPS)[1:]]
+    assert max(sizes) < 1.1 * min(sizes)
+    in_one_file = whole[DDP] / "checkpoints" / f"step-{STEPS:09d}.ckpt"
+    assert max(sizes) < 0.6 * in_one_file.stat().st_size
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_killed_while_it_writes_its_part_leaves_the_checkpoint_before(
+    runs: Runs, whole: dict[str, Path], rank: int
+) -> None:
+    run, keep = runs.home / f"killed-{rank}", ("--checkpoint.every_n_steps", 2, "--checkpoint.keep_last", 2)
+    killed = ("-c", CONFIGS / "fsdp.yaml", "--trainer.devices", 2, "--run", run, *keep)
+    assert runs.fit("-c", runs.config, *killed, *kill("part", 2), f"--trainer.callbacks.rank={rank}", processes=2) == -9
+    assert [path.name for path in sorted((run / "checkpoints").glob("step-*.ckpt"))] == ["step-000000002.ckpt"]
+    assert len(list((run / "checkpoints").glob(".step-000000004.*.partial"))) == 1
+    # It goes on in one process, whose checkpoints have no parts: what the killed ones left is cleared away.
+    runs.run(run.name, FSDP, *keep, "--trainer.max_steps", 5, "--allow_change", "true")
+    runs.run(run.name, ONE, *keep, "--allow_change", "true")
+    assert figures(run, *CURVES[:2]) == pytest.approx(figures(whole[ONE], *CURVES[:2]), rel=1e-5)
+    left = {path.name for path in (run / "checkpoints").iterdir()}
+    assert left == {"step-000000006.ckpt", "step-000000008.ckpt", "last.ckpt"}
+
+
+def test_under_fsdp_a_run_continues_with_the_same_bits(runs: Runs, whole: dict[str, Path]) -> None:
+    run = runs.home / "again"
+    shutil.copytree(whole[FSDP], run)
+    for later in range(4, STEPS + 1):
+        (run / "checkpoints" / f"step-{later:09d}.ckpt").unlink()
+    part = run / "checkpoints" / "step-000000003.part-1-of-2.safetensors"
+    part.write_bytes(part.read_bytes()[:-1])  # damaged, so that it goes on from the one before
+    runs.run(run.name, FSDP)
+    assert json.loads((run / "starts.jsonl").read_text().splitlines()[-1])["step"] == 2
+    assert equal(checkpoint(run, STEPS)["state_dict"], checkpoint(whole[FSDP], STEPS)["state_dict"])
+    assert equal(checkpoint(run, STEPS)["optimizer_states"], checkpoint(whole[FSDP], STEPS)["optimizer_states"])
+
+
+def test_divided_checkpoints_go_to_an_address_and_come_back(runs: Runs, whole: dict[str, Path]) -> None:
+    run, afar = runs.home / "near", runs.home / "afar"
+    remote = ("--checkpoint.remote", f"file://{afar}", "--checkpoint.keep_last", 2)
+    runs.run(run.name, FSDP, *remote, "--trainer.max_steps", 4, "--allow_change", "true")
+    kept = {path.name for path in (run / "checkpoints").glob("step-*")}
+    assert {path.name for path in (afar / "checkpoints").iterdir()} == kept
+    assert len(kept) == 2 * 3
+    shutil.rmtree(run)
+    runs.run(run.name, FSDP, *remote, "--allow_change", "true")
+    assert json.loads((run / "starts.jsonl").read_text().splitlines()[-1])["step"] == 4
+    assert equal(checkpoint(run, STEPS)["state_dict"], checkpoint(whole[FSDP], STEPS)["state_dict"])
+
+
+def test_a_run_branches_off_a_divided_checkpoint(runs: Runs, whole: dict[str, Path]) -> None:
+    branch = runs.run("branch", ONE, "--branch_from", whole[FSDP] / "checkpoints" / "step-000000005.ckpt")
+    assert files(branch, 5)[1:] == files(whole[FSDP], 5)[1:]
+    expected = figures(whole[ONE], *CURVES[:2])
+    assert figures(branch, *CURVES[:2]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_full_disk_under_fsdp_costs_checkpoints_but_not_the_run(
+    runs: Runs, whole: dict[str, Path], tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("no right to mount a small disk")
+    try:
+        full = {"file": disk / "filling", "first": 6, "last": 11}
+        filling = ["--trainer.callbacks+=poison.Fill", *(f"--trainer.callbacks.{k}={v}" for k, v in full.items())]
+        waiting = ("--checkpoint.in_background", "false", "--checkpoint.keep_last", 2)
+        overlay = ("-c", CONFIGS / "fsdp.yaml", "--trainer.devices", 2)
+        assert runs.fit("-c", runs.config, *overlay, "--run", disk / "run", *waiting, *filling, processes=2) == 0
+        assert figures(disk / "run", "train/loss") == figures(whole[FSDP], "train/loss")
+        assert equal(checkpoint(disk / "run", STEPS)["state_dict"], checkpoint(whole[FSDP], STEPS)["state_dict"])
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)

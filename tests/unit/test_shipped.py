@@ -1,9 +1,12 @@
 """Recipes and sample data are found by name from any directory; what lies in the directory comes first."""
 
+import re
 import tomllib
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 from pretrain.cli import main
 from pretrain.corpus.sources import SourceOptions, find_sources
@@ -89,3 +92,16 @@ def test_every_package_is_installed() -> None:
     packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     folders = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "pretrain").rglob("*.py")}
     assert set(packages) == folders | {"pretrain.configs", "pretrain.data"}
+
+
+def test_the_pinned_packages_run_on_the_oldest_python_that_is_promised() -> None:
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    oldest = f"{pyproject['project']['requires-python'].removeprefix('>=')}.0"
+    pins = dict(re.findall(r"^([\w.-]+)==([^\s;]+)", (ROOT / "requirements.lock").read_text(), re.MULTILINE))
+    for name, pin in pins.items():
+        try:
+            package = distribution(name)
+        except PackageNotFoundError:  # the tests run with other versions than the pinned ones
+            continue
+        needs = package.metadata.get("Requires-Python")
+        assert package.version != pin or not needs or oldest in SpecifierSet(needs), f"{name}=={pin} needs {needs}"

@@ -139,6 +139,9 @@ MISTAKES: dict[str, tuple[Callable[[], str], dict[str, Any], list[str]]] = {
     ),
     "early stopping without validation": (lambda: table("t.csv", GOOD), {"early_stopping": 2}, ["a validation split"]),
     "mask for whole sequences": (lambda: table("t.csv", GOOD), {"data__mask_label": "?"}, ["data.task is binary"]),
+    "unknown task": (
+        lambda: table("t.csv", GOOD), {"data__task": "rank"}, ["data.task", "one of 'regression', 'binary'", "rank"]
+    ),
     "too many blocks": (
         lambda: table("t.csv", GOOD), {"model__tune": "last", "model__last_layers": 3}, ["the model has 2: give 1 to 2"]
     ),
