@@ -134,6 +134,7 @@ def parse(cli: type[CLI], command: str, description: str, arguments: Sequence[st
         run=False,
         save_config_callback=None,
         load_from_checkpoint_support=False,
+        auto_configure_optimizers=False,  # or --optimizer and --lr_scheduler would take the place of the module's own
         seed_everything_default=0,
         trainer_defaults={
             "max_steps": -1,
@@ -163,13 +164,22 @@ def _explain(message: str, parser: LightningArgumentParser) -> str:
     # What a link computes is a UserError's own line; jsonargparse puts its machinery before it.
     message = re.sub(r"^Call to compute_fn of link .* failed: ", "", " ".join(message.split()))
     unknown = re.search(r"(?:'([\w.]+)' does not accept (?:option|nested key)|[Kk]ey) '([\w.]+)'", message)
-    if unknown:
-        given = ".".join(part for part in unknown.groups() if part)
-        message += "".join(
-            f"; did you mean {key}?"
-            for key in difflib.get_close_matches(given, list(parser.get_defaults().keys()), n=1)
-        )
+    option = re.search(r"unrecognized arguments: --([\w.-]+)", message)
+    if match := unknown or option:
+        given = ".".join(part for part in match.groups() if part).replace("-", "_")
+        meant = _meant(given, list(parser.get_defaults().keys()))
+        message += f"; did you mean {'--' if option else ''}{meant}?" if meant else ""
     return f"{message}; `{parser.prog} --help` lists the settings"
+
+
+def _meant(given: str, keys: list[str]) -> str | None:
+    """The key that was probably meant by one that there is not: by its whole name, or what stands behind its dots."""
+    last = {key.rpartition(".")[2]: key for key in reversed(keys)}
+    if given in last:
+        return last[given]
+    if close := difflib.get_close_matches(given, keys, n=1):
+        return close[0]
+    return last[close[0]] if (close := difflib.get_close_matches(given, last, n=1)) else None
 
 
 def _of_the_union(message: str) -> str:

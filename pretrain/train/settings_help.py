@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 
 _TRAINER = "Customize every aspect of training via flags:"
-_OF_LIGHTNING = ("Base class for all optimizers:", "Linked arguments:")
+_LINKS = "Linked arguments:"
 _USUAL = (
     "accelerator",
     "strategy",
@@ -38,7 +38,7 @@ def shorten_help(text: str, arguments: Sequence[str]) -> str:
     for section in sections:
         if section.startswith(_TRAINER):
             trainer = _usual(section)
-        elif not section.startswith(_OF_LIGHTNING):
+        elif not section.startswith(_LINKS):
             kept.append(section)
     return "".join([*kept, trainer, f"All of the trainer's settings: {' '.join(program)} --help trainer\n"])
 

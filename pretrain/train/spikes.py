@@ -61,7 +61,7 @@ class LossSpikes(pl.Callback):
         window: How many steps to compare with; there is no spike before there are so many.
         rewind: Go back to the newest checkpoint that is ``margin`` steps older than the spike, and leave out the data
             from there to the spike.
-        margin: See ``rewind``; where no checkpoint is so old, the oldest is taken.
+        margin: How many steps before a spike ``rewind`` goes back; where no checkpoint is so old, to the oldest.
         max_rewinds: How often in a row to go back to the same checkpoint before the run ends.
         settle: Waits for the checkpoint that is being written, on all processes.
 
