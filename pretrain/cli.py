@@ -18,6 +18,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0 done, 1 ended from outside, 2 a mistake that the user can mend (each told in one line;
         ``--debug`` adds the traceback), 128 + n ended by signal n.
     """
+    if "OMP_WAIT_POLICY" not in os.environ:  # read when torch is imported, so before that
+        os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     given = [argument for argument in given if argument != "--debug"]
@@ -59,6 +61,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
+_SPINS = "1000"
+"""How often a thread of torch's on the CPU (GNU OpenMP) looks whether it has work before it sleeps.
+
+The default, 300,000, holds a core for a millisecond or more, and on a machine that does something else, too, it is
+often the core on which the awaited thread would run (`benchmarks/README.md` has the figures).
+"""
+
 _FILES = (errno.EMFILE, errno.ENFILE)
 _PLACE = "make room, or choose a place that can be written to"
 
@@ -71,7 +80,7 @@ that was ended goes on where it stopped when it is given again."""
 _EMBED = """Sequences are packed without padding, whatever their lengths, and come in the order of the sources. A call
 that was ended goes on where it stopped when it is given again, to the same file, byte for byte. Sequences longer than
 the model was trained on are taken whole; --max_length N reads only the first N tokens (<cls> counts) of those longer
-than N, and --long refuse makes them an error."""
+than N, and --long_sequences refuse makes them an error."""
 
 _SCORE = """Higher scores are what the model finds more natural. masked-marginals: log p(new) - log p(old) with that
 place masked, summed over a variant's substitutions; wildtype-marginals: the same with nothing masked, much quicker;
@@ -104,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--workers", type=int, help="processes (default: one a core); the corpus is the same")
     command.add_argument("--engine", default="local", help="local (default), or ray: on a Ray cluster (RAY_ADDRESS)")
     command.add_argument(
-        "--shard", metavar="I/N", help="prepare the I-th of N parts (1 to N), to be joined with --merge"
+        "--part", metavar="I/N", help="prepare the I-th of N parts (1 to N), to be joined with --merge"
     )
     command.add_argument("--merge", action="store_true", help="the sources are the parts: join them into a corpus")
     group = command.add_argument_group("two corpora, DIR/train and DIR/validation, instead of one")
@@ -192,7 +201,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--dtype", default="float32", help="of the file: float32 (default) or float16")
     command.add_argument("--max_length", type=int, metavar="N", help="which sequences are long, in tokens")
-    command.add_argument("--long", help="these: whole (default), crop (default with --max_length) or refuse")
+    command.add_argument(
+        "--long_sequences", metavar="HOW", help="whole (default), crop (default with --max_length) or refuse"
+    )
     _add_device(command)
     _add_reading(command)
     command.set_defaults(command=_embed)
@@ -273,7 +284,7 @@ def _prepare(options: argparse.Namespace) -> int:
     filters = Filters(options.min_length, options.max_length, options.deduplicate, options.skip_bad, options.windows)
     split = Split.of(options.validation_share, options.split_clusters, options.validation_ids)
     given = (options.sources, options.out, options.tokenizer, reading, filters, split, options.clusters)
-    print(run_prepare(*given, options.shard, options.merge, options.workers, options.engine))
+    print(run_prepare(*given, options.part, options.merge, options.workers, options.engine))
     return 0
 
 
@@ -345,7 +356,7 @@ def _embed(options: argparse.Namespace) -> int:
     from pretrain.downstream.embed import EmbedOptions, embed
 
     what = EmbedOptions(
-        options.per, options.pooling, tuple(options.layers), options.max_length, options.long, options.dtype
+        options.per, options.pooling, tuple(options.layers), options.max_length, options.long_sequences, options.dtype
     )
     reading = SourceOptions(options.kind, options.document, options.text_column, options.id_column)
     print(embed(options.model, options.sources, options.out, what, reading, options.device))

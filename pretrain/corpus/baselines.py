@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.corpus.batch import PackDataset
-from pretrain.corpus.blosum import ORDER, told_a_relatives_residue
+from pretrain.corpus.blosum import ORDER, nats_given_relative
 from pretrain.corpus.order import AnyOrder
 from pretrain.corpus.packing import Pack
 from pretrain.corpus.store import Corpus
@@ -30,7 +30,7 @@ class Baselines(NamedTuple):
     Attributes:
         unigram: Of who knows how frequent each token is.
         bigram: Of who is told the token before, too.
-        blosum62: Of proteins: of who is told the residue that a relative has there; see `told_a_relatives_residue`.
+        blosum62: Of proteins: of who is told the residue that a relative has there; see `nats_given_relative`.
     """
 
     unigram: float
@@ -84,7 +84,7 @@ def perplexities(
     if isinstance(train.tokenizer, ProteinTokenizer):
         nats = -np.log(single / single.sum())  # for what is none of the twenty
         places = [train.tokenizer.tokens.index(residue) for residue in ORDER]
-        nats[places] = told_a_relatives_residue(single[places] / single[places].sum())
+        nats[places] = nats_given_relative(single[places] / single[places].sum())
         told = float(np.exp(nats[target].mean()))
     return Baselines(_perplexity(unigram), _perplexity(bigram), told)
 

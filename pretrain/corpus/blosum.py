@@ -39,7 +39,7 @@ def blosum62() -> NDArray[np.float64]:
     return table[np.ix_(places, places)]
 
 
-def told_a_relatives_residue(frequencies: NDArray[np.float64]) -> NDArray[np.float64]:
+def nats_given_relative(frequencies: NDArray[np.float64]) -> NDArray[np.float64]:
     """What is left to guess of each residue, in nats, by who is told which one an aligned relative has in its place.
 
     The joint distribution of the two is p(a) p(b) 2^(s(a, b) / 2), as BLOSUM62 was made, and the mean is over the

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from pretrain.corpus.afar import prepare_afar
 from pretrain.corpus.cache import written_at
 from pretrain.corpus.parts import merge_parts, prepare_part
 from pretrain.corpus.prepare import Settings, open_split, prepare, prepare_split
+from pretrain.corpus.prepare_remote import prepare_remote
 from pretrain.corpus.remote import is_remote
 from pretrain.corpus.shards import Filters, Portion
 from pretrain.corpus.sources import SourceOptions
@@ -25,7 +25,7 @@ def run_prepare(
     filters: Filters,
     split: Split | None = None,
     clusters: str | None = None,
-    shard: str | None = None,
+    part: str | None = None,
     merge: bool = False,
     workers: int | None = None,
     engine: str = "local",
@@ -40,7 +40,7 @@ def run_prepare(
         filters: Which sequences are kept.
         split: Make two corpora; see `prepare_split`.
         clusters: A table for an order that visits clusters.
-        shard: ``I/N``: make that part only; see `prepare_part`.
+        part: ``I/N``: make that part only; see `prepare_part`.
         merge: Join parts; see `merge_parts`.
         workers: Blocks at a time.
         engine: What maps over them; see `prepare`.
@@ -53,13 +53,13 @@ def run_prepare(
     """
     out = out.removeprefix("file://")
     at_url, place = is_remote(out), Path(out)
-    if at_url and (merge or shard):
+    if at_url and (merge or part):
         raise UserError(f"{out}: parts are made and joined in directories; prepare into one, and copy it there")
-    if clusters and (merge or shard):
-        raise UserError("--clusters goes with neither --shard nor --merge; prepare the sources in one call")
+    if clusters and (merge or part):
+        raise UserError("--clusters goes with neither --part nor --merge; prepare the sources in one call")
     was_there = written_at(f"{out.rstrip('/')}/{MANIFEST}") is not None if at_url else place.exists()
     if merge:
-        if (options, replace(filters, deduplicate=False), tokenizer, shard) != (
+        if (options, replace(filters, deduplicate=False), tokenizer, part) != (
             SourceOptions(),
             Filters(),
             "esm",
@@ -72,17 +72,17 @@ def run_prepare(
         merge_parts([Path(name) for name in sources], place, filters.deduplicate, split, workers, engine)
         return _tell(out, open_split(place) if split else (Corpus(place),), was_there)
     loaded, how = load_tokenizer(tokenizer), (options, filters, workers)
-    if shard:
+    if part:
         if split:
             raise UserError("a split is made when the parts are joined; give its options with --merge")
-        part = prepare_part(sources, place, loaded, Portion.parse(shard), *how, engine)
+        made = prepare_part(sources, place, loaded, Portion.parse(part), *how, engine)
         return (
-            f"{out}: {'is ready, ' if was_there else ''}part {part.number} of {part.of}: {part.num_sequences:,} "
-            f"sequences of {len(part.parts):,} blocks of {part.num_blocks:,}"
+            f"{out}: {'is ready, ' if was_there else ''}part {made.number} of {made.of}: {made.num_sequences:,} "
+            f"sequences of {len(made.entries):,} blocks of {made.num_blocks:,}"
         )
     if at_url:
         settings = Settings(loaded, options, filters, split, clusters)
-        return _tell(out, (prepare_afar(sources, out, settings, workers, engine),), was_there)
+        return _tell(out, (prepare_remote(sources, out, settings, workers, engine),), was_there)
     if split:
         return _tell(out, prepare_split(sources, place, loaded, split, *how, clusters, engine), was_there)
     return _tell(out, (prepare(sources, place, loaded, *how, clusters, engine),), was_there)

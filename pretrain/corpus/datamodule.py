@@ -6,7 +6,6 @@ from typing import Any, Literal
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
-from pretrain.corpus.ahead import bring_ahead, group_size, order_of
 from pretrain.corpus.baselines import Baselines, perplexities
 from pretrain.corpus.batch import Batch, PackDataset
 from pretrain.corpus.masking import MaskDraws, Masking, MaskUnit
@@ -15,6 +14,7 @@ from pretrain.corpus.order import AnyOrder, Order
 from pretrain.corpus.packed import PackedDataModule
 from pretrain.corpus.packing import BatchWarmup, Planner, StepPlanner, validation_packs
 from pretrain.corpus.padding import PaddedDataset, static_shapes
+from pretrain.corpus.prefetch import group_size, order_of, prefetch_shards
 from pretrain.corpus.prepare import open_or_prepare
 from pretrain.corpus.remote import RemoteCorpus
 from pretrain.corpus.store import Corpus
@@ -168,7 +168,7 @@ class MLMDataModule(PackedDataModule):
     def train_dataloader(self) -> DataLoader[Batch]:
         loader = super().train_dataloader()
         assert self._sampler is not None
-        bring_ahead(self._sampler.planner)
+        prefetch_shards(self._sampler.planner)
         return loader
 
     @override

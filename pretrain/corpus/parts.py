@@ -24,8 +24,8 @@ from pretrain.corpus.shards import (
     JOURNAL,
     Filters,
     Journal,
-    Part,
     Portion,
+    ShardEntry,
     deduplicate,
     is_intact,
     make_shards,
@@ -40,7 +40,7 @@ from pretrain.errors import UserError
 
 
 @dataclass(frozen=True)
-class PartOfCorpus:
+class Part:
     """What one machine made.
 
     Attributes:
@@ -52,7 +52,7 @@ class PartOfCorpus:
         tokenizer: The tokenizer, serialised.
         settings: What else the parts must have in common.
         sources: What they were made of, as this machine names it.
-        parts: The shards of its blocks.
+        entries: The shards of its blocks.
     """
 
     path: Path
@@ -63,12 +63,12 @@ class PartOfCorpus:
     tokenizer: str
     settings: dict[str, Any]
     sources: list[dict[str, Any]]
-    parts: list[Part]
+    entries: list[ShardEntry]
 
     @property
     def num_sequences(self) -> int:
         """Sequences in its shards."""
-        return sum(part.num_sequences for part in self.parts)
+        return sum(entry.num_sequences for entry in self.entries)
 
 
 def prepare_part(
@@ -80,7 +80,7 @@ def prepare_part(
     filters: Filters | None = None,
     workers: int | None = None,
     engine: str = "local",
-) -> PartOfCorpus:
+) -> Part:
     """Prepare one part of a corpus: the sources are read whole, every ``portion.of``-th block of them is tokenised.
 
     One that is there already has nothing to do when it is repeated, as by a scheduler that starts a job again.
@@ -103,14 +103,14 @@ def prepare_part(
         if not is_part(path):
             return False
         part = read_part(path)
-        made = {**part.settings, "shard": f"{part.number}/{part.of}", "sources": part.sources}
-        wanted = {**settings, "shard": f"{portion.number}/{portion.of}", "sources": described}
+        made = {**part.settings, "part": f"{part.number}/{part.of}", "sources": part.sources}
+        wanted = {**settings, "part": f"{portion.number}/{portion.of}", "sources": described}
         made["tokenizer"], wanted["tokenizer"] = _fingerprint(part), tokenizer.fingerprint
         check_repeated(out, (path / PART).stat().st_mtime, made, wanted, [source["name"] for source in described])
         return True
 
     def fill(partial: Path) -> Path:
-        parts = make_shards(found, partial, tokenizer, options, filters, chosen, portion)
+        entries = make_shards(found, partial, tokenizer, options, filters, chosen, portion)
         content = {
             "format_version": FORMAT_VERSION,
             "number": portion.number,
@@ -120,13 +120,14 @@ def prepare_part(
             "tokenizer": tokenizer.serialize(),
             "settings": settings,
             "sources": described,
-            "parts": [part._asdict() for part in parts],
+            "entries": [entry._asdict() for entry in entries],
         }
         with (partial / PART).open("w", encoding="utf-8") as file:
             json.dump(content, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
-        ours = {PART, *(part.file for part in parts), *(report_file(partial, part.number).name for part in parts)}
+        ours = {PART, *(entry.file for entry in entries)}
+        ours |= {report_file(partial, entry.number).name for entry in entries}
         for file_ in sorted(partial.iterdir(), key=lambda file: file.name == JOURNAL):
             if file_.name not in ours:
                 file_.unlink()
@@ -141,7 +142,7 @@ def is_part(path: Path) -> bool:
     return (path / PART).is_file()
 
 
-def read_part(path: Path) -> PartOfCorpus:
+def read_part(path: Path) -> Part:
     """What is in a directory that `prepare_part` made.
 
     Raises:
@@ -151,33 +152,33 @@ def read_part(path: Path) -> PartOfCorpus:
         content = json.loads((path / PART).read_text(encoding="utf-8"))
         if content.pop("format_version") != FORMAT_VERSION:
             raise UserError(f"{path}: made by another version; prepare this part again")
-        content["parts"] = [Part(**part) for part in content["parts"]]
-        part = PartOfCorpus(path, **content)
+        content["entries"] = [ShardEntry(**entry) for entry in content["entries"]]
+        part = Part(path, **content)
         if not 1 <= part.number <= part.of:
             raise ValueError(f"part {part.number} of {part.of}")
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
-            f"{path / PART}: not found; --merge joins directories that `pretrain prepare --shard I/N` made"
+            f"{path / PART}: not found; --merge joins directories that `pretrain prepare --part I/N` made"
         ) from error
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path}: damaged part ({type(error).__name__}: {error}); prepare it again") from error
-    for made in part.parts:
-        if made.file is not None:
-            _check_shard(path, made)
+    for entry in part.entries:
+        if entry.file is not None:
+            _check_shard(path, entry)
     return part
 
 
-def _check_shard(path: Path, part: Part) -> None:
-    file = path / Path(part.file or "").name
+def _check_shard(path: Path, entry: ShardEntry) -> None:
+    file = path / Path(entry.file or "").name
     try:
         found = len(open_shard(file).offsets) - 1
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{file}: cannot be read ({error}); copy or prepare this part again") from error
-    if found != part.num_sequences:
+    if found != entry.num_sequences:
         raise UserError(
-            f"{file}: holds {found:,} sequences instead of {part.num_sequences:,}; copy or prepare this part again"
+            f"{file}: holds {found:,} sequences instead of {entry.num_sequences:,}; copy or prepare this part again"
         )
 
 
@@ -219,32 +220,32 @@ def merge_parts(
 
     def fill(partial: Path) -> Path:
         journal = Journal(partial, {"layout": given[0].layout, **given[0].settings, "deduplicated": deduplicated})
-        parts = []
-        for part, source in sorted((part, each.path) for each in given for part in each.parts):
-            done = journal.parts.get(part.number)
+        entries = []
+        for entry, source in sorted((entry, part.path) for part in given for entry in part.entries):
+            done = journal.entries.get(entry.number)
             if done and is_intact(partial, done):  # an earlier call took its duplicates out
-                parts.append(done)
+                entries.append(done)
             else:
-                parts.append(part)
-                if part.file:
-                    _link(source / part.file, partial / part.file)
-            if part.skipped.get("bad"):
-                _link(report_file(source, part.number), report_file(partial, part.number))
+                entries.append(entry)
+                if entry.file:
+                    _link(source / entry.file, partial / entry.file)
+            if entry.skipped.get("bad"):
+                _link(report_file(source, entry.number), report_file(partial, entry.number))
         if deduplicated:
-            parts = deduplicate(partial, parts, journal, chosen)
-        return finish(partial, parts, wanted, sources, chosen)
+            entries = deduplicate(partial, entries, journal, chosen)
+        return finish(partial, entries, wanted, sources, chosen)
 
     read = [str(part.path / PART) for part in given]
     make_whole(out, lambda path: wanted.is_ready(path, sources, read), fill)
 
 
-def _check_parts(given: Sequence[PartOfCorpus]) -> None:
-    first, seen = given[0], dict[int, PartOfCorpus]()
+def _check_parts(given: Sequence[Part]) -> None:
+    first, seen = given[0], dict[int, Part]()
     for part in given:
         if part.of != first.of:
             raise UserError(
                 f"{part.path}: is part {part.number} of {part.of}, {first.path} part {first.number} of {first.of}; "
-                "parts of one corpus have the same N in --shard I/N: prepare one of them again"
+                "parts of one corpus have the same N in --part I/N: prepare one of them again"
             )
         if part.number in seen:
             raise UserError(
@@ -268,7 +269,7 @@ def _check_parts(given: Sequence[PartOfCorpus]) -> None:
         raise UserError(f"{len(missing)} of {first.of} parts missing: {shown}; prepare and give all of them")
 
 
-def _fingerprint(part: PartOfCorpus) -> str:
+def _fingerprint(part: Part) -> str:
     return tokenizer_from_string(part.tokenizer, str(part.path)).fingerprint
 
 

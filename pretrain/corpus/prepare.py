@@ -18,9 +18,9 @@ from pretrain.corpus.processes import engine as choose_engine
 from pretrain.corpus.readers import read_records
 from pretrain.corpus.remote import RemoteCorpus, cache_directory, is_remote
 from pretrain.corpus.repeat import check_repeated, describe
-from pretrain.corpus.shards import JOURNAL, Filters, Part, make_shards, report_file
+from pretrain.corpus.shards import JOURNAL, Filters, ShardEntry, make_shards, report_file
 from pretrain.corpus.sources import Source, SourceOptions, find_sources
-from pretrain.corpus.split import SIDES, Split, split_parts
+from pretrain.corpus.split import SIDES, Split, split_shards
 from pretrain.corpus.store import CLUSTERS, FORMAT_VERSION, LENGTHS, MANIFEST, REPORT, Corpus, is_corpus
 from pretrain.corpus.tokenizer import Tokenizer, TokenizerKind, train_tokenizer
 from pretrain.corpus.whole import make_whole
@@ -187,14 +187,14 @@ def _prepare_once(
     """Prepare, or wait for whoever is preparing the same corpus and take theirs."""
 
     def fill(partial: Path) -> Path:
-        parts = make_shards(sources, partial, settings.tokenizer, settings.options, settings.filters, engine)
-        return finish(partial, parts, settings, describe(sources), engine)
+        entries = make_shards(sources, partial, settings.tokenizer, settings.options, settings.filters, engine)
+        return finish(partial, entries, settings, describe(sources), engine)
 
     make_whole(out, is_made, fill)
 
 
 def finish(
-    directory: Path, parts: Sequence[Part], settings: Settings, sources: list[dict[str, Any]], engine: Engine
+    directory: Path, entries: Sequence[ShardEntry], settings: Settings, sources: list[dict[str, Any]], engine: Engine
 ) -> Path:
     """Make a corpus of the shards in ``directory``, or two of them by the split.
 
@@ -207,28 +207,28 @@ def finish(
         UserError: If no sequence is left, or none on one side of the split.
     """
     tokenizer, split = settings.tokenizer, settings.split
-    prepared = prepared_record(parts, settings, sources)
+    prepared = prepared_record(entries, settings, sources)
     if split is None:
-        write_report(directory, directory, parts)
-        _write_corpus(directory, parts, tokenizer, prepared, settings.clusters)
+        write_report(directory, directory, entries)
+        _write_corpus(directory, entries, tokenizer, prepared, settings.clusters)
         return directory
     into = directory / "split"
-    sides = split_parts(directory, into, parts, split, engine, settings.filters.windows is not None)
+    sides = split_shards(directory, into, entries, split, engine, settings.filters.windows is not None)
     for name, side in zip(SIDES, sides, strict=True):
         which = {"split": {"side": name, **asdict(split)}}
         _write_corpus(into / name, side, tokenizer, {**prepared, **which}, settings.clusters)
-    write_report(directory, into, parts)
+    write_report(directory, into, entries)
     return into
 
 
-def prepared_record(parts: Sequence[Part], settings: Settings, sources: list[dict[str, Any]]) -> dict[str, Any]:
+def prepared_record(entries: Sequence[ShardEntry], settings: Settings, sources: list[dict[str, Any]]) -> dict[str, Any]:
     """What a manifest records of how a corpus was prepared.
 
     Raises:
         UserError: If nothing was kept.
     """
-    skipped = sum((Counter(part.skipped) for part in parts), Counter[str]())
-    if not any(part.file for part in parts):
+    skipped = sum((Counter(entry.skipped) for entry in entries), Counter[str]())
+    if not any(entry.file for entry in entries):
         raise UserError(
             f"no sequence is left ({_list(skipped)}); loosen --min_length and --max_length, or see the sources"
         )
@@ -240,26 +240,26 @@ def prepared_record(parts: Sequence[Part], settings: Settings, sources: list[dic
     }
 
 
-def write_report(directory: Path, to: Path, parts: Sequence[Part]) -> None:
+def write_report(directory: Path, to: Path, entries: Sequence[ShardEntry]) -> None:
     """Join the lists of bad records, if there are any, into one in ``to``."""
-    bad = [part for part in parts if part.skipped.get("bad")]
+    bad = [entry for entry in entries if entry.skipped.get("bad")]
     if not bad:
         return
     with (to / REPORT).open("wb") as report:
         report.write(b"source\tline\treason\n")
-        for part in bad:
-            report.write(report_file(directory, part.number).read_bytes())
+        for entry in bad:
+            report.write(report_file(directory, entry.number).read_bytes())
 
 
 def _write_corpus(
-    directory: Path, parts: Sequence[Part], tokenizer: Tokenizer, prepared: dict[str, Any], clusters: str | None
+    directory: Path, entries: Sequence[ShardEntry], tokenizer: Tokenizer, prepared: dict[str, Any], clusters: str | None
 ) -> None:
     fields = ("file", "num_sequences", "num_tokens", "sha256")
-    shards = [{field: getattr(part, field) for field in fields} for part in parts if part.file]
+    shards = [{field: getattr(entry, field) for field in fields} for entry in entries if entry.file]
     if clusters:
         prepared = {**prepared, "clusters": write_clusters(directory, [shard["file"] for shard in shards], clusters)}
     write_manifest(directory, shards, tokenizer, prepared)
-    ours = {REPORT, MANIFEST, LENGTHS, *([CLUSTERS] if clusters else []), *(part.file for part in parts)}
+    ours = {REPORT, MANIFEST, LENGTHS, *([CLUSTERS] if clusters else []), *(entry.file for entry in entries)}
     for file in sorted(directory.iterdir(), key=lambda file: file.name == JOURNAL):  # the journal last
         if file.name not in ours:
             shutil.rmtree(file) if file.is_dir() else file.unlink()

@@ -1,8 +1,8 @@
-"""Pieces to shards, on all cores and in parts that outlive a killed process.
+"""Pieces to shards, on all cores, with a journal that outlives a killed process.
 
-A *part* is one block of pieces and the shard that is made of it: a function of the block's bytes and the settings, and
-of nothing else. So the result is the same for any number of processes, and a part that is there already is good if
-the block's checksum and the shard's are those in the journal.
+A shard is made of one block of pieces: a function of the block's bytes and the settings, and of nothing else. So the
+result is the same for any number of processes, and a shard that is there already is good if the block's checksum and
+its own are those of its entry in the journal.
 """
 
 import hashlib
@@ -75,7 +75,7 @@ class Filters:
             raise UserError(f"sequences cannot be split into windows of {self.windows} tokens; give at least 3")
 
 
-class Part(NamedTuple):
+class ShardEntry(NamedTuple):
     """One block of the sources and the shard that was made of it."""
 
     number: int
@@ -91,7 +91,7 @@ class Part(NamedTuple):
 
 
 class Job(NamedTuple):
-    """What the parts of a corpus have in common."""
+    """What the shards of a corpus have in common."""
 
     directory: Path
     tokenizer: Tokenizer
@@ -100,11 +100,11 @@ class Job(NamedTuple):
 
 
 class Block(NamedTuple):
-    """What a part is made of."""
+    """What a shard is made of."""
 
     number: int
     pieces: list[Piece]
-    previous: Part | None
+    previous: ShardEntry | None
     is_whole: bool
     """Otherwise a mistake in the sources follows: the pieces before it are looked through, and not written."""
 
@@ -122,7 +122,7 @@ class Portion:
 
     def __init__(self, number: int = 1, of: int = 1) -> None:
         if not 1 <= number <= of:
-            raise UserError(f"shard is {number}/{of}; give I/N with I from 1 to N, such as 2/8")
+            raise UserError(f"part is {number}/{of}; give I/N with I from 1 to N, such as 2/8")
         self.number, self.of = number, of
         self.num_blocks = 0
         self._layout = hashlib.sha256()
@@ -136,7 +136,7 @@ class Portion:
         """
         number, _, of = text.partition("/")
         if not (number.isdecimal() and of.isdecimal()):
-            raise UserError(f"shard is {text}; give I/N with I from 1 to N, such as 2/8")
+            raise UserError(f"part is {text}; give I/N with I from 1 to N, such as 2/8")
         return cls(int(number), int(of))
 
     def takes(self, pieces: Sequence[Piece]) -> bool:
@@ -153,39 +153,39 @@ class Portion:
 
 
 class Journal:
-    """The parts that are finished, one line each, in the directory where they are made.
+    """The shards that are finished, one line each, in the directory where they are made.
 
     Args:
         directory: That directory; emptied of what was made with other settings.
-        settings: All that the parts depend on besides the sources.
+        settings: All that the shards depend on besides the sources.
     """
 
     def __init__(self, directory: Path, settings: dict[str, Any]) -> None:
         self._path = directory / JOURNAL
-        self.parts: dict[int, Part] = {}
+        self.entries: dict[int, ShardEntry] = {}
         head = json.dumps(settings)
         lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.is_file() else []
         if lines[:1] == [head]:
             for line in lines[1:]:
                 try:
-                    part = Part(**json.loads(line))
+                    entry = ShardEntry(**json.loads(line))
                 except (ValueError, TypeError):  # the line that was being written when the process was killed
                     break
-                self.parts[part.number] = part
+                self.entries[entry.number] = entry
         else:
             for file in directory.iterdir():
                 shutil.rmtree(file) if file.is_dir() else file.unlink()
-        self._path.write_text("".join(f"{line}\n" for line in [head, *map(_line, self.parts.values())]))
+        self._path.write_text("".join(f"{line}\n" for line in [head, *map(_line, self.entries.values())]))
 
-    def add(self, part: Part) -> None:
-        """Write down a finished part."""
-        self.parts[part.number] = part
+    def add(self, entry: ShardEntry) -> None:
+        """Write down a finished shard."""
+        self.entries[entry.number] = entry
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(f"{_line(part)}\n")
+            file.write(f"{_line(entry)}\n")
 
 
-def _line(part: Part) -> str:
-    return json.dumps(part._asdict())
+def _line(entry: ShardEntry) -> str:
+    return json.dumps(entry._asdict())
 
 
 def make_shards(
@@ -196,8 +196,8 @@ def make_shards(
     filters: Filters,
     engine: Engine,
     portion: Portion | None = None,
-    make: Callable[[Job, Block], Part] | None = None,
-) -> list[Part]:
+    make: Callable[[Job, Block], ShardEntry] | None = None,
+) -> list[ShardEntry]:
     """Tokenise sources into shards in ``directory``, continuing what an earlier call left there.
 
     Args:
@@ -208,7 +208,7 @@ def make_shards(
         filters: Which sequences are kept.
         engine: What maps over the blocks; the result does not depend on it.
         portion: Which blocks of the sources to make; by default all. Duplicates are taken out within them.
-        make: What makes a part of a block; by default `make_part`.
+        make: What makes a shard of a block; by default `make_shard`.
 
     Raises:
         UserError: If a source is unreadable or, unless they are skipped, holds a bad record.
@@ -241,21 +241,21 @@ def make_shards(
             if not portion.takes(pieces):
                 continue
             ends.append(end)
-            yield Block(number, pieces, journal.parts.get(number), is_whole)
+            yield Block(number, pieces, journal.entries.get(number), is_whole)
 
-    parts = []
+    entries = []
     with bar:
         begin, sequences = time.monotonic(), 0
-        for part in engine(partial(make or make_part, job), blocks()):
-            if part != journal.parts.get(part.number):
-                journal.add(part)
-            parts.append(part)
-            sequences += part.num_sequences + sum(part.skipped.values())
+        for entry in engine(partial(make or make_shard, job), blocks()):
+            if entry != journal.entries.get(entry.number):
+                journal.add(entry)
+            entries.append(entry)
+            sequences += entry.num_sequences + sum(entry.skipped.values())
             bar.set_postfix_str(f"{sequences / (time.monotonic() - begin):,.0f} sequences/s", refresh=False)
             bar.update(ends.popleft() - bar.n)
     if filters.deduplicate:
-        parts = deduplicate(directory, parts, journal, engine)
-    return parts
+        entries = deduplicate(directory, entries, journal, engine)
+    return entries
 
 
 def _blocks(sources: Sequence[Source], options: SourceOptions) -> Iterator[tuple[list[Piece], int, bool]]:
@@ -279,7 +279,7 @@ def _blocks(sources: Sequence[Source], options: SourceOptions) -> Iterator[tuple
         yield pieces, end, True
 
 
-def make_part(job: Job, block: Block) -> Part:
+def make_shard(job: Job, block: Block) -> ShardEntry:
     """Tokenise one block into a shard, unless that is there already."""
     if not job.directory.is_dir():
         raise UserError(
@@ -323,19 +323,19 @@ def make_part(job: Job, block: Block) -> Part:
                     if starts is not None:
                         word_starts.append(starts)
     if not block.is_whole:
-        return Part(block.number, "", None, 0, 0, "", {})
+        return ShardEntry(block.number, "", None, 0, 0, "", {})
     if report:
         report_file(job.directory, block.number).write_text("".join(report), encoding="utf-8")
     if not ids:
-        return Part(block.number, checksum, None, 0, 0, "", dict(skipped))
+        return ShardEntry(block.number, checksum, None, 0, 0, "", dict(skipped))
     file = job.directory / f"shard-{block.number:05d}.arrow"
     sha256 = write_shard(file, ids, tokens, job.tokenizer.dtype, word_starts)
     num_tokens = sum(map(len, tokens))
-    return Part(block.number, checksum, file.name, len(ids), num_tokens, sha256, dict(skipped))
+    return ShardEntry(block.number, checksum, file.name, len(ids), num_tokens, sha256, dict(skipped))
 
 
 def report_file(directory: Path, number: int) -> Path:
-    """Where the bad records of a part are listed, if it has any."""
+    """Where the bad records of a block are listed, if it has any."""
     return directory / f"skipped-{number:05d}.tsv"
 
 
@@ -347,37 +347,37 @@ def _checksum(pieces: Sequence[Piece]) -> str:
     return digest.hexdigest()
 
 
-def is_intact(directory: Path, part: Part) -> bool:
-    """Whether what was made of a part is still there as it was."""
-    if part.skipped.get("bad") and not report_file(directory, part.number).is_file():
+def is_intact(directory: Path, entry: ShardEntry) -> bool:
+    """Whether what was made of a block is still there as it was."""
+    if entry.skipped.get("bad") and not report_file(directory, entry.number).is_file():
         return False
-    file = directory / part.file if part.file else None
-    return file is None or (file.is_file() and file_checksum(file) == part.sha256)
+    file = directory / entry.file if entry.file else None
+    return file is None or (file.is_file() and file_checksum(file) == entry.sha256)
 
 
 # --- duplicates -------------------------------------------------------------------------------------------------------
 
 
-def deduplicate(directory: Path, parts: list[Part], journal: Journal, engine: Engine) -> list[Part]:
+def deduplicate(directory: Path, entries: list[ShardEntry], journal: Journal, engine: Engine) -> list[ShardEntry]:
     """Take out of the shards what an earlier sequence repeats.
 
     Shards that have been through this already stay as they are, so it may be killed and repeated at any point.
     """
-    full = [part for part in parts if part.file]
+    full = [entry for entry in entries if entry.file]
     hashes = list(engine(partial(_hash_sequences, directory), full))
     kept = _is_first(np.concatenate(hashes)) if hashes else np.zeros(0, np.bool_)
-    keeps = np.split(kept, np.cumsum([len(part) for part in hashes])[:-1])
-    unique = {part.number: part for part in parts}
-    repeated = [(part, keep) for part, keep in zip(full, keeps, strict=True) if not keep.all()]
-    for part in engine(partial(_take_out, directory), repeated):
-        journal.add(part)
-        unique[part.number] = part
+    keeps = np.split(kept, np.cumsum([len(entry) for entry in hashes])[:-1])
+    unique = {entry.number: entry for entry in entries}
+    repeated = [(entry, keep) for entry, keep in zip(full, keeps, strict=True) if not keep.all()]
+    for entry in engine(partial(_take_out, directory), repeated):
+        journal.add(entry)
+        unique[entry.number] = entry
     return list(unique.values())
 
 
-def _hash_sequences(directory: Path, part: Part) -> NDArray[np.uint64]:
+def _hash_sequences(directory: Path, entry: ShardEntry) -> NDArray[np.uint64]:
     """A hash of 128 bits for each sequence of a shard: two equal ones of different sequences are not to be expected."""
-    shard = open_shard(directory / (part.file or ""))
+    shard = open_shard(directory / (entry.file or ""))
     tokens = shard.tokens.view(np.uint8).data
     bounds = (shard.offsets * shard.tokens.itemsize).tolist()
     digests = [hashlib.blake2b(tokens[a:b], digest_size=16).digest() for a, b in itertools.pairwise(bounds)]
@@ -391,13 +391,13 @@ def _is_first(hashes: NDArray[np.uint64]) -> NDArray[np.bool_]:
     return first
 
 
-def _take_out(directory: Path, task: tuple[Part, NDArray[np.bool_]]) -> Part:
-    part, keep = task
-    file = directory / (part.file or "")
-    skipped = {**part.skipped, "duplicate": part.skipped.get("duplicate", 0) + int((~keep).sum())}
+def _take_out(directory: Path, task: tuple[ShardEntry, NDArray[np.bool_]]) -> ShardEntry:
+    entry, keep = task
+    file = directory / (entry.file or "")
+    skipped = {**entry.skipped, "duplicate": entry.skipped.get("duplicate", 0) + int((~keep).sum())}
     if not keep.any():
         file.unlink()
-        return part._replace(file=None, num_sequences=0, num_tokens=0, sha256="", skipped=skipped)
+        return entry._replace(file=None, num_sequences=0, num_tokens=0, sha256="", skipped=skipped)
     sha256 = write_rows(file, keep)
     num_tokens = len(open_shard(file).tokens)
-    return part._replace(num_sequences=int(keep.sum()), num_tokens=num_tokens, sha256=sha256, skipped=skipped)
+    return entry._replace(num_sequences=int(keep.sum()), num_tokens=num_tokens, sha256=sha256, skipped=skipped)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.corpus.processes import Engine
-from pretrain.corpus.shards import Journal, Part, is_intact
+from pretrain.corpus.shards import Journal, ShardEntry, is_intact
 from pretrain.corpus.sources import Source, Stream
 from pretrain.corpus.store import open_shard
 from pretrain.corpus.writing import write_rows
@@ -90,19 +90,19 @@ class _Job(NamedTuple):
 
 
 class _Task(NamedTuple):
-    part: Part
-    previous: tuple[Part | None, ...]
+    entry: ShardEntry
+    previous: tuple[ShardEntry | None, ...]
 
 
-def split_parts(
-    directory: Path, into: Path, parts: Sequence[Part], split: Split, engine: Engine, windows: bool = False
-) -> tuple[list[Part], list[Part]]:
+def split_shards(
+    directory: Path, into: Path, entries: Sequence[ShardEntry], split: Split, engine: Engine, windows: bool = False
+) -> tuple[list[ShardEntry], list[ShardEntry]]:
     """Write the shards of ``directory`` again as those of ``into/train`` and ``into/validation``.
 
     Args:
         directory: Where the shards are.
         into: Where to write; what an earlier call made there of the same shards is kept.
-        parts: The shards.
+        entries: The shards, as they stand in the journal.
         split: Which sequences go where.
         engine: What maps over the shards; the result does not depend on it.
         windows: Whether long sequences were cut; ``name#n`` is then on the side of ``name``.
@@ -118,30 +118,34 @@ def split_parts(
         (into / name).mkdir(parents=True, exist_ok=True)
     journals = [Journal(into / name, settings) for name in SIDES]
     job = _Job(directory, split, table, windows)
-    tasks = (_Task(part, tuple(journal.parts.get(part.number) for journal in journals)) for part in parts if part.file)
-    made: tuple[list[Part], list[Part]] = ([], [])
-    for both in engine(partial(_split_part, job, into), tasks):
-        for part, journal, side in zip(both, journals, made, strict=True):
-            if part != journal.parts.get(part.number):
-                journal.add(part)
-            side.append(part)
+    tasks = (
+        _Task(entry, tuple(journal.entries.get(entry.number) for journal in journals))
+        for entry in entries
+        if entry.file
+    )
+    made: tuple[list[ShardEntry], list[ShardEntry]] = ([], [])
+    for both in engine(partial(_split_shard, job, into), tasks):
+        for entry, journal, side in zip(both, journals, made, strict=True):
+            if entry != journal.entries.get(entry.number):
+                journal.add(entry)
+            side.append(entry)
     for name, result in zip(SIDES, made, strict=True):
-        if not any(part.file for part in result):
-            total = sum(part.num_sequences for part in parts)
+        if not any(entry.file for entry in result):
+            total = sum(entry.num_sequences for entry in entries)
             which = f"--validation_share {split.share}" if split.ids is None else f"--validation_ids {split.ids}"
             raise UserError(f"{which} leaves no sequence of {total:,} for {name}; give another share or list")
     return made
 
 
-def _split_part(job: _Job, into: Path, task: _Task) -> tuple[Part, ...]:
-    part = task.part
+def _split_shard(job: _Job, into: Path, task: _Task) -> tuple[ShardEntry, ...]:
+    entry = task.entry
     sides = [into / side for side in SIDES]
     if all(
-        old and old.input == part.sha256 and is_intact(side, old)
+        old and old.input == entry.sha256 and is_intact(side, old)
         for old, side in zip(task.previous, sides, strict=True)
     ):
         return tuple(old for old in task.previous if old)
-    file = job.directory / (part.file or "")
+    file = job.directory / (entry.file or "")
     names = open_shard(file).ids.to_pylist()
     if job.windows:
         names = [_WINDOW.sub("", name) for name in names]
@@ -149,11 +153,11 @@ def _split_part(job: _Job, into: Path, task: _Task) -> tuple[Part, ...]:
     made = []
     for side, keep in zip(sides, (~validation, validation), strict=True):
         if not keep.any():
-            made.append(Part(part.number, part.sha256, None, 0, 0, "", {}))
+            made.append(ShardEntry(entry.number, entry.sha256, None, 0, 0, "", {}))
             continue
         sha256 = write_rows(file, keep, side / file.name)
         num_tokens = len(open_shard(side / file.name).tokens)
-        made.append(Part(part.number, part.sha256, file.name, int(keep.sum()), num_tokens, sha256, {}))
+        made.append(ShardEntry(entry.number, entry.sha256, file.name, int(keep.sum()), num_tokens, sha256, {}))
     return tuple(made)
 
 
@@ -213,7 +217,7 @@ def _read_clusters(split: Split) -> _Table:
 
 def _read_ids(path: str) -> _Table:
     names = [_hashes(name for row in text.split(b"\n") if (name := row.strip())) for _, text in _lines(path)]
-    return _table(names, [np.ones(len(part), np.bool_) for part in names])
+    return _table(names, [np.ones(len(entry), np.bool_) for entry in names])
 
 
 def _table(hashes: list[U64], validation: list[NDArray[np.bool_]]) -> _Table:

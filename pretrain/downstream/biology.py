@@ -107,7 +107,7 @@ class Biology(pl.Callback):
         if step % self.every_n_steps and step < trainer.max_steps:
             return
         assert isinstance(pl_module, MLMModule)
-        model = shared(pl_module.encoder, self._tokenizer)
+        model = sharing_weights(pl_module.encoder, self._tokenizer)
         if not trainer.is_global_zero:
             return
         try:
@@ -145,7 +145,7 @@ class Biology(pl.Callback):
         return figures
 
 
-def shared(encoder: Encoder, tokenizer: Tokenizer) -> PretrainedEncoder:
+def sharing_weights(encoder: Encoder, tokenizer: Tokenizer) -> PretrainedEncoder:
     """A second encoder over the same weights, in eval mode; whole ones, where FSDP2 divides them (all must call it)."""
 
     def whole(tensor: Tensor) -> Tensor:

@@ -45,8 +45,8 @@ class EmbedOptions:
         pooling: ``mean`` or ``cls``.
         layers: Which hidden states; each becomes a column.
         max_length: Which records are long, in tokens; by default those longer than what the model was trained on.
-        long: What becomes of those: taken ``whole``, ``crop`` (only the first ``max_length`` tokens are read) or
-            ``refuse``. By default ``crop`` where ``max_length`` is given, else ``whole``.
+        long_sequences: What becomes of those: taken ``whole``, ``crop`` (only the first ``max_length`` tokens are read)
+            or ``refuse``. By default ``crop`` where ``max_length`` is given, else ``whole``.
         dtype: ``float32`` or ``float16``.
 
     Raises:
@@ -57,13 +57,13 @@ class EmbedOptions:
     pooling: str = "mean"
     layers: tuple[int, ...] = (-1,)
     max_length: int | None = None
-    long: str | None = None
+    long_sequences: str | None = None
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
         check_choices(self.per, self.pooling)
-        if self.long not in (None, *_LONG):
-            raise UserError(f"long is '{self.long}'; give one of {', '.join(_LONG)}")
+        if self.long_sequences not in (None, *_LONG):
+            raise UserError(f"long_sequences is '{self.long_sequences}'; give one of {', '.join(_LONG)}")
         if self.dtype not in ("float32", "float16"):
             raise UserError(f"dtype is '{self.dtype}'; give float32 or float16")
         if self.max_length is not None and self.max_length < 3:
@@ -106,7 +106,7 @@ def embed(
     model = load(path).to(choose_device(device))
     layers = model.resolve_layers(options.layers)
     longest = options.max_length or model.max_length
-    long = options.long or ("crop" if options.max_length else "whole")
+    long = options.long_sequences or ("crop" if options.max_length else "whole")
     if longest is None and long != "whole":
         raise UserError(f"{path}: does not say how long its training sequences were; give --max_length")
 

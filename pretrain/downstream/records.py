@@ -51,7 +51,7 @@ def read_tokens(
                 if max_length is not None and len(ids) > max_length and not crop:
                     raise UserError(
                         f"{piece.where(record.line)}: record '{record.id}' has {len(ids):,} tokens, more than "
-                        f"{max_length:,}; give --long crop or --long whole, or another --max_length"
+                        f"{max_length:,}; give --long_sequences crop or whole, or another --max_length"
                     )
                 yield Tokens(record.id, ids[:max_length] if crop else ids, len(ids))
 

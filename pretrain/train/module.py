@@ -43,7 +43,8 @@ class MLMModule(StepModule):
         weight_decay: Decoupled weight decay.
         decay: What decays: ``all`` parameters, or the ``matrices`` only.
         scheduler_name: Name that the learning rate is logged under; Lightning's own (``lr-AdamW``) if not given.
-        activation_checkpointing: See `Encoder`.
+        activation_checkpointing: Compute blocks again for their gradients rather than keep them: a third more work for
+            a fraction of the memory.
         compile: Compile the blocks by ``torch.compile``; needs ``data.static_shapes``, or each new shape is compiled.
         flash_attention: Whose kernels attention on a GPU calls: ``FA2`` are torch's own; ``FA3`` those of the package
             ``flash_attn_interface``, for Hopper (H100, H200), where it is installed.

@@ -289,11 +289,13 @@ def describe(cli: PlanCLI, rates: dict[int, float]) -> str:
     lines[-1] += f"  of {gpu.memory:.1f}"
     lines += [""]
     lines += [_verdict(plan)]
-    if COMPUTE_SIZES[memory.precision] != 2:
+    on_gpu = COMPUTE_SIZES[memory.precision] == 2
+    if not on_gpu:
         lines += [
-            f"  precision    {memory.precision}: attention over packs needs bfloat16 on a GPU; add -c configs/gpu.yaml"
+            f"  precision    {memory.precision}: attention over packs needs bfloat16 on a GPU; add -c gpu",
+            "  time         none for a GPU, therefore; on a CPU a run's progress bar tells it after some steps",
         ]
-    if not plan.fits:
+    if not (plan.fits and on_gpu):
         return "\n".join(lines + ([f"  picture      {cli.config.picture}"] if cli.config.picture else []))
     lines += [
         f"  time         {_duration(plan.hours)} at {_short(plan.tokens_per_second)} tokens/s: {plan.mfu:.0%} of "

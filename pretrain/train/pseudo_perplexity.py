@@ -55,7 +55,7 @@ class PseudoPerplexity(pl.Callback):
         if not isinstance(data, MLMDataModule):
             raise UserError("PseudoPerplexity needs an MLMDataModule; leave it out of the Trainer's callbacks")
         if self._tasks is None:
-            self._tasks = questions(data, self.sample)
+            self._tasks = sample_targets(data, self.sample)
         world = trainer.world_size
         # Equally many for each process: with FSDP2 all must ask equally often.
         tasks = self._tasks[: len(self._tasks) // world * world][trainer.global_rank :: world]
@@ -63,7 +63,7 @@ class PseudoPerplexity(pl.Callback):
         mask = data.tokenizer.mask_token_id
         at_once = max(1, data.validation_pack_tokens // data.max_length)
         for first in range(0, len(tasks), at_once):
-            pack = one_by_one(tasks[first : first + at_once], mask)
+            pack = mask_singly(tasks[first : first + at_once], mask)
             input_ids, bounds, places, targets = (tensor.to(pl_module.device) for tensor in pack)
             with trainer.precision_plugin.val_step_context():
                 losses, _ = pl_module.encoder.score(input_ids, bounds, None, places, targets)
@@ -73,7 +73,7 @@ class PseudoPerplexity(pl.Callback):
             pl_module.log("val/pseudo_perplexity", (loss / count).exp().float())
 
 
-def questions(data: MLMDataModule, sample: int) -> list[tuple[Int64, int]]:
+def sample_targets(data: MLMDataModule, sample: int) -> list[tuple[Int64, int]]:
     """Crops of the first validation set, and a place in each: a sample, evenly spread over all that is asked about."""
     planner = data.validation_planner()
     dataset = PackDataset(planner.corpus, planner.masking)
@@ -94,7 +94,7 @@ def _all(dataset: PackDataset, packs: list[Pack]) -> Iterator[tuple[Int64, int]]
             yield tokens[bounds[sequence] : bounds[sequence + 1]].astype(np.int64), place - int(bounds[sequence])
 
 
-def one_by_one(tasks: list[tuple[Int64, int]], mask_token_id: int) -> list[Tensor]:
+def mask_singly(tasks: list[tuple[Int64, int]], mask_token_id: int) -> list[Tensor]:
     """A pack of sequences with one masked place each: tokens, bounds, places in the pack, and what stood there."""
     bounds = np.cumsum([0, *(len(tokens) for tokens, _ in tasks)])
     input_ids = np.concatenate([tokens for tokens, _ in tasks])

@@ -172,7 +172,7 @@ def summary(run: Path, result: dict[str, Any]) -> str:
         ]
         if "blosum62_perplexity" in found:
             told = f"    BLOSUM62   {found['blosum62_perplexity']:8.3f} {bits['blosum62']:8.4f}"
-            lines.append(f"{told}   (who is told the residue that an aligned relative has there)")
+            lines.append(f"{told}   (a guess from the residue that an aligned relative has there)")
     if "val/pseudo_perplexity" in result:
         lines.append(f"  pseudo-perplexity, a sample of these masked one by one: {result['val/pseudo_perplexity']:.3f}")
     longer = f"--allow_change --trainer.max_steps {2 * result['steps']}"

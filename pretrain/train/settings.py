@@ -20,7 +20,7 @@ from pretrain.shipped import find_recipes
 from pretrain.train.module import MLMModule
 from pretrain.train.run import yaml_error
 from pretrain.train.saving import StepCheckpoint
-from pretrain.train.settings_help import asked_for, shown
+from pretrain.train.settings_help import shorten_help, wants_help
 from pretrain.train.spikes import LossSpikes
 from pretrain.train.step import StepModule
 
@@ -32,6 +32,7 @@ _QUIET = (
     ".*does not have many workers.*",  # a worker costs a core that a small machine needs for training
     ".*is smaller than the logging interval.*",
     ".*It is recommended to use `self.log.*sync_dist=True.*",  # what is logged has been summed over processes already
+    ".*`broadcast_buffers` is deprecated.*",  # its successor is not in the oldest torch that will do
     ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
 )
 
@@ -91,8 +92,8 @@ class SettingsCLI(LightningCLI):
         for given in _config_files(args):
             if given.is_file() and (problem := yaml_error(given)):
                 raise UserError(problem)
-        if asked_for(args):
-            print(shown(parser.format_help(), args), end="")
+        if wants_help(args):
+            print(shorten_help(parser.format_help(), args), end="")
             raise SystemExit(0)
         try:
             self.config = parser.parse_args(args)
@@ -134,6 +135,7 @@ def parse(cli: type[CLI], command: str, description: str, arguments: Sequence[st
         run=False,
         save_config_callback=None,
         load_from_checkpoint_support=False,
+        auto_configure_optimizers=False,  # or --optimizer and --lr_scheduler would take the place of the module's own
         seed_everything_default=0,
         trainer_defaults={
             "max_steps": -1,
@@ -163,13 +165,22 @@ def _explain(message: str, parser: LightningArgumentParser) -> str:
     # What a link computes is a UserError's own line; jsonargparse puts its machinery before it.
     message = re.sub(r"^Call to compute_fn of link .* failed: ", "", " ".join(message.split()))
     unknown = re.search(r"(?:'([\w.]+)' does not accept (?:option|nested key)|[Kk]ey) '([\w.]+)'", message)
-    if unknown:
-        given = ".".join(part for part in unknown.groups() if part)
-        message += "".join(
-            f"; did you mean {key}?"
-            for key in difflib.get_close_matches(given, list(parser.get_defaults().keys()), n=1)
-        )
+    option = re.search(r"unrecognized arguments: --([\w.-]+)", message)
+    if match := unknown or option:
+        given = ".".join(part for part in match.groups() if part).replace("-", "_")
+        meant = _meant(given, list(parser.get_defaults().keys()))
+        message += f"; did you mean {'--' if option else ''}{meant}?" if meant else ""
     return f"{message}; `{parser.prog} --help` lists the settings"
+
+
+def _meant(given: str, keys: list[str]) -> str | None:
+    """The key that was probably meant by one that there is not: by its whole name, or what stands behind its dots."""
+    last = {key.rpartition(".")[2]: key for key in reversed(keys)}
+    if given in last:
+        return last[given]
+    if close := difflib.get_close_matches(given, keys, n=1):
+        return close[0]
+    return last[close[0]] if (close := difflib.get_close_matches(given, last, n=1)) else None
 
 
 def _of_the_union(message: str) -> str:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 
 _TRAINER = "Customize every aspect of training via flags:"
-_OF_LIGHTNING = ("Base class for all optimizers:", "Linked arguments:")
+_LINKS = "Linked arguments:"
 _USUAL = (
     "accelerator",
     "strategy",
@@ -17,12 +17,12 @@ _USUAL = (
 )
 
 
-def asked_for(arguments: Sequence[str]) -> bool:
+def wants_help(arguments: Sequence[str]) -> bool:
     """Whether the arguments ask for help instead of a command's work."""
     return "--help" in arguments or "-h" in arguments
 
 
-def shown(text: str, arguments: Sequence[str]) -> str:
+def shorten_help(text: str, arguments: Sequence[str]) -> str:
     """A parser's help, shortened unless all of it was asked for with ``--help trainer``.
 
     Args:
@@ -38,7 +38,7 @@ def shown(text: str, arguments: Sequence[str]) -> str:
     for section in sections:
         if section.startswith(_TRAINER):
             trainer = _usual(section)
-        elif not section.startswith(_OF_LIGHTNING):
+        elif not section.startswith(_LINKS):
             kept.append(section)
     return "".join([*kept, trainer, f"All of the trainer's settings: {' '.join(program)} --help trainer\n"])
 

@@ -12,7 +12,7 @@ from typing_extensions import override
 from pretrain.corpus.batch import Batch
 from pretrain.corpus.packed import PackedDataModule
 from pretrain.errors import UserError, disk_is_full
-from pretrain.train.arriving import Arriving
+from pretrain.train.host_copy import HostCopy
 from pretrain.train.logging import LineFile
 from pretrain.train.run import SICK
 from pretrain.train.step import StepModule
@@ -37,7 +37,7 @@ class SickSteps(pl.Callback):
         self.total = self.in_a_row = 0
         self._file: LineFile | None = None
         self._window: list[int] = []
-        self._unread: tuple[int, Arriving, list[int]] | None = None
+        self._unread: tuple[int, HostCopy, list[int]] | None = None
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -54,7 +54,7 @@ class SickSteps(pl.Callback):
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         self._read(trainer)
-        self._unread = (trainer.global_step - 1, Arriving(pl_module.sick), self._window)
+        self._unread = (trainer.global_step - 1, HostCopy(pl_module.sick), self._window)
         self._window = []
         pl_module.log("train/sick_steps", self.total + pl_module.sick)
 

@@ -21,8 +21,8 @@ from typing_extensions import override
 
 from pretrain.corpus.batch import Batch
 from pretrain.errors import UserError
-from pretrain.train.arriving import Arriving
 from pretrain.train.checkpoint import data_state, read_checkpoint, sync_directory
+from pretrain.train.host_copy import HostCopy
 
 SKIPS = "skips.jsonl"
 _TO_SIGMA = 1.4826  # a normal distribution's standard deviation in units of its median absolute deviation
@@ -61,7 +61,7 @@ class LossSpikes(pl.Callback):
         window: How many steps to compare with; there is no spike before there are so many.
         rewind: Go back to the newest checkpoint that is ``margin`` steps older than the spike, and leave out the data
             from there to the spike.
-        margin: See ``rewind``; where no checkpoint is so old, the oldest is taken.
+        margin: How many steps before a spike ``rewind`` goes back; where no checkpoint is so old, to the oldest.
         max_rewinds: How often in a row to go back to the same checkpoint before the run ends.
         settle: Waits for the checkpoint that is being written, on all processes.
 
@@ -90,7 +90,7 @@ class LossSpikes(pl.Callback):
         self._losses: deque[float] = deque(maxlen=window)
         self._settle = settle
         self._in_spike = False
-        self._unread: tuple[int, Arriving, int] | None = None
+        self._unread: tuple[int, HostCopy, int] | None = None
         self._finished: tuple[int, int] | None = None
 
     @override
@@ -128,7 +128,7 @@ class LossSpikes(pl.Callback):
         """Keep the finished step's loss, which the module has logged by now."""
         if self._finished is not None and self.threshold is not None:
             step, end = self._finished
-            self._unread = (step, Arriving(trainer.callback_metrics["train/loss"]), end)
+            self._unread = (step, HostCopy(trainer.callback_metrics["train/loss"]), end)
         self._finished = None
 
     def _read(self, trainer: pl.Trainer) -> None:

@@ -62,6 +62,24 @@ def test_the_commands_of_a_page_run_in_order_in_an_empty_folder(page: Path, prog
         assert process.returncode == 0, f"{page.name}:\n{block}\n{process.stdout[-2000:]}\n{process.stderr[-2000:]}"
 
 
+def made(page: Path) -> set[str]:
+    """The runs, corpora and models that a page's commands begin, by their directories."""
+    given = re.sub(r"\\\n\s*", "", "\n".join(blocks(page)))
+    runs = re.findall(r"pretrain (?:fit|finetune) .*?--run (\S+)", given)
+    unnamed = re.findall(r"pretrain (?:fit|finetune) -c (\w+)(?!.*--run )", given)
+    out = re.findall(r"pretrain (?:prepare|export) .*?--out (\S+)", given)
+    return {*runs, *out, *(f"runs/{name}" for name in unnamed)}
+
+
+def test_whoever_follows_several_pages_in_one_folder_meets_no_run_of_another_page() -> None:
+    owners: dict[str, list[str]] = {}
+    for page in PAGES:
+        for directory in made(page):
+            owners.setdefault(directory, []).append(page.stem)
+    assert len(owners) > 20
+    assert {directory: pages for directory, pages in owners.items() if len(pages) > 1} == {}
+
+
 def links(page: Path) -> Iterator[str]:
     text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     yield from re.findall(r"\]\(([^)\s]+)\)", text)

@@ -13,7 +13,7 @@ from test_resume import equal, events, figures, final_state, kill
 import pretrain
 from pretrain.cli import main
 from pretrain.corpus.tokenizer import ProteinTokenizer
-from pretrain.downstream.biology import Biology, shared
+from pretrain.downstream.biology import Biology, sharing_weights
 from pretrain.downstream.contact_regression import write_regression
 from pretrain.errors import UserError
 from pretrain.model.config import EncoderConfig
@@ -130,7 +130,7 @@ def test_two_processes_log_the_figures_of_their_weights_once(
 def test_the_second_encoder_shares_the_first_ones_memory_and_takes_no_random_number() -> None:
     encoder = Encoder(EncoderConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2)).train()
     before = torch.get_rng_state(), np.random.get_state()[1].tolist()  # type: ignore[index]
-    view = shared(encoder, ProteinTokenizer())
+    view = sharing_weights(encoder, ProteinTokenizer())
     assert torch.equal(torch.get_rng_state(), before[0])
     assert np.random.get_state()[1].tolist() == before[1]  # type: ignore[index]
     for (name, ours), (other, theirs) in zip(encoder.named_parameters(), view.named_parameters(), strict=True):
@@ -148,14 +148,14 @@ def test_a_model_that_went_astray_has_no_figures(watched: dict[str, object], tmp
     encoder.blocks[1].qkv.weight.data.fill_(float("nan"))
     callback = Biology(**watched)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="not finite"):
-        callback.evaluate(shared(encoder, ProteinTokenizer()))
+        callback.evaluate(sharing_weights(encoder, ProteinTokenizer()))
     kept = tmp_path / "regression.safetensors"
     write_regression(ContactRegression(torch.ones(4), torch.zeros(())), kept, {})
     callback = Biology(structures=str(watched["structures"]), regression=str(kept))
     with pytest.raises(UserError, match="not finite"):
-        callback.evaluate(shared(encoder, ProteinTokenizer()))
+        callback.evaluate(sharing_weights(encoder, ProteinTokenizer()))
     encoder.reset_parameters()
-    assert set(callback.evaluate(shared(encoder, ProteinTokenizer()))) == {
+    assert set(callback.evaluate(sharing_weights(encoder, ProteinTokenizer()))) == {
         f"biology/{top}/{span}"
         for top in ("p_at_l", "p_at_l2", "p_at_l5", "chance")
         for span in ("short", "medium", "long")

@@ -287,8 +287,8 @@ def test_long_sequences_are_taken_whole_cropped_or_refused(
     expected = model.embed(["MKTAY", PROTEINS[2]], max_length=50).numpy()
     np.testing.assert_allclose(np.load(tmp_path / "crop.npz")["embedding"], expected, rtol=0, atol=1e-5)
 
-    line = one_line_error([*run, tmp_path / "refuse.npz", "--long", "refuse"], capfd)
-    assert f"{source}:3: record 'long' has 122 tokens, more than 100; give --long crop" in line
+    line = one_line_error([*run, tmp_path / "refuse.npz", "--long_sequences", "refuse"], capfd)
+    assert f"{source}:3: record 'long' has 122 tokens, more than 100; give --long_sequences crop or whole" in line
     assert not (tmp_path / "refuse.npz").exists()
 
 
@@ -314,7 +314,7 @@ def test_half_precision_is_rounded_once(protein_model: Path, proteins: Path, tmp
         (["{model}", "{good}", "--out", "{good}.npz"], "exists already"),
         (["{model}", "{good}", "--out", "{out}.npz", "--layers", "7"], "layer 7 does not exist"),
         (["{model}", "{good}", "--out", "{out}.npz", "--per", "token"], "give sequence or residue"),
-        (["{model}", "{good}", "--out", "{out}.npz", "--long", "cut"], "give one of whole, crop, refuse"),
+        (["{model}", "{good}", "--out", "{out}.npz", "--long_sequences", "cut"], "give one of whole, crop, refuse"),
         (["{model}", "{good}", "--out", "{out}.npz", "--max_length", "2"], "at least 3 tokens"),
         (["{model}", "{good}", "--out", "{out}.npz", "--device", "tpu"], "give cpu or cuda"),
         (["{model}", "{good}", "--out", "{out}.npz", "--dtype", "int8"], "float32 or float16"),

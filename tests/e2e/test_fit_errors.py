@@ -44,6 +44,13 @@ CASES = {
         lambda tiny: ["-c", tiny(model__lerning_rate=1.0)],
         ["lerning_rate", "did you mean model.learning_rate?"],
     ),
+    "option of the trainer": (lambda tiny: ["-c", tiny(), "--max_steps", "5"], ["did you mean --trainer.max_steps?"]),
+    "option with a hyphen": (lambda tiny: ["-c", tiny(), "--allow-change"], ["did you mean --allow_change?"]),
+    "Lightning's optimizer": (lambda tiny: ["-c", tiny(), "--optimizer", "SGD"], ["did you mean --model.optimizer?"]),
+    "Lightning's schedule": (
+        lambda tiny: ["-c", tiny(), "--lr_scheduler", "StepLR"],
+        ["did you mean --model.schedule?"],
+    ),
     "wrong type": (lambda tiny: ["-c", tiny(data__max_length="long")], ["data.max_length", "long"]),
     "missing source": (lambda tiny: ["-c", tiny(data__train="no.fasta")], ["no.fasta: no such file", "give"]),
     "empty source": (

@@ -10,7 +10,7 @@ import pytest
 
 from pretrain.corpus import baselines
 from pretrain.corpus.batch import PackDataset
-from pretrain.corpus.blosum import ORDER, blosum62, told_a_relatives_residue
+from pretrain.corpus.blosum import ORDER, blosum62, nats_given_relative
 from pretrain.corpus.masking import Masking
 from pretrain.corpus.order import Order
 from pretrain.corpus.packing import Planner
@@ -86,7 +86,7 @@ def test_uniform_residues_have_a_perplexity_of_twenty(tmp_path: Path) -> None:
 def test_told_a_relatives_residue_is_bayes_rule_written_out() -> None:
     frequencies = np.random.default_rng(0).dirichlet(np.ones(20))
     odds = 2 ** (blosum62() / 2)
-    found = told_a_relatives_residue(frequencies)
+    found = nats_given_relative(frequencies)
     for a in range(20):
         weights = [frequencies[b] * odds[a, b] for b in range(20)]  # which residue the relative has, where this has a
         left = [
@@ -103,7 +103,7 @@ def test_blosum62_tells_about_as_much_of_a_residue_as_was_published() -> None:
     frequencies = np.array([percent[residue] for residue in ORDER])
     frequencies /= frequencies.sum()
     entropy = -float((frequencies * np.log2(frequencies)).sum())
-    left = float((frequencies * told_a_relatives_residue(frequencies)).sum()) / math.log(2)
+    left = float((frequencies * nats_given_relative(frequencies)).sum()) / math.log(2)
     assert entropy - left == pytest.approx(0.698, abs=0.05)
 
 

@@ -61,7 +61,7 @@ def test_a_node_that_is_lost_half_way_changes_nothing(
     whole = prepare([source], tmp_path / "whole", ESM, filters=SOME).path
     half = sum(name.startswith("shard") for name in content(whole)) // 2
     doomed = cluster.add_node(num_cpus=1, object_store_memory=2**27)
-    doomed_id, make_part = doomed.node_id, shards.make_part
+    doomed_id, make_shard = doomed.node_id, shards.make_shard
     began, nodes = tmp_path / "began", tmp_path / "nodes"
     nodes.mkdir()
 
@@ -72,14 +72,14 @@ def test_a_node_that_is_lost_half_way_changes_nothing(
             time.sleep(600)
         time.sleep(0.05)
         (nodes / f"{block.number} {node}").touch()
-        return make_part(job, block)
+        return make_shard(job, block)
 
     def kill() -> None:
         while not began.exists():
             time.sleep(0.01)
         cluster.remove_node(doomed, allow_graceful=False)
 
-    monkeypatch.setattr(shards, "make_part", watched)
+    monkeypatch.setattr(shards, "make_shard", watched)
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
     made = prepare([source], tmp_path / "corpus", ESM, filters=SOME, engine="ray").path
@@ -137,15 +137,15 @@ def test_what_another_engine_began_is_continued(
             prepare([source], out, ESM, filters=SOME, workers=1)
     first = tmp_path / ".corpus.partial" / "shard-00000.arrow"
     before = first.stat().st_ino
-    make_part = shards.make_part
+    make_shard = shards.make_shard
 
     def watched(job: Any, block: Any) -> Any:
-        part = make_part(job, block)
+        part = make_shard(job, block)
         if block.number == 0:
             assert os.stat(job.directory / part.file).st_ino == before
         return part
 
-    monkeypatch.setattr(shards, "make_part", watched)
+    monkeypatch.setattr(shards, "make_shard", watched)
     prepare([source], out, ESM, filters=SOME, engine="ray")
     assert content(out) == content(whole)
 
@@ -162,12 +162,12 @@ def told(source: Path, out: Path, capsys: pytest.CaptureFixture[str], *more: str
 def test_a_directory_that_the_nodes_do_not_see_is_told(
     cluster: Cluster, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    make_part = shards.make_part
+    make_shard = shards.make_shard
 
     def elsewhere(job: Any, block: Any) -> Any:
-        return make_part(job._replace(directory=Path("/nowhere/.corpus.partial")), block)
+        return make_shard(job._replace(directory=Path("/nowhere/.corpus.partial")), block)
 
-    monkeypatch.setattr(shards, "make_part", elsewhere)
+    monkeypatch.setattr(shards, "make_shard", elsewhere)
     message = told(source, tmp_path / "out", capsys, "ray", "--skip_bad")
     assert message == (
         f"/nowhere/.corpus.partial: not to be seen on {os.uname().nodename}; for --engine ray give --out a directory "
@@ -183,7 +183,7 @@ def test_a_node_that_lacks_a_package_is_told(
 
         return no_such_package
 
-    monkeypatch.setattr(shards, "make_part", lacks)
+    monkeypatch.setattr(shards, "make_shard", lacks)
     assert told(source, tmp_path / "out", capsys, "ray") == (
         "a node of the Ray cluster lacks something (No module named 'no_such_package'); install the same on every node"
     )

@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 
 from pretrain.corpus import cache, pieces, shards
-from pretrain.corpus.ahead import Ahead, group_size, order_of
 from pretrain.corpus.groups import GroupOrder
+from pretrain.corpus.prefetch import PrefetchingOrder, group_size, order_of
 from pretrain.corpus.prepare import open_or_prepare, prepare
 from pretrain.corpus.remote import RemoteCorpus
 from pretrain.corpus.store import Corpus
@@ -182,7 +182,7 @@ def test_each_shard_is_fetched_once(server: Server, own_cache: Path) -> None:
 def test_training_needs_a_group_and_the_next_comes_meanwhile(local: Corpus, server: Server) -> None:
     corpus = RemoteCorpus(server.url)
     order = GroupOrder(sizes(local), 3, 0)
-    ahead, n = Ahead(order, corpus), np.arange(3 * len(local))
+    ahead, n = PrefetchingOrder(order, corpus), np.arange(3 * len(local))
     groups = order.groups(n)
     for number in range(groups[-1]):
         here = n[groups == number]
@@ -209,7 +209,7 @@ def test_a_position_deep_in_an_epoch_needs_no_group_before_it(local: Corpus, ser
     corpus = RemoteCorpus(server.url)
     order = GroupOrder(sizes(local), 2, 0)
     place = 5 * len(local) - 1
-    Ahead(order, corpus)(place)
+    PrefetchingOrder(order, corpus)(place)
     (group,) = order.groups(place).tolist()
     needed = names(local, [*order.shards(group), *order.shards(group + 1), *order.shards(group - 1)])
     assert {name for name in server.served if name.endswith("arrow")} <= needed
@@ -219,7 +219,7 @@ def test_with_room_for_it_all_nothing_is_fetched_again(local: Corpus, server: Se
     corpus = RemoteCorpus(server.url, 10**9)
     order = GroupOrder(sizes(local), 2, 0)
     for place in range(0, 3 * len(local), 10):
-        Ahead(order, corpus)(place)
+        PrefetchingOrder(order, corpus)(place)
     wait_for(lambda: len(cached(corpus)) == len(sizes(local)))
     assert {count for name, count in server.served.items() if name.endswith("arrow")} == {1}
 
@@ -289,10 +289,10 @@ def test_what_failed_in_the_background_is_tried_again_when_it_is_needed(local: C
     order = GroupOrder(sizes(local), 2, 0)
     later = shard(local, order.shards(1)[0])
     server.faults[later] = ["refused"] * 9
-    Ahead(order, corpus)(0)
+    PrefetchingOrder(order, corpus)(0)
     wait_for(lambda: corpus._cache._coming[later].done())
     place = int(np.flatnonzero(order.groups(np.arange(len(local))) == 1)[0])
-    Ahead(order, corpus)(place)
+    PrefetchingOrder(order, corpus)(place)
     assert later in cached(corpus)
 
 
@@ -343,7 +343,7 @@ def test_a_corpus_of_an_older_version_and_a_manifest_that_lies_are_refused(local
 def _read_all(url: str, seed: int, results: "multiprocessing.Queue[Any]") -> None:
     corpus = RemoteCorpus(url)
     order = GroupOrder([entry["num_sequences"] for entry in corpus.manifest["shards"]], 2, seed)
-    ahead, total = Ahead(order, corpus), 0
+    ahead, total = PrefetchingOrder(order, corpus), 0
     for place in range(2 * len(corpus)):
         (index,) = ahead(place)[1].tolist()
         total += int(corpus.tokens(index).sum())
@@ -389,7 +389,7 @@ def test_a_forked_worker_that_has_used_the_corpus_keeps_nothing_from_being_evict
     """A loader worker inherits its parent's locks, and may live as long as the run."""
     corpus = RemoteCorpus(server.url)
     order = GroupOrder(sizes(local), 1, 0)
-    Ahead(order, corpus)(0)
+    PrefetchingOrder(order, corpus)(0)
     ready, done = os.pipe(), os.pipe()
     pid = os.fork()
     if not pid:
@@ -404,7 +404,7 @@ def test_a_forked_worker_that_has_used_the_corpus_keeps_nothing_from_being_evict
     first = names(local, order.shards(0))
     places = np.arange(len(local))
     for group in range(4):
-        Ahead(order, corpus)(places[order.groups(places) == group])
+        PrefetchingOrder(order, corpus)(places[order.groups(places) == group])
     assert not first & cached(corpus)
     os.write(done[1], b"x")
     os.waitpid(pid, 0)

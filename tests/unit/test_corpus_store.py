@@ -295,7 +295,7 @@ def test_a_lock_file_that_its_holder_removed_protects_nothing(
     held = []
     make_shards = shards.make_shards
 
-    def watched(*arguments: Any) -> list[shards.Part]:
+    def watched(*arguments: Any) -> list[shards.ShardEntry]:
         with (tmp_path / ".corpus.lock").open("w") as other, pytest.raises(BlockingIOError):
             lock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
         held.append(True)

@@ -202,3 +202,11 @@ def test_what_does_not_fit_has_no_time_and_no_cost(capsys: pytest.CaptureFixture
     assert "does not fit; try" in output
     assert "time " not in output
     assert "cost " not in output
+
+
+def test_what_no_gpu_computes_gets_no_time_on_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "-c", "quickstart", "--price", "2"]) == 0
+    text = capsys.readouterr().out
+    assert "add -c gpu" in text
+    assert "tokens/s" not in text
+    assert "cost" not in text

@@ -53,7 +53,8 @@ class FineTuneModule(StepModule):
         eps: AdamW's epsilon.
         weight_decay: Decoupled weight decay.
         scheduler_name: Name that the learning rate is logged under; Lightning's own (``lr-AdamW``) if not given.
-        activation_checkpointing: See `Encoder`.
+        activation_checkpointing: Compute blocks again for their gradients rather than keep them: a third more work for
+            a fraction of the memory.
 
     Raises:
         UserError: If there is no model, or a setting has no meaning.

@@ -164,7 +164,7 @@ def evaluation_batches(
     return (dataset[pack] for pack in packs)
 
 
-class InMemory(Corpus):
+class InMemoryCorpus(Corpus):
     """Sequences that no file holds, for `evaluation_batches`.
 
     Args:

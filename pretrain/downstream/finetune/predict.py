@@ -17,7 +17,7 @@ from pretrain.corpus.sources import SourceOptions
 from pretrain.downstream.finetune.labels import Labels, LabelSpec
 from pretrain.downstream.finetune.metrics import Answers, predictions
 from pretrain.downstream.finetune.model import FineTuned, load_fine_tuned
-from pretrain.downstream.finetune.packs import InMemory, Labelled, evaluation_batches
+from pretrain.downstream.finetune.packs import InMemoryCorpus, Labelled, evaluation_batches
 from pretrain.downstream.finetune.pairs import Tokens, encode
 from pretrain.downstream.finetune.table import Columns, Row, read_pairs
 from pretrain.downstream.load import choose_device
@@ -99,7 +99,7 @@ def _answers(model: FineTuned, sequences: list[Tokens], pack_tokens: int, device
     if model.spec.task == "token":
         bounds = np.cumsum([0, *(len(sequence) - 2 for sequence in sequences)])
         labels = Labels(np.zeros(bounds[-1], np.int64), bounds)
-    data = Labelled(InMemory(sequences, model.tokenizer), labels)
+    data = Labelled(InMemoryCorpus(sequences, model.tokenizer), labels)
     batches = evaluation_batches(data, model.max_length, pack_tokens, model.pair_order)
     return Answers.join(model.answers(batches, device))
 

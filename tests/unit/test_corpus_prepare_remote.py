@@ -10,7 +10,7 @@ import fsspec
 import pytest
 
 from pretrain.cli import main
-from pretrain.corpus import afar, cache, pieces, shards
+from pretrain.corpus import cache, pieces, prepare_remote, shards
 from pretrain.corpus.prepare import prepare
 from pretrain.corpus.remote import RemoteCorpus
 from pretrain.corpus.shards import Filters
@@ -74,7 +74,7 @@ def test_a_corpus_made_at_an_address_is_that_of_a_directory(
 def test_what_was_ended_is_continued_and_is_no_corpus_before(
     source: Path, bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    put, names, ended = afar.put_file, list[str](), list[str]()
+    put, names, ended = prepare_remote.put_file, list[str](), list[str]()
 
     def watched(file: Path, url: str) -> None:
         names.append(file.name)
@@ -83,7 +83,7 @@ def test_what_was_ended_is_continued_and_is_no_corpus_before(
             raise KeyboardInterrupt
         put(file, url)
 
-    monkeypatch.setattr(afar, "put_file", watched)
+    monkeypatch.setattr(prepare_remote, "put_file", watched)
     assert main(COMMAND) == 130
     assert "manifest.json" not in there(bucket)
     bucket.pipe("/bucket/corpora/x/shard-00001.arrow", b"half")
@@ -140,7 +140,7 @@ def test_a_corpus_made_in_an_s3_bucket(
          "copy it there"),
         (URL, ["--deduplicate"], f"{URL}: --deduplicate, --clusters and a split read the finished shards again; "
          "prepare into a directory, and copy it there"),
-        (URL, ["--shard", "1/2"], f"{URL}: parts are made and joined in directories; prepare into one, and copy it "
+        (URL, ["--part", "1/2"], f"{URL}: parts are made and joined in directories; prepare into one, and copy it "
          "there"),
     ],
 )  # fmt: skip

@@ -17,7 +17,7 @@ GROUP_SHARDS = 32
 Int64 = NDArray[np.int64]
 
 
-class Ahead:
+class PrefetchingOrder:
     """A group order that has the shards brought before they are read; the same order otherwise.
 
     Args:
@@ -66,7 +66,7 @@ def order_of(corpus: Corpus, group_shards: int | str | None, seed: int) -> AnyOr
     return GroupOrder([shard["num_sequences"] for shard in corpus.manifest["shards"]], size, seed)
 
 
-def bring_ahead(planner: StepPlanner) -> None:
+def prefetch_shards(planner: StepPlanner) -> None:
     """Have the shards of a planner's corpus brought before they are read, if they are far away.
 
     Raises:
@@ -75,7 +75,7 @@ def bring_ahead(planner: StepPlanner) -> None:
     corpus, order = planner.corpus, planner.order
     if isinstance(corpus, RemoteCorpus) and isinstance(order, GroupOrder):
         corpus.check_cache(order.group_shards)
-        planner.order = Ahead(order, corpus)
+        planner.order = PrefetchingOrder(order, corpus)
         return
     for part in corpus.components:
         if isinstance(part, RemoteCorpus):

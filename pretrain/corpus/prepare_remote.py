@@ -20,7 +20,7 @@ from pretrain.corpus.prepare import Settings, prepared_record, write_report
 from pretrain.corpus.processes import engine as choose_engine
 from pretrain.corpus.remote import RemoteCorpus, cache_directory
 from pretrain.corpus.repeat import describe
-from pretrain.corpus.shards import Block, Job, Part, make_part, make_shards, report_file
+from pretrain.corpus.shards import Block, Job, ShardEntry, make_shard, make_shards, report_file
 from pretrain.corpus.sources import find_sources
 from pretrain.corpus.store import LENGTHS, MANIFEST, REPORT
 from pretrain.corpus.whole import exclusive
@@ -28,7 +28,7 @@ from pretrain.corpus.writing import Extent, extent_of, write_manifest
 from pretrain.errors import UserError
 
 
-def prepare_afar(
+def prepare_remote(
     sources: Sequence[str | Path], url: str, settings: Settings, workers: int | None = None, engine: str = "local"
 ) -> RemoteCorpus:
     """Tokenise sources into a corpus at an address; otherwise as `prepare`, and byte for byte the same.
@@ -62,45 +62,47 @@ def prepare_afar(
             return made
         work.mkdir(exist_ok=True)
         given = (settings.tokenizer, settings.options, settings.filters)
-        parts = make_shards(found, work, *given, chosen, make=partial(_make_part_at, url))
-        _finish(url, work, parts, settings, described)
+        entries = make_shards(found, work, *given, chosen, make=partial(_make_shard_at, url))
+        _finish(url, work, entries, settings, described)
         shutil.rmtree(work)
     return RemoteCorpus(url)
 
 
-def _make_part_at(url: str, job: Job, block: Block) -> Part:
-    """As `make_part`; what an earlier call put at the address is fetched to see whether it is intact."""
+def _make_shard_at(url: str, job: Job, block: Block) -> ShardEntry:
+    """As `make_shard`; what an earlier call put at the address is fetched to see whether it is intact."""
     with tempfile.TemporaryDirectory(prefix="pretrain-") as folder:
         here = Path(folder)
         if block.previous and not all(get_file(f"{url}/{file.name}", file) for file in _files(here, block.previous)):
             block = block._replace(previous=None)
-        part = make_part(job._replace(directory=here), block)
-        if part is not block.previous and block.is_whole:
-            if part.file:
-                extent = extent_of(here / part.file)
-                np.save(_extent_file(here, part.number), np.concatenate([[extent.num_bytes], extent.lengths]))
-            for file in _files(here, part):
+        entry = make_shard(job._replace(directory=here), block)
+        if entry is not block.previous and block.is_whole:
+            if entry.file:
+                extent = extent_of(here / entry.file)
+                np.save(_extent_file(here, entry.number), np.concatenate([[extent.num_bytes], extent.lengths]))
+            for file in _files(here, entry):
                 put_file(file, f"{url}/{file.name}")
-        return part
+        return entry
 
 
-def _files(directory: Path, part: Part) -> list[Path]:
-    """What is kept of a part."""
-    bad = [report_file(directory, part.number)] if part.skipped.get("bad") else []
-    return [*bad, _extent_file(directory, part.number), directory / part.file] if part.file else bad
+def _files(directory: Path, entry: ShardEntry) -> list[Path]:
+    """What is kept of a block."""
+    bad = [report_file(directory, entry.number)] if entry.skipped.get("bad") else []
+    return [*bad, _extent_file(directory, entry.number), directory / entry.file] if entry.file else bad
 
 
 def _extent_file(directory: Path, number: int) -> Path:
     return directory / f"lengths-{number:05d}.npy"
 
 
-def _finish(url: str, work: Path, parts: Sequence[Part], settings: Settings, sources: list[dict[str, Any]]) -> None:
-    prepared = prepared_record(parts, settings, sources)
+def _finish(
+    url: str, work: Path, entries: Sequence[ShardEntry], settings: Settings, sources: list[dict[str, Any]]
+) -> None:
+    prepared = prepared_record(entries, settings, sources)
     extents = {}
-    for part in parts:
-        for file in _files(work, part):
-            if file.name == part.file:
-                extents[part.file] = _extent_file(work, part.number)
+    for entry in entries:
+        for file in _files(work, entry):
+            if file.name == entry.file:
+                extents[entry.file] = _extent_file(work, entry.number)
             elif not get_file(f"{url}/{file.name}", file):
                 raise UserError(f"{url}/{file.name}: vanished meanwhile; give the same command again")
 
@@ -108,14 +110,14 @@ def _finish(url: str, work: Path, parts: Sequence[Part], settings: Settings, sou
         num_bytes, *_ = numbers = np.load(extents[shard])
         return Extent(int(num_bytes), numbers[1:])
 
-    write_report(work, work, parts)
+    write_report(work, work, entries)
     fields = ("file", "num_sequences", "num_tokens", "sha256")
-    shards = [{field: getattr(part, field) for field in fields} for part in parts if part.file]
+    shards = [{field: getattr(entry, field) for field in fields} for entry in entries if entry.file]
     write_manifest(work, shards, settings.tokenizer, prepared, extent)
     for name in (REPORT, LENGTHS, MANIFEST):  # the manifest last: with it, it is a corpus
         if (work / name).exists():
             put_file(work / name, f"{url}/{name}")
-    for part in parts:
-        for file in _files(work, part):
-            if file.name != part.file:
+    for entry in entries:
+        for file in _files(work, entry):
+            if file.name != entry.file:
                 remove_file(f"{url}/{file.name}")

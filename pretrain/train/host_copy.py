@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-class Arriving:
+class HostCopy:
     """One number of a tensor, read later: reading then waits for what was asked of a GPU before, not since.
 
     ``float(tensor)`` would wait for all that the GPU has to do, while it should be given more.
