@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
-_SPINS = "1000"
+_SPINS = "10000"
 """How often a thread of torch's on the CPU (GNU OpenMP) looks whether it has work before it sleeps.
 
 The default, 300,000, holds a core for a millisecond or more, and on a machine that does something else, too, it is
@@ -113,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--workers", type=int, help="processes (default: one a core); the corpus is the same")
     command.add_argument("--engine", default="local", help="local (default), or ray: on a Ray cluster (RAY_ADDRESS)")
     command.add_argument(
-        "--part", metavar="I/N", help="prepare the I-th of N parts (1 to N), to be joined with --merge"
+        "--shard", metavar="I/N", help="prepare the I-th of N parts (1 to N), to be joined with --merge"
     )
     command.add_argument("--merge", action="store_true", help="the sources are the parts: join them into a corpus")
     group = command.add_argument_group("two corpora, DIR/train and DIR/validation, instead of one")
@@ -284,7 +284,7 @@ def _prepare(options: argparse.Namespace) -> int:
     filters = Filters(options.min_length, options.max_length, options.deduplicate, options.skip_bad, options.windows)
     split = Split.of(options.validation_share, options.split_clusters, options.validation_ids)
     given = (options.sources, options.out, options.tokenizer, reading, filters, split, options.clusters)
-    print(run_prepare(*given, options.part, options.merge, options.workers, options.engine))
+    print(run_prepare(*given, options.shard, options.merge, options.workers, options.engine))
     return 0
 
 

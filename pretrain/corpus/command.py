@@ -56,7 +56,7 @@ def run_prepare(
     if at_url and (merge or part):
         raise UserError(f"{out}: parts are made and joined in directories; prepare into one, and copy it there")
     if clusters and (merge or part):
-        raise UserError("--clusters goes with neither --part nor --merge; prepare the sources in one call")
+        raise UserError("--clusters goes with neither --shard nor --merge; prepare the sources in one call")
     was_there = written_at(f"{out.rstrip('/')}/{MANIFEST}") is not None if at_url else place.exists()
     if merge:
         if (options, replace(filters, deduplicate=False), tokenizer, part) != (

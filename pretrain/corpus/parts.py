@@ -158,7 +158,7 @@ def read_part(path: Path) -> Part:
             raise ValueError(f"part {part.number} of {part.of}")
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
-            f"{path / PART}: not found; --merge joins directories that `pretrain prepare --part I/N` made"
+            f"{path / PART}: not found; --merge joins directories that `pretrain prepare --shard I/N` made"
         ) from error
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, UserError):
@@ -245,7 +245,7 @@ def _check_parts(given: Sequence[Part]) -> None:
         if part.of != first.of:
             raise UserError(
                 f"{part.path}: is part {part.number} of {part.of}, {first.path} part {first.number} of {first.of}; "
-                "parts of one corpus have the same N in --part I/N: prepare one of them again"
+                "parts of one corpus have the same N in --shard I/N: prepare one of them again"
             )
         if part.number in seen:
             raise UserError(

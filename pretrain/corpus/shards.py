@@ -122,7 +122,7 @@ class Portion:
 
     def __init__(self, number: int = 1, of: int = 1) -> None:
         if not 1 <= number <= of:
-            raise UserError(f"part is {number}/{of}; give I/N with I from 1 to N, such as 2/8")
+            raise UserError(f"--shard is {number}/{of}; give I/N with I from 1 to N, such as 2/8")
         self.number, self.of = number, of
         self.num_blocks = 0
         self._layout = hashlib.sha256()
@@ -136,7 +136,7 @@ class Portion:
         """
         number, _, of = text.partition("/")
         if not (number.isdecimal() and of.isdecimal()):
-            raise UserError(f"part is {text}; give I/N with I from 1 to N, such as 2/8")
+            raise UserError(f"--shard is {text}; give I/N with I from 1 to N, such as 2/8")
         return cls(int(number), int(of))
 
     def takes(self, pieces: Sequence[Piece]) -> bool:

@@ -32,7 +32,7 @@ _COMPRESSIONS = {"gzip": b"\x1f\x8b", "bz2": b"BZh", "zstd": b"\x28\xb5\x2f\xfd"
 _COMPRESSED = (".gz", ".bgz", ".bz2", ".zst")
 _HUB = "hf://"
 PART = "part.json"
-"""In a directory that `pretrain prepare --part` made."""
+"""In a directory that `pretrain prepare --shard` made."""
 
 
 @dataclass(frozen=True)

@@ -179,7 +179,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object] | None, str]] = {
     "twice": (edit("number", 1), "{2}: is part 1 of 3, as {1}; give each part once"),
     "another number of parts": (
         edit("of", 4),
-        "{2}: is part 2 of 4, {1} part 1 of 3; parts of one corpus have the same N in --part I/N: prepare one of them "
+        "{2}: is part 2 of 4, {1} part 1 of 3; parts of one corpus have the same N in --shard I/N: prepare one of them "
         "again",
     ),
     "other settings": (
@@ -193,7 +193,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object] | None, str]] = {
     ),
     "no part": (
         shutil.rmtree,
-        "{2}/part.json: not found; --merge joins directories that `pretrain prepare --part I/N` made",
+        "{2}/part.json: not found; --merge joins directories that `pretrain prepare --shard I/N` made",
     ),
     "damaged": (
         lambda path: (path / "part.json").write_text("{}"),
@@ -237,16 +237,16 @@ def test_parts_of_sources_that_differ_do_not_join(sources: list[Path], tmp_path:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--part", "0/3"], "part is 0/3; give I/N with I from 1 to N, such as 2/8"),
-        (["--part", "4/3"], "part is 4/3; give I/N with I from 1 to N, such as 2/8"),
-        (["--part", "3"], "part is 3; give I/N with I from 1 to N, such as 2/8"),
+        (["--shard", "0/3"], "--shard is 0/3; give I/N with I from 1 to N, such as 2/8"),
+        (["--shard", "4/3"], "--shard is 4/3; give I/N with I from 1 to N, such as 2/8"),
+        (["--shard", "3"], "--shard is 3; give I/N with I from 1 to N, such as 2/8"),
         (
-            ["--part", "1/3", "--deduplicate"],
+            ["--shard", "1/3", "--deduplicate"],
             "--deduplicate compares all sequences, and a part has only its own; prepare the parts without it, and give "
             "it with --merge",
         ),
         (
-            ["--part", "1/3", "--validation_share", "0.1"],
+            ["--shard", "1/3", "--validation_share", "0.1"],
             "a split is made when the parts are joined; give its options with --merge",
         ),
         (
@@ -255,7 +255,7 @@ def test_parts_of_sources_that_differ_do_not_join(sources: list[Path], tmp_path:
             "parts are prepared",
         ),
         (
-            ["--merge", "--part", "1/3"],
+            ["--merge", "--shard", "1/3"],
             "--merge takes the parts as they are, with --deduplicate and a split only; give the other options when the "
             "parts are prepared",
         ),
@@ -277,7 +277,7 @@ def test_a_part_is_no_corpus_and_no_source(
     sources: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "part"
-    assert main(["prepare", str(sources[0]), "--out", str(out), "--part", "2/3", "--skip_bad"]) == 0
+    assert main(["prepare", str(sources[0]), "--out", str(out), "--shard", "2/3", "--skip_bad"]) == 0
     assert capsys.readouterr().out == f"{out}: part 2 of 3: 28 sequences of 2 blocks of 7\n"
     assert main(["prepare", str(out), "--out", str(tmp_path / "other")]) == 2
     assert capsys.readouterr().err == (

@@ -140,7 +140,7 @@ def test_a_corpus_made_in_an_s3_bucket(
          "copy it there"),
         (URL, ["--deduplicate"], f"{URL}: --deduplicate, --clusters and a split read the finished shards again; "
          "prepare into a directory, and copy it there"),
-        (URL, ["--part", "1/2"], f"{URL}: parts are made and joined in directories; prepare into one, and copy it "
+        (URL, ["--shard", "1/2"], f"{URL}: parts are made and joined in directories; prepare into one, and copy it "
          "there"),
     ],
 )  # fmt: skip

@@ -35,7 +35,7 @@ WAYS = {
     "one corpus": ["--deduplicate"],
     "two corpora": ["--validation_ids", "ids.txt"],
     "clusters": ["--clusters", "clusters.tsv"],
-    "a part": ["--part", "1/2"],
+    "a part": ["--shard", "1/2"],
 }
 
 
@@ -59,7 +59,7 @@ def test_the_same_again_is_ready_and_does_nothing(
 
 def test_joining_the_same_parts_again_is_ready(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for n in (1, 2):
-        assert main(["prepare", "y.fasta", "z.fasta", "--out", f"part{n}", "--part", f"{n}/2"]) == 0
+        assert main(["prepare", "y.fasta", "z.fasta", "--out", f"part{n}", "--shard", f"{n}/2"]) == 0
     capsys.readouterr()
     command = ["prepare", "--merge", "part1", "part2", "--out", "out"]
     assert main(command) == 0
@@ -67,7 +67,7 @@ def test_joining_the_same_parts_again_is_ready(here: Path, capsys: pytest.Captur
     first, again = capsys.readouterr().out.splitlines()
     assert again == first.replace("out: ", "out: is ready, ")
     shutil.rmtree("part2")
-    assert main(["prepare", "y.fasta", "z.fasta", "--out", "part2", "--part", "2/2"]) == 0
+    assert main(["prepare", "y.fasta", "z.fasta", "--out", "part2", "--shard", "2/2"]) == 0
     age(here / "part2" / "part.json", 60)
     assert main(command) == 2
     assert "out: exists already, and part2/part.json has changed since; choose another" in capsys.readouterr().err
@@ -95,7 +95,7 @@ DIFFERENCES: dict[str, tuple[str, str, Change | None, str]] = {
         "prepared with split {'share': 0.47, 'clusters': None, 'ids': None} instead of "
         "{'share': 0.4, 'clusters': None, 'ids': None}",
     ),
-    "another part": ("--part 1/2", "--part 2/2", None, "prepared with part '1/2' instead of '2/2'"),
+    "another part": ("--shard 1/2", "--shard 2/2", None, "prepared with part '1/2' instead of '2/2'"),
     "a source that grew": (
         "",
         "",
