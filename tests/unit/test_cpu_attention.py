@@ -84,6 +84,16 @@ def test_results_do_not_depend_on_threads_nor_on_the_rest_of_the_pack() -> None:
 
 
 @here
+def test_any_layout_in_memory_gives_the_same() -> None:
+    qkv = projection(150, 16)
+    by_head = qkv.permute(2, 1, 0, 3).contiguous().permute(2, 1, 0, 3)
+    for ours, expected in zip(
+        attended("LLVM", by_head, [150], [150]), attended("LLVM", qkv, [150], [150]), strict=True
+    ):
+        assert torch.equal(ours, expected)
+
+
+@here
 def test_scores_in_the_hundreds_neither_overflow_nor_vanish() -> None:
     qkv = 18 * projection(300, 16)
     scores = torch.einsum("qhd,khd->hqk", qkv[:, 0], qkv[:, 1]) / 4
