@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pretrain.model.attention import Layout, variable_length_attention
+from pretrain.model.attention import CPUAttention, Layout, require_cpu_attention, variable_length_attention
 from pretrain.model.config import EncoderConfig
 from pretrain.model.rotary import rotate
 
@@ -49,6 +49,18 @@ class Encoder(nn.Module):
         self.inv_freq: Tensor
         self.register_buffer("inv_freq", 1.0 / config.rope_theta**exponents)
         self.reset_parameters()
+
+    def use_cpu_attention(self, kernels: CPUAttention) -> None:
+        """Choose whose kernels attention on a CPU calls, SDPA being what it calls otherwise.
+
+        Raises:
+            UserError: If they do not run here; see `require_cpu_attention`.
+        """
+        if kernels == "LLVM":
+            require_cpu_attention(self.config.head_dim)
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.cpu_attention = kernels
 
     def reset_parameters(self) -> None:
         """Initialise as BERT and transformers' ESM do: weights normal, biases zero, layer norms one."""
@@ -245,6 +257,7 @@ class Block(nn.Module):
         self.ffn_norm = nn.LayerNorm(width, config.layer_norm_eps)
         self.ffn_in = nn.Linear(width, config.ffn_size)
         self.ffn_out = nn.Linear(config.ffn_size, width)
+        self.cpu_attention: CPUAttention = "SDPA"
         self.hidden_dropout, self.attention_dropout = config.hidden_dropout_prob, config.attention_probs_dropout_prob
 
     def forward(
@@ -269,7 +282,7 @@ class Block(nn.Module):
             (query,) = rotate(query.unflatten(-1, (1, *self.heads)), (cos[rows.positions], sin[rows.positions]), 1)
             key, value = rotate(key_value.unflatten(-1, (2, *self.heads)), rotation, 1)
         dropout = self.attention_dropout if self.training else 0.0
-        attended = variable_length_attention(query, key, value, query_layout, layout, dropout)
+        attended = variable_length_attention(query, key, value, query_layout, layout, dropout, self.cpu_attention)
         hidden = hidden + self._dropped(self.out(attended.flatten(1)))
         output: Tensor = hidden + self._dropped(self.ffn_out(F.gelu(self.ffn_in(self.ffn_norm(hidden)))))
         return output

@@ -9,7 +9,7 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 
 from pretrain.corpus.packed import PackedDataModule
 from pretrain.errors import UserError
-from pretrain.model.attention import NO_DROPOUT, activate_flash_attention
+from pretrain.model.attention import NO_DROPOUT, activate_flash_attention, require_cpu_attention
 from pretrain.train.step import StepModule
 
 _OLDEST_CAPABILITY = (8, 0)  # Ampere: the first with bfloat16, and with the flash kernels behind varlen_attn
@@ -38,7 +38,13 @@ def check_hardware(trainer: pl.Trainer, module: StepModule, data: PackedDataModu
             raise UserError(
                 f"model.flash_attention is {module.flash_attention}, whose kernels are for GPUs; leave it out on a CPU"
             )
+        if module.cpu_attention == "LLVM":
+            _check_cpu_attention(trainer, module)
         return
+    if module.cpu_attention != "SDPA":
+        raise UserError(
+            f"model.cpu_attention is {module.cpu_attention}, whose kernels are for CPUs; leave it out on a GPU"
+        )
     name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
     if capability < _OLDEST_CAPABILITY:
         raise UserError(
@@ -69,6 +75,16 @@ def check_hardware(trainer: pl.Trainer, module: StepModule, data: PackedDataModu
         raise UserError(
             f"model.encoder has heads of {config.head_dim} dimensions; on a GPU they must be a multiple of 8, at most "
             f"256: give another num_attention_heads (or hidden_size {config.hidden_size})"
+        )
+
+
+def _check_cpu_attention(trainer: pl.Trainer, module: StepModule) -> None:
+    config = module.encoder.config
+    require_cpu_attention(config.head_dim)
+    if trainer.precision != "32-true" or config.attention_probs_dropout_prob:
+        raise UserError(
+            "model.cpu_attention is LLVM, whose kernels compute in float32 and drop no attention weights; give "
+            "--trainer.precision 32-true and attention_probs_dropout_prob 0, or leave it out"
         )
 
 

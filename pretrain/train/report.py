@@ -70,6 +70,9 @@ def _visits(data: MLMDataModule, max_steps: int) -> list[str]:
     return lines
 
 
+_ON_CPU = {"SDPA": "SDPA by sequence", "LLVM": "LLVM kernels by sequence"}
+
+
 def execution(trainer: pl.Trainer, module: StepModule) -> dict[str, Any]:
     """What the run is computed with: processes and their accelerator, strategy, precision, attention, compilation."""
     accelerator = trainer.strategy.root_device.type
@@ -78,7 +81,9 @@ def execution(trainer: pl.Trainer, module: StepModule) -> dict[str, Any]:
         "accelerator": accelerator,
         "strategy": type(trainer.strategy).__name__,
         "precision": trainer.precision,
-        "attention": f"varlen_attn ({module.flash_attention})" if accelerator == "cuda" else "SDPA by sequence",
+        "attention": f"varlen_attn ({module.flash_attention})"
+        if accelerator == "cuda"
+        else _ON_CPU[module.cpu_attention],
         "compiled": module.compile_blocks,
         "activation_checkpointing": module.encoder.activation_checkpointing,
     }

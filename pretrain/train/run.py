@@ -77,7 +77,13 @@ _HISTORY = (
     "trainer.precision",
 )
 _DROPOUT = tuple(f"model.encoder.{name}" for name in DROPOUT)  # says how to train, not what
-_FREE = ("model.compile", "model.activation_checkpointing", "model.flash_attention", "data.validation_pack_tokens")
+_FREE = (
+    "model.compile",
+    "model.activation_checkpointing",
+    "model.flash_attention",
+    "model.cpu_attention",
+    "data.validation_pack_tokens",
+)
 _PACKAGES = ("torch", "pytorch-lightning", "transformers", "numpy", "pyarrow", "tokenizers")
 
 

@@ -33,7 +33,9 @@ def check(
         strategy=SimpleNamespace(root_device=torch.device("cuda", 0)), precision=precision, world_size=1
     )
     config = EncoderConfig(48, num_attention_heads=heads, attention_probs_dropout_prob=attention_dropout)
-    module: Any = SimpleNamespace(compile_blocks=False, flash_attention=kernels, encoder=SimpleNamespace(config=config))
+    module: Any = SimpleNamespace(
+        compile_blocks=False, flash_attention=kernels, cpu_attention="SDPA", encoder=SimpleNamespace(config=config)
+    )
     check_hardware(trainer, module, SimpleNamespace(static_shapes=False))  # type: ignore[arg-type]
 
 

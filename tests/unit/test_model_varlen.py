@@ -40,7 +40,9 @@ def varlen_attn(
 
 @pytest.fixture
 def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    def attention(query: Tensor, key: Tensor, value: Tensor, queries: Layout, keys: Layout, dropout: float) -> Tensor:
+    def attention(
+        query: Tensor, key: Tensor, value: Tensor, queries: Layout, keys: Layout, dropout: float, on_cpu: str
+    ) -> Tensor:
         assert not dropout
         return varlen_attn(query, key, value, queries.cu_seqlens, keys.cu_seqlens, queries.max_seqlen, keys.max_seqlen)
 

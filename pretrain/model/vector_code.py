@@ -1,0 +1,233 @@
+"""Writing code for vector registers in Python, for LLVM to compile in memory: arithmetic, loops, loads and stores.
+
+What is called on an `Expression` is not computed but written down, as an instruction of the function being written.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import llvmlite.binding as llvm
+import llvmlite.ir as ir
+
+FLOAT, I32, I64, POINTER = ir.FloatType(), ir.IntType(32), ir.IntType(64), ir.PointerType()
+
+
+def vector(size: int) -> Any:
+    """The type of ``size`` numbers side by side; LLVM divides it among registers."""
+    return ir.VectorType(FLOAT, size)
+
+
+class Expression:
+    """An integer, a float32 number or a vector of them; an operand may also be a constant."""
+
+    def __init__(self, builder: Any, value: Any) -> None:
+        self.builder, self.value = builder, value
+
+    def __add__(self, other: "Expression | int | float") -> "Expression":
+        return self._binary("add", other)
+
+    def __sub__(self, other: "Expression | int | float") -> "Expression":
+        return self._binary("sub", other)
+
+    def __mul__(self, other: "Expression | int | float") -> "Expression":
+        return self._binary("mul", other)
+
+    def __truediv__(self, other: "Expression | int | float") -> "Expression":
+        return self._new(self.builder.fdiv(self.value, self._operand(other)))
+
+    def divmod(self, other: "Expression | int | float") -> "tuple[Expression, Expression]":
+        """Quotient and remainder of integers, which are not negative."""
+        quotient = self._new(self.builder.sdiv(self.value, self._operand(other)))
+        return quotient, self - quotient * other
+
+    def times_plus(self, factor: "Expression", summand: "Expression | int | float") -> "Expression":
+        """``self * factor + summand``, rounded once."""
+        return self._intrinsic("llvm.fma", self.value.type, [self.value, factor.value, self._operand(summand)])
+
+    def times_minus(self, factor: "Expression", subtrahend: "Expression") -> "Expression":
+        """``self * factor - subtrahend``, rounded once."""
+        return self.times_plus(factor, self._new(self.builder.fneg(subtrahend.value)))
+
+    def min(self, other: "Expression | int") -> "Expression":
+        """The smaller of two integers."""
+        bound = self._operand(other)
+        return self._new(self.builder.select(self.builder.icmp_signed("<", self.value, bound), self.value, bound))
+
+    def max(self, other: "Expression | int | float") -> "Expression":
+        """The larger numbers; where ``self`` is NaN, NaN."""
+        bound = self._operand(other)
+        return self._new(self.builder.select(self.builder.fcmp_ordered(">", bound, self.value), bound, self.value))
+
+    def sum(self) -> "Expression":
+        """Of a vector's numbers."""
+        values = [ir.Constant(FLOAT, 0.0), self.value]
+        return self._intrinsic("llvm.vector.reduce.fadd", FLOAT, values, fastmath=["reassoc"])
+
+    def spread(self, size: int) -> "Expression":
+        """A number in every place of a vector."""
+        undefined = ir.Constant(vector(size), ir.Undefined)
+        first = self.builder.insert_element(undefined, self.value, I32(0))
+        places = ir.Constant(ir.VectorType(I32, size), [0] * size)
+        return self._new(self.builder.shuffle_vector(first, undefined, places))
+
+    def __getitem__(self, place: int) -> "Expression":
+        """A number of a vector."""
+        return self._new(self.builder.extract_element(self.value, I32(place)))
+
+    def shifted_into_exponent(self, integer: "Expression") -> "Expression":
+        """A vector times 2 to the power of ``integer``, which stands in the lowest bits of a vector's numbers."""
+        bits = ir.VectorType(I32, self.value.type.count)
+        exponent = self.builder.shl(self.builder.bitcast(integer.value, bits), self._constant(bits, 23))
+        scaled = self.builder.add(self.builder.bitcast(self.value, bits), exponent)
+        return self._new(self.builder.bitcast(scaled, self.value.type))
+
+    def _new(self, value: Any) -> "Expression":
+        return Expression(self.builder, value)
+
+    @staticmethod
+    def _constant(kind: Any, number: int | float) -> Any:
+        return ir.Constant(kind, [number] * kind.count if isinstance(kind, ir.VectorType) else number)
+
+    def _operand(self, other: "Expression | int | float") -> Any:
+        return other.value if isinstance(other, Expression) else self._constant(self.value.type, other)
+
+    def _binary(self, name: str, other: "Expression | int | float") -> "Expression":
+        instruction = name if isinstance(self.value.type, ir.IntType) else f"f{name}"
+        return self._new(getattr(self.builder, instruction)(self.value, self._operand(other)))
+
+    def _intrinsic(self, name: str, result: Any, values: list[Any], **options: Any) -> "Expression":
+        kind = values[-1].type
+        name = f"{name}.v{kind.count}f32" if isinstance(kind, ir.VectorType) else f"{name}.f32"
+        module = self.builder.module
+        signature = ir.FunctionType(result, [value.type for value in values])
+        function = module.globals.get(name) or ir.Function(module, signature, name)
+        return self._new(self.builder.call(function, values, **options))
+
+
+class Array:
+    """A place in memory; offsets count float32 numbers."""
+
+    def __init__(self, builder: Any, pointer: Any) -> None:
+        self.builder, self.pointer = builder, pointer
+
+    def __add__(self, offset: Expression | int) -> "Array":
+        index = offset.value if isinstance(offset, Expression) else I64(offset)
+        return Array(self.builder, self.builder.gep(self.pointer, [index], source_etype=FLOAT))
+
+    def load(self, kind: Any = FLOAT) -> Expression:
+        """The number here; or the vector, or whatever ``kind`` says."""
+        return Expression(self.builder, self.builder.load(self.pointer, typ=kind, align=4))
+
+    def store(self, expression: Expression) -> None:
+        """Write a number or a vector here."""
+        self.builder.store(expression.value, self.pointer, align=4)
+
+
+class Function:
+    """A function being written, of a pointer to named fields of 64 bits.
+
+    Args:
+        module: What it is to be part of.
+        name: Its own.
+        fields: Theirs, in order.
+    """
+
+    def __init__(self, module: Any, name: str, fields: tuple[str, ...]) -> None:
+        function = ir.Function(module, ir.FunctionType(ir.VoidType(), [POINTER]), name)
+        self.builder = ir.IRBuilder(function.append_basic_block())
+        self._arguments, self._fields = function.args[0], fields
+
+    def integer(self, name: str) -> Expression:
+        """A field that is an integer."""
+        return Expression(self.builder, self.builder.load(self._field(name), typ=I64))
+
+    def array(self, name: str) -> Array:
+        """A field that is an address."""
+        return Array(self.builder, self.builder.load(self._field(name), typ=POINTER))
+
+    def next(self, name: str) -> Expression:
+        """The integer in a field, which whoever reads next finds higher by one, in this thread or another."""
+        return Expression(self.builder, self.builder.atomic_rmw("add", self._field(name), I64(1), "monotonic"))
+
+    def index(self, array: Array) -> Expression:
+        """An integer of 32 bits in memory."""
+        return Expression(self.builder, self.builder.sext(array.load(I32).value, I64))
+
+    def constant(self, size: int, number: int | float) -> Expression:
+        """The same number everywhere in a vector."""
+        return Expression(self.builder, ir.Constant(vector(size), [number] * size))
+
+    def variable(self, initial: Expression) -> Array:
+        """What changes in a loop; optimisation makes a register of it."""
+        with self.builder.goto_entry_block():
+            variable = Array(self.builder, self.builder.alloca(initial.value.type))
+        variable.store(initial)
+        return variable
+
+    def row(self, numbers: list[Expression]) -> Expression:
+        """A vector of numbers."""
+        value = ir.Constant(vector(len(numbers)), ir.Undefined)
+        for place, number in enumerate(numbers):
+            value = self.builder.insert_element(value, number.value, I32(place))
+        return Expression(self.builder, value)
+
+    @contextmanager
+    def loop(self, stop: Expression | int, step: int = 1) -> Iterator[Expression]:
+        """What is written inside is done for 0, ``step``, ... below ``stop``."""
+        index = self.variable(Expression(self.builder, I64(0)))
+        with self._while_below(stop, lambda: index.load(I64)) as now:
+            yield now
+            index.store(now + step)
+
+    @contextmanager
+    def each(self, counter: str, stop: Expression) -> Iterator[Expression]:
+        """What is written inside is done for every number below ``stop``, by whichever thread counts to it."""
+        with self._while_below(stop, lambda: self.next(counter)) as number:
+            yield number
+
+    @contextmanager
+    def _while_below(self, stop: Expression | int, index: Callable[[], Expression]) -> Iterator[Expression]:
+        b = self.builder
+        end = stop.value if isinstance(stop, Expression) else I64(stop)
+        head, body, after = (b.append_basic_block() for _ in range(3))
+        b.branch(head)
+        b.position_at_end(head)
+        now = index()
+        b.cbranch(b.icmp_signed("<", now.value, end), body, after)
+        b.position_at_end(body)
+        yield now
+        b.branch(head)
+        b.position_at_end(after)
+
+    def end(self) -> None:
+        """Nothing more is written."""
+        self.builder.ret_void()
+
+    def _field(self, name: str) -> Any:
+        return self.builder.gep(self._arguments, [I64(self._fields.index(name))], source_etype=I64)
+
+
+class Compiled:
+    """A module's functions as machine code for this CPU.
+
+    Args:
+        module: What was written.
+    """
+
+    def __init__(self, module: Any) -> None:
+        llvm.initialize_native_target()
+        llvm.initialize_native_asmprinter()
+        # Some CPUs' models would halve the registers of AVX-512.
+        features = f"{llvm.get_host_cpu_features().flatten()},-prefer-256-bit"
+        machine = llvm.Target.from_default_triple().create_target_machine(llvm.get_host_cpu_name(), features, opt=3)
+        parsed = llvm.parse_assembly(str(module))
+        passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=2))
+        passes.getModulePassManager().run(parsed, passes)
+        self._engine = llvm.create_mcjit_compiler(parsed, machine)
+        self._engine.finalize_object()
+
+    def address(self, name: str) -> int:
+        """Where a function begins, for as long as this object lives."""
+        address: int = self._engine.get_function_address(name)
+        return address
