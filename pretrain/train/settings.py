@@ -165,7 +165,7 @@ def _explain(message: str, parser: LightningArgumentParser) -> str:
     # What a link computes is a UserError's own line; jsonargparse puts its machinery before it.
     message = re.sub(r"^Call to compute_fn of link .* failed: ", "", " ".join(message.split()))
     unknown = re.search(r"(?:'([\w.]+)' does not accept (?:option|nested key)|[Kk]ey) '([\w.]+)'", message)
-    option = re.search(r"unrecognized arguments: --([\w.-]+)", message)
+    option = re.search(r"[Uu]nrecognized arguments: --([\w.-]+)", message)
     if match := unknown or option:
         given = ".".join(part for part in match.groups() if part).replace("-", "_")
         meant = _meant(given, list(parser.get_defaults().keys()))
