@@ -2,13 +2,13 @@
 
     python benchmarks/records_rival.py --who transformers --steps 500 --every 100 --run DIR --seed_everything 0
 
-    python benchmarks/records_rival.py --who pretrain --gpu --shape 35M --minutes 8 --every 200 --run DIR \\
-        --train swissprot.train.fasta --validation swissprot.validation.fasta
+    python benchmarks/records_rival.py --who pretrain --gpu --shape 35M --max_length 1024 --minutes 8 --every 200 \\
+        --train swissprot.train.fasta --validation swissprot.validation.fasta --run DIR
 
-Proteins of up to 1,022 residues, as they come. Equal for both: crops, tokens, precision, fused AdamW with the same
-decay, clipping, inverse-square-root schedule, threads. Each draws its own masks (30 %, 80/10/10); transformers pads
-each batch to its longest sequence. This project's validation asks both, while the clock stands still. Leaves what a run
-leaves: `metrics.csv`, with `seconds_of_training` at each validation, and `result.json`.
+Equal for both: crops, tokens, precision, fused AdamW with the same decay, clipping, inverse-square-root schedule,
+threads. Each draws its own masks (30 %, 80/10/10); transformers pads each batch to its longest sequence. This project's
+validation asks both, while the clock stands still. Leaves what a run leaves: `metrics.csv`, with `seconds_of_training`
+at each validation, and `result.json`.
 
 On a GPU both train in bfloat16 autocast, with SDPA there and varlen_attn, static shapes and compiled blocks here, in
 steps of 131,072 tokens and as many packs or batches as `--micro-batches` says, until `--minutes` of training are over,
@@ -263,7 +263,8 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--seed_everything", type=int, default=0)
     parser.add_argument("--gpu", action="store_true")
-    parser.add_argument("--shape", help="a published size, such as 35M; default: four layers of 128")
+    parser.add_argument("--shape", default="64x2", help="width x layers, or a published size such as 35M")
+    parser.add_argument("--max_length", type=int, default=256)
     parser.add_argument("--micro-batches", type=int, default=1, help="packs or batches a step")
     parser.add_argument("--train", default="data/proteins/train.fasta.gz")
     parser.add_argument("--validation", default="data/proteins/validation.fasta.gz")
@@ -272,14 +273,15 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     options.run.mkdir(parents=True, exist_ok=True)
     pl.seed_everything(options.seed_everything, verbose=False)
-    encoder = EncoderConfig.named(options.shape) if options.shape else EncoderConfig(128, 4, 4)
+    width, _, layers = options.shape.partition("x")
+    encoder = EncoderConfig(int(width), int(layers), int(width) // 32) if layers else EncoderConfig.named(width)
     recipe = Recipe(encoder, 3e-3, 50, 4096, "cpu", options.micro_batches, 0)
     if options.gpu:
         recipe = Recipe(encoder, 1e-3, 500, 131_072, "cuda", options.micro_batches, 8)
     data = MLMDataModule(
         options.train,
         options.validation,
-        max_length=1024,
+        max_length=options.max_length,
         global_batch_tokens=recipe.step_tokens,
         mlm_probability=MASKED,
         static_shapes=options.gpu,
