@@ -20,17 +20,18 @@ from results_file import write_results
 
 from pretrain.corpus.prepare import open_or_prepare
 from pretrain.corpus.tokenizer import load_tokenizer
-from pretrain.model.attention import CPUAttention, Layout, require_cpu_attention, variable_length_attention
+from pretrain.model.attention import Layout, variable_length_attention
+from pretrain.model.cpu_kernels import use_llvm
 
 HEADS = 20
 PRODUCTS = 7
 
 
-def seconds(kernels: CPUAttention, qkv: torch.Tensor, layout: Layout, weight: torch.Tensor) -> np.ndarray[Any, Any]:
+def seconds(llvm: bool, qkv: torch.Tensor, layout: Layout, weight: torch.Tensor) -> np.ndarray[Any, Any]:
     """Forward and backward, each by the clock and by processor time, shape [2, 2]."""
     query, key, value = (x.detach().requires_grad_() for x in qkv.unbind(1))
     times = [(time.perf_counter(), time.process_time())]
-    attended = variable_length_attention(query, key, value, layout, layout, on_cpu=kernels)
+    attended = variable_length_attention(query, key, value, layout, layout, llvm=llvm)
     times.append((time.perf_counter(), time.process_time()))
     attended.backward(weight)
     times.append((time.perf_counter(), time.process_time()))
@@ -44,7 +45,7 @@ def measure(head_size: int, lengths: list[np.ndarray[Any, Any]]) -> dict[str, fl
         qkv = torch.randn(int(pack.sum()), 3, HEADS, head_size)
         layout = Layout.of(torch.tensor([0, *pack]).cumsum(0, dtype=torch.int32))
         weight = torch.randn_like(qkv[:, 0])
-        theirs, ours = (seconds(kernels, qkv, layout, weight) for kernels in ("SDPA", "LLVM"))
+        theirs, ours = (seconds(llvm, qkv, layout, weight) for llvm in (False, True))
         ratios.append(np.vstack([theirs / ours, theirs.sum(0) / ours.sum(0)]))
         flops = PRODUCTS * 2 * head_size * HEADS * float((pack**2).sum())
         rates.append([flops / times.sum(0)[1] / 1e9 for times in (theirs, ours)])
@@ -74,7 +75,7 @@ def main() -> None:
     generator, results = np.random.default_rng(0), []
     print("head size   lengths   forward   backward   both   by processor time   SDPA -> LLVM, GFLOP/s")
     for head_size in options.head_sizes:
-        require_cpu_attention(head_size)
+        use_llvm("LLVM", head_size)
         for length in (None, *options.lengths):
             packs = []
             for _ in range(options.rounds + 1):

@@ -7,8 +7,8 @@ clipping. For each of Trainer's sampling strategies and batch sizes, a round tak
 Trainer's sampler deals over the whole corpus, at least ``--tokens`` real tokens; `Trainer` + `EsmForMaskedLM` +
 `DataCollatorForLanguageModeling` trains on them, padding each to its longest sequence, and this project trains on the
 very same sequences, both with one optimizer step a round. Only real tokens count, padding does not. The machine's rate
-of matrix products is measured before and after each of this project's steps. Both are warmed up first. Rates are
-medians over the rounds, ratios medians of the rounds' ratios.
+of matrix products (torch's or the project's own, whichever are faster) is measured before and after each of this
+project's steps. Both are warmed up first. Rates are medians over the rounds, ratios medians of the rounds' ratios.
 """
 
 import argparse
@@ -49,7 +49,8 @@ from pretrain.corpus.packing import Pack, Planner, share_out
 from pretrain.corpus.prepare import open_or_prepare
 from pretrain.corpus.store import Corpus
 from pretrain.corpus.tokenizer import load_tokenizer
-from pretrain.model.attention import CPUAttention
+from pretrain.model.allocator import keep_freed_memory
+from pretrain.model.cpu_kernels import CPUKernels
 from pretrain.model.hf import to_hf_config
 from pretrain.train.throughput import matmul_rate
 
@@ -62,9 +63,9 @@ MACHINE = (torch.device("cpu"), torch.float32, 1024, 70)
 class Ours:
     """This project's own step: sampler, masking, encoder, loss, clipping and optimizer, in Lightning's Trainer."""
 
-    def __init__(self, config: EncoderConfig, corpus: Corpus, masking: Masking, cpu_attention: CPUAttention) -> None:
+    def __init__(self, config: EncoderConfig, corpus: Corpus, masking: Masking, cpu_kernels: CPUKernels) -> None:
         self.dataset = PackDataset(corpus, masking)
-        self.module = MLMModule(config, learning_rate=1e-4, cpu_attention=cpu_attention)
+        self.module = MLMModule(config, learning_rate=1e-4, cpu_kernels=cpu_kernels)
 
     def seconds(self, step: Pack) -> float:
         loader = torch.utils.data.DataLoader(
@@ -158,7 +159,7 @@ def measure(shape: str, corpus: Corpus, options: argparse.Namespace, scratch: Pa
     masking = Masking(0.15, 0.8, 0.1, corpus.tokenizer.mask_token_id, corpus.tokenizer.replacement_ids, 0)
     planner = Planner(corpus, Order(len(corpus), 0), masking, MAX_LENGTH)
     lengths = np.minimum(corpus.lengths(np.arange(len(corpus))), MAX_LENGTH)
-    ours, rival = Ours(config, corpus, masking, options.cpu_attention), Rival(config, corpus, scratch)
+    ours, rival = Ours(config, corpus, masking, options.cpu_kernels), Rival(config, corpus, scratch)
 
     rows = [Row(strategy, size) for strategy in options.strategies for size in options.batch_sizes]
     for round_number in range(options.rounds + 1):
@@ -230,13 +231,14 @@ def main() -> None:
     parser.add_argument("--strategies", nargs="+", default=["random", "group_by_length"], help="Trainer's sampling")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=4096, help="real tokens of a round, at least")
-    parser.add_argument("--cpu-attention", choices=["SDPA", "LLVM"], default="SDPA", help="see MLMModule")
+    parser.add_argument("--cpu-kernels", choices=["auto", "torch", "LLVM"], default="auto", help="see MLMModule")
     parser.add_argument("--source", default="data/proteins/train.fasta.gz")
     parser.add_argument("--out", type=Path, help="a JSON file for all figures")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    keep_freed_memory()  # as `pretrain fit` does; here Trainer gains by it, too
     corpus = open_or_prepare([options.source], load_tokenizer("esm"))
     results = {}
     with tempfile.TemporaryDirectory() as scratch:

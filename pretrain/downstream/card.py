@@ -21,7 +21,7 @@ _RECIPE = {
     ),
     "trainer": ("max_steps", "precision", "gradient_clip_val"),
 }  # fmt: skip
-_HOW = ("activation_checkpointing", "compile", "flash_attention", "cpu_attention")
+_HOW = ("activation_checkpointing", "compile", "flash_attention", "cpu_kernels")
 """The settings that make a model what it is; none of how and where it was computed."""
 
 

@@ -3,11 +3,9 @@
 Each token attends to the tokens of its own sequence, wherever that lies in the pack; nothing is padded.
 """
 
-import importlib.util
-import sys
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Literal, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +18,6 @@ NO_DROPOUT = (
     "attention over packs on CUDA drops no attention weights; set attention_probs_dropout_prob to 0 (model.encoder, or "
     "the config.json that training starts from), hidden_dropout_prob works on any device"
 )
-
-CPUAttention = Literal["SDPA", "LLVM"]
-"""Whose kernels attention on a CPU calls: torch's, or the project's own (`pretrain.model.cpu_attention`)."""
-_LARGEST_HEAD = 128  # of the project's own
 
 
 @dataclass(frozen=True)
@@ -57,7 +51,7 @@ def variable_length_attention(
     queries: Layout,
     keys: Layout,
     dropout: float = 0.0,
-    on_cpu: CPUAttention = "SDPA",
+    llvm: bool = False,
 ) -> Float[Tensor, "Q H d"]:
     """Softmax attention within each sequence, scaled by 1/sqrt(d).
 
@@ -68,8 +62,8 @@ def variable_length_attention(
         queries: Layout of ``query``.
         keys: Layout of ``key`` and ``value``.
         dropout: Share of the attention weights to drop; on the CPU only.
-        on_cpu: Whose kernels to call on a CPU; `require_cpu_attention` tells whether ``LLVM`` can be. What those do not
-            do, precisions other than float32 and dropout, is SDPA's in any case.
+        llvm: Let the project's own kernels compute it on a CPU, rather than SDPA's; what those do not do, precisions
+            other than float32 and dropout, is SDPA's in any case.
 
     Returns:
         The attended values, laid out as ``query``.
@@ -87,29 +81,9 @@ def variable_length_attention(
         # By position: the keyword arguments after these changed between torch 2.10 and 2.13.
         layout = (queries.cu_seqlens, keys.cu_seqlens, queries.max_seqlen, keys.max_seqlen)
         return cast(Tensor, varlen_attn(query, key, value, *layout))
-    if on_cpu == "LLVM" and query.dtype == torch.float32 and not dropout:
+    if llvm and query.dtype == torch.float32 and not dropout:
         return cast(Tensor, _attention_by_llvm(query, key, value, queries, keys))
     return cast(Tensor, _attention_by_sequence(query, key, value, queries, keys, dropout))
-
-
-def require_cpu_attention(head_size: int) -> None:
-    """Refuse the CPU kernels of ``LLVM`` where they do not run.
-
-    Args:
-        head_size: Dimensions of a head, d.
-
-    Raises:
-        UserError: With what is missing.
-    """
-    if importlib.util.find_spec("llvmlite") is None:
-        reason = "llvmlite, which compiles them, is not installed: pip install 'pretrain-mlm[cpu]'"
-    elif sys.platform != "linux" or torch.backends.cpu.get_cpu_capability() != "AVX512":
-        reason = "they need Linux and a CPU with AVX-512"
-    elif head_size > _LARGEST_HEAD:
-        reason = f"heads of {head_size} dimensions are too large, {_LARGEST_HEAD} are the most"
-    else:
-        return
-    raise UserError(f"attention kernels LLVM cannot be used: {reason}; or leave torch's: --model.cpu_attention SDPA")
 
 
 def activate_flash_attention(implementation: str) -> None:

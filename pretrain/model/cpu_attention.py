@@ -9,10 +9,8 @@ with all keys of a sequence at a time).
 One sequence and head are done by one thread in a fixed order: results do not depend on the number of threads.
 """
 
-import ctypes
 import math
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import llvmlite.ir as ir
@@ -321,14 +319,6 @@ def _compiled(head_size: int) -> Compiled:
     return Compiled(module)
 
 
-@cache
-def _in_every_thread() -> Any:
-    """OpenMP's call that runs a function in all threads of torch's own team: a second one would wait for its cores."""
-    call = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).GOMP_parallel
-    call.argtypes, call.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
-    return call
-
-
 def _run(name: str, fields: tuple[str, ...], longest: int, tensors: dict[str, Tensor]) -> None:
     threads = torch.get_num_threads()
     queries, heads, head_size = tensors["query"].shape
@@ -338,8 +328,7 @@ def _run(name: str, fields: tuple[str, ...], longest: int, tensors: dict[str, Te
     values |= {"next_task": 0, "next_thread": 0}
     for field, tensor in tensors.items():
         values |= {field: tensor.data_ptr(), f"{field}_stride": tensor.stride(0)}
-    arguments = (ctypes.c_int64 * len(fields))(*(values[field] for field in fields))
-    _in_every_thread()(_compiled(head_size).address(name), ctypes.addressof(arguments), threads, 0)
+    _compiled(head_size).run(name, fields, values)
 
 
 class _Attention(torch.autograd.Function):
@@ -360,8 +349,9 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = dict(zip((*_ROWS, "cu_queries", "cu_keys", "log_sums"), ctx.saved_tensors, strict=True))
-        gradients = {name: x.new_empty(x.shape) for name, x in zip(_GRADIENTS, ctx.saved_tensors, strict=False)}
+        saved = ctx.saved_tensors  # under activation checkpointing they can be had once
+        tensors = dict(zip((*_ROWS, "cu_queries", "cu_keys", "log_sums"), saved, strict=True))
+        gradients = {name: x.new_empty(x.shape) for name, x in zip(_GRADIENTS, saved, strict=False)}
         _run("backward", BACKWARD, ctx.longest, {**tensors, "gradient": _with_heads_in_rows(gradient), **gradients})
         return *gradients.values(), None, None, None
 

@@ -14,8 +14,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pretrain.model.attention import CPUAttention, Layout, require_cpu_attention, variable_length_attention
+from pretrain.model.attention import Layout, variable_length_attention
 from pretrain.model.config import EncoderConfig
+from pretrain.model.cpu_kernels import CPUKernels, use_llvm
+from pretrain.model.linear import Linear, linear
 from pretrain.model.rotary import rotate
 
 TOKEN_DROPOUT_TRAIN_RATIO = 0.15 * 0.8
@@ -35,6 +37,7 @@ class Encoder(nn.Module):
     Attributes:
         activation_checkpointing: Keep only each block's input for the backward pass, and compute the rest again: about
             a third more work for a fraction of the memory (Chen et al. 2016).
+        llvm: Whether the project's own kernels compute on a CPU; see `use_cpu_kernels`.
     """
 
     def __init__(self, config: EncoderConfig) -> None:
@@ -48,19 +51,19 @@ class Encoder(nn.Module):
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
         self.inv_freq: Tensor
         self.register_buffer("inv_freq", 1.0 / config.rope_theta**exponents)
+        self.use_cpu_kernels("auto")
         self.reset_parameters()
 
-    def use_cpu_attention(self, kernels: CPUAttention) -> None:
-        """Choose whose kernels attention on a CPU calls, SDPA being what it calls otherwise.
+    def use_cpu_kernels(self, kernels: CPUKernels) -> None:
+        """Choose whose kernels compute on a CPU; it is ``auto`` otherwise.
 
         Raises:
-            UserError: If they do not run here; see `require_cpu_attention`.
+            UserError: If they do not run here; see `use_llvm`.
         """
-        if kernels == "LLVM":
-            require_cpu_attention(self.config.head_dim)
-        for block in self.blocks:
-            assert isinstance(block, Block)
-            block.cpu_attention = kernels
+        self.llvm = use_llvm(kernels, self.config.head_dim)
+        for module in self.modules():
+            if isinstance(module, Block | Linear | MaskedLMHead):
+                module.llvm = self.llvm
 
     def reset_parameters(self) -> None:
         """Initialise as BERT and transformers' ESM do: weights normal, biases zero, layer norms one."""
@@ -252,12 +255,12 @@ class Block(nn.Module):
         width = config.hidden_size
         self.heads = config.num_attention_heads, config.head_dim
         self.attention_norm = nn.LayerNorm(width, config.layer_norm_eps)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.out = Linear(width, width)
         self.ffn_norm = nn.LayerNorm(width, config.layer_norm_eps)
-        self.ffn_in = nn.Linear(width, config.ffn_size)
-        self.ffn_out = nn.Linear(config.ffn_size, width)
-        self.cpu_attention: CPUAttention = "SDPA"
+        self.ffn_in = Linear(width, config.ffn_size)
+        self.ffn_out = Linear(config.ffn_size, width)
+        self.llvm = False
         self.hidden_dropout, self.attention_dropout = config.hidden_dropout_prob, config.attention_probs_dropout_prob
 
     def forward(
@@ -276,13 +279,13 @@ class Block(nn.Module):
             query_layout = rows.layout
             hidden = hidden[rows.positions]
             width = hidden.shape[-1]
-            query = F.linear(normed[rows.positions], self.qkv.weight[:width], self.qkv.bias[:width])
-            key_value = F.linear(normed, self.qkv.weight[width:], self.qkv.bias[width:])
+            query = linear(normed[rows.positions], self.qkv.weight[:width], self.qkv.bias[:width], self.llvm)
+            key_value = linear(normed, self.qkv.weight[width:], self.qkv.bias[width:], self.llvm)
             cos, sin = rotation
             (query,) = rotate(query.unflatten(-1, (1, *self.heads)), (cos[rows.positions], sin[rows.positions]), 1)
             key, value = rotate(key_value.unflatten(-1, (2, *self.heads)), rotation, 1)
         dropout = self.attention_dropout if self.training else 0.0
-        attended = variable_length_attention(query, key, value, query_layout, layout, dropout, self.cpu_attention)
+        attended = variable_length_attention(query, key, value, query_layout, layout, dropout, self.llvm)
         hidden = hidden + self._dropped(self.out(attended.flatten(1)))
         output: Tensor = hidden + self._dropped(self.ffn_out(F.gelu(self.ffn_in(self.ffn_norm(hidden)))))
         return output
@@ -316,13 +319,14 @@ class MaskedLMHead(nn.Module):
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dense = Linear(config.hidden_size, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.llvm = False
 
     def forward(self, hidden: Float[Tensor, "M D"], embedding: Float[Tensor, "V D"]) -> Float[Tensor, "M V"]:
         """Logits; ``embedding`` is the encoder's own (tied) embedding matrix."""
-        return F.linear(self.norm(F.gelu(self.dense(hidden))), embedding, self.bias)
+        return linear(self.norm(F.gelu(self.dense(hidden))), embedding, self.bias, self.llvm)
 
     def loss(
         self, hidden: Float[Tensor, "M D"], embedding: Float[Tensor, "V D"], targets: Int[Tensor, " M"]

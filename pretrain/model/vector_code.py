@@ -3,14 +3,18 @@
 What is called on an `Expression` is not computed but written down, as an instruction of the function being written.
 """
 
-from collections.abc import Callable, Iterator
+import ctypes
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import llvmlite.binding as llvm
 import llvmlite.ir as ir
+import torch
 
-FLOAT, I32, I64, POINTER = ir.FloatType(), ir.IntType(32), ir.IntType(64), ir.PointerType()
+FLOAT, BIT, I32, I64, POINTER = ir.FloatType(), ir.IntType(1), ir.IntType(32), ir.IntType(64), ir.PointerType()
 
 
 def vector(size: int) -> Any:
@@ -54,6 +58,21 @@ class Expression:
         bound = self._operand(other)
         return self._new(self.builder.select(self.builder.icmp_signed("<", self.value, bound), self.value, bound))
 
+    def __gt__(self, other: "Expression | int") -> "Expression":
+        return self._new(self.builder.icmp_signed(">", self.value, self._operand(other)))
+
+    def __and__(self, other: "Expression") -> "Expression":
+        return self._new(self.builder.and_(self.value, other.value))
+
+    def choose(self, then: "Expression | int", otherwise: "Expression | int") -> "Expression":
+        """One integer where this condition holds, the other where not."""
+        values = [x.value if isinstance(x, Expression) else I64(x) for x in (then, otherwise)]
+        return self._new(self.builder.select(self.value, *values))
+
+    def choose_array(self, then: "Array", otherwise: "Array") -> "Array":
+        """One place in memory where this condition holds, the other where not."""
+        return Array(self.builder, self.builder.select(self.value, then.pointer, otherwise.pointer))
+
     def max(self, other: "Expression | int | float") -> "Expression":
         """The larger numbers; where ``self`` is NaN, NaN."""
         bound = self._operand(other)
@@ -66,10 +85,15 @@ class Expression:
 
     def spread(self, size: int) -> "Expression":
         """A number in every place of a vector."""
-        undefined = ir.Constant(vector(size), ir.Undefined)
+        undefined = ir.Constant(ir.VectorType(self.value.type, size), ir.Undefined)
         first = self.builder.insert_element(undefined, self.value, I32(0))
         places = ir.Constant(ir.VectorType(I32, size), [0] * size)
         return self._new(self.builder.shuffle_vector(first, undefined, places))
+
+    def first_places(self, size: int) -> "Expression":
+        """Whether a place of a vector is among as many first ones as this integer says."""
+        places = ir.Constant(ir.VectorType(I64, size), list(range(size)))
+        return self._new(self.builder.icmp_signed("<", places, self.spread(size).value))
 
     def __getitem__(self, place: int) -> "Expression":
         """A number of a vector."""
@@ -122,6 +146,23 @@ class Array:
     def store(self, expression: Expression) -> None:
         """Write a number or a vector here."""
         self.builder.store(expression.value, self.pointer, align=4)
+
+    def load_at(self, places: Expression) -> Expression:
+        """A vector's numbers at these places, zero elsewhere; memory is read only there."""
+        kind = vector(places.value.type.count)
+        zeros = ir.Constant(kind, [0.0] * kind.count)
+        arguments = [self.pointer, I32(4), places.value, zeros]
+        return Expression(self.builder, self._masked("load", kind, kind, arguments))
+
+    def store_at(self, places: Expression, expression: Expression) -> None:
+        """Write a vector's numbers at these places, and nothing elsewhere."""
+        arguments = [expression.value, self.pointer, I32(4), places.value]
+        self._masked("store", expression.value.type, ir.VoidType(), arguments)
+
+    def _masked(self, name: str, kind: Any, result: Any, arguments: list[Any]) -> Any:
+        module, name = self.builder.module, f"llvm.masked.{name}.v{kind.count}f32.p0"
+        signature = ir.FunctionType(result, [argument.type for argument in arguments])
+        return self.builder.call(module.globals.get(name) or ir.Function(module, signature, name), arguments)
 
 
 class Function:
@@ -227,7 +268,22 @@ class Compiled:
         self._engine = llvm.create_mcjit_compiler(parsed, machine)
         self._engine.finalize_object()
 
-    def address(self, name: str) -> int:
-        """Where a function begins, for as long as this object lives."""
-        address: int = self._engine.get_function_address(name)
-        return address
+    def run(self, name: str, fields: tuple[str, ...], values: Mapping[str, int]) -> None:
+        """Run a function in all of torch's threads, each of which it tells the same fields.
+
+        Args:
+            name: Its name.
+            fields: Its fields, as it was written with.
+            values: What is in them.
+        """
+        arguments = (ctypes.c_int64 * len(fields))(*(values[field] for field in fields))
+        function = self._engine.get_function_address(name)
+        _in_every_thread()(function, ctypes.addressof(arguments), torch.get_num_threads(), 0)
+
+
+@cache
+def _in_every_thread() -> Any:
+    """OpenMP's call that runs a function in all threads of torch's own team: a second one would wait for its cores."""
+    call = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).GOMP_parallel
+    call.argtypes, call.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
+    return call

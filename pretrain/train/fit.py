@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from pretrain.corpus.packed import PackedDataModule
 from pretrain.corpus.store import Corpus, verify
 from pretrain.errors import CrashError, UserError
+from pretrain.model.allocator import keep_freed_memory
 from pretrain.train.build import FitCLI
 from pretrain.train.hardware import check_hardware, compile_failure, is_out_of_memory, out_of_memory
 from pretrain.train.report import execution
@@ -135,6 +136,8 @@ def _check_schedule(trainer: pl.Trainer, module: StepModule, data: PackedDataMod
 
 def _train(cli: FitCLI) -> int:
     run, trainer, module, data = cli.run, cli.trainer, cli.model, cli.datamodule
+    if trainer.strategy.root_device.type == "cpu":
+        keep_freed_memory()
     config_text = yaml.safe_dump(cli.settings, sort_keys=False)
     rank_zero_only(run.record_start)(cli.settings, config_text, cli.changes, execution(trainer, module))
     if run.mirror and trainer.is_global_zero:

@@ -13,9 +13,9 @@ from typing_extensions import override
 from pretrain.corpus.batch import Batch
 from pretrain.corpus.datamodule import MLMDataModule
 from pretrain.corpus.tokenizer import ProteinTokenizer
-from pretrain.model.attention import CPUAttention
 from pretrain.model.config import EncoderConfig
 from pretrain.model.contacts import ContactRegression
+from pretrain.model.cpu_kernels import CPUKernels
 from pretrain.model.encoder import Encoder
 from pretrain.train.checkpoint import CONTACTS, contacts_in
 from pretrain.train.optim import build_optimizer
@@ -49,8 +49,9 @@ class MLMModule(StepModule):
         compile: Compile the blocks by ``torch.compile``; needs ``data.static_shapes``, or each new shape is compiled.
         flash_attention: Whose kernels attention on a GPU calls: ``FA2`` are torch's own; ``FA3`` those of the package
             ``flash_attn_interface``, for Hopper (H100, H200), where it is installed.
-        cpu_attention: Whose kernels attention on a CPU calls: ``SDPA`` are torch's own; ``LLVM`` the project's, for
-            AVX-512 and float32, compiled at the start where llvmlite is installed (the extra ``cpu``).
+        cpu_kernels: Whose kernels compute matrix products and attention on a CPU: ``LLVM`` are the project's, for
+            AVX-512 and float32, compiled at the start by llvmlite (the extra ``cpu``); ``auto`` means those where they
+            run, and torch's elsewhere.
         initialize_from: A directory with ``config.json`` and safetensors, as `pretrain import` or transformers'
             ``save_pretrained`` writes it, whose weights training starts from instead of random ones; its shape must be
             ``encoder``'s.
@@ -77,14 +78,14 @@ class MLMModule(StepModule):
         activation_checkpointing: bool = False,
         compile: bool = False,
         flash_attention: Literal["FA2", "FA3"] = "FA2",
-        cpu_attention: CPUAttention = "SDPA",
+        cpu_kernels: CPUKernels = "auto",
         initialize_from: str | None = None,
     ) -> None:
         if isinstance(encoder, dict):  # from a checkpoint, by Lightning's load_from_checkpoint
             encoder = EncoderConfig(**encoder)
         super().__init__(Encoder(encoder), activation_checkpointing, compile, scheduler_name)
         self.flash_attention = flash_attention
-        self.cpu_attention = cpu_attention
+        self.cpu_kernels = cpu_kernels
         self.initialized_from = initialize_from
         self.contacts: ContactRegression | None = None
         if initialize_from is not None:

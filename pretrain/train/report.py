@@ -12,6 +12,7 @@ import pytorch_lightning as pl
 from pretrain.corpus.baselines import Baselines
 from pretrain.corpus.datamodule import MLMDataModule
 from pretrain.corpus.mixture import JoinedCorpus, MixtureOrder, shares
+from pretrain.model.cpu_kernels import use_llvm
 from pretrain.train.module import MLMModule
 from pretrain.train.run import Run
 from pretrain.train.step import StepModule
@@ -70,9 +71,6 @@ def _visits(data: MLMDataModule, max_steps: int) -> list[str]:
     return lines
 
 
-_ON_CPU = {"SDPA": "SDPA by sequence", "LLVM": "LLVM kernels by sequence"}
-
-
 def execution(trainer: pl.Trainer, module: StepModule) -> dict[str, Any]:
     """What the run is computed with: processes and their accelerator, strategy, precision, attention, compilation."""
     accelerator = trainer.strategy.root_device.type
@@ -83,7 +81,9 @@ def execution(trainer: pl.Trainer, module: StepModule) -> dict[str, Any]:
         "precision": trainer.precision,
         "attention": f"varlen_attn ({module.flash_attention})"
         if accelerator == "cuda"
-        else _ON_CPU[module.cpu_attention],
+        else "LLVM kernels, as are products"
+        if trainer.precision == "32-true" and use_llvm(module.cpu_kernels, module.encoder.config.head_dim)
+        else "SDPA by sequence",
         "compiled": module.compile_blocks,
         "activation_checkpointing": module.encoder.activation_checkpointing,
     }

@@ -81,7 +81,7 @@ _FREE = (
     "model.compile",
     "model.activation_checkpointing",
     "model.flash_attention",
-    "model.cpu_attention",
+    "model.cpu_kernels",
     "data.validation_pack_tokens",
 )
 _PACKAGES = ("torch", "pytorch-lightning", "transformers", "numpy", "pyarrow", "tokenizers")

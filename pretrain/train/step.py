@@ -19,7 +19,8 @@ from pretrain.corpus.batch import Batch
 from pretrain.corpus.counter import Stream, derive_key
 from pretrain.corpus.packed import PackedDataModule
 from pretrain.corpus.packing import Pack
-from pretrain.model.attention import CPUAttention, activate_flash_attention
+from pretrain.model.attention import activate_flash_attention
+from pretrain.model.cpu_kernels import CPUKernels
 from pretrain.model.encoder import Encoder
 from pretrain.train.schedule import restore
 from pretrain.train.sharding import shard
@@ -43,13 +44,13 @@ class StepModule(pl.LightningModule):
         max_steps: Optimizer steps of the run, for a schedule that ends with it; the Trainer's, once there is one.
         optimizer_name: Which optimizer `build_optimizer` builds, for what does not go with each.
         flash_attention: Whose kernels attention on a GPU calls: ``FA2`` are torch's own.
-        cpu_attention: Whose kernels attention on a CPU calls: ``SDPA`` are torch's own.
+        cpu_kernels: Whose kernels compute on a CPU: torch's, the project's own (``LLVM``), or those where they run.
         sick: 1 where the last step was skipped because its loss or gradient was not finite.
     """
 
     optimizer_name: Literal["adamw", "muon"] = "adamw"
     flash_attention: Literal["FA2", "FA3"] = "FA2"
-    cpu_attention: CPUAttention = "SDPA"
+    cpu_kernels: CPUKernels = "auto"
 
     def __init__(
         self, encoder: Encoder, activation_checkpointing: bool, compile: bool, scheduler_name: str | None
@@ -88,7 +89,7 @@ class StepModule(pl.LightningModule):
         """
         if self.flash_attention != "FA2":
             activate_flash_attention(self.flash_attention)
-        self.encoder.use_cpu_attention(self.cpu_attention)
+        self.encoder.use_cpu_kernels(self.cpu_kernels)
         if self.compile_blocks:
             # A few shapes each for training and validation, with and without rows; beyond that, torch would quietly
             # run uncompiled.

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from pretrain import Encoder, EncoderConfig
 from pretrain.errors import UserError
-from pretrain.model.attention import Layout, require_cpu_attention, variable_length_attention
+from pretrain.model.attention import Layout, variable_length_attention
+from pretrain.model.cpu_kernels import use_llvm
 from pretrain.train.fit import fit
 from pretrain.train.hardware import check_hardware
 
@@ -40,7 +41,7 @@ def attended(
     """Values and the gradients of q, k and v; the queries are of the first tokens of each sequence."""
     rows = torch.cat([torch.arange(k)[:q] + start for q, k, start in zip(queries, keys, starts(keys), strict=True)])
     query, key, value = (x.detach().requires_grad_() for x in (qkv[:, 0][rows], qkv[:, 1], qkv[:, 2]))
-    out = variable_length_attention(query, key, value, layout(queries), layout(keys), dropout, kernels)
+    out = variable_length_attention(query, key, value, layout(queries), layout(keys), dropout, kernels == "LLVM")
     weight = torch.linspace(-1, 1, out.numel()).view_as(out).to(out.dtype)
     return out.detach(), *torch.autograd.grad((out * weight).sum(), (query, key, value))
 
@@ -128,14 +129,14 @@ def test_dropout_and_other_precisions_are_sdpas() -> None:
 
 
 @here
-def test_an_encoders_loss_and_gradients_are_those_of_sdpa() -> None:
+def test_an_encoders_loss_and_gradients_are_those_of_torch() -> None:
     torch.manual_seed(0)
     encoder = Encoder(EncoderConfig(48, num_hidden_layers=2, num_attention_heads=2))
     ids, positions = torch.randint(4, 24, (300,)), torch.arange(0, 300, 7)
     pack = ids, torch.tensor([0, 100, 140, 300], dtype=torch.int32), None, positions, ids[positions]
     gradients = []
-    for kernels in ("SDPA", "LLVM"):
-        encoder.use_cpu_attention(kernels)  # type: ignore[arg-type]
+    for kernels in ("torch", "LLVM"):
+        encoder.use_cpu_kernels(kernels)  # type: ignore[arg-type]
         loss, _ = encoder.loss(*pack)
         gradients.append((loss, *torch.autograd.grad(loss, list(encoder.parameters()))))
     for theirs, ours in zip(*gradients, strict=True):
@@ -144,13 +145,16 @@ def test_an_encoders_loss_and_gradients_are_those_of_sdpa() -> None:
 
 def test_what_the_kernels_need_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"256 dimensions are too large|Linux and a CPU with AVX-512"):
-        require_cpu_attention(256)
+        use_llvm("LLVM", 256)
+    assert not use_llvm("auto", 256)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    with pytest.raises(UserError, match=r"Linux and a CPU with AVX-512; or leave .* --model\.cpu_attention SDPA"):
-        require_cpu_attention(16)
+    with pytest.raises(
+        UserError, match=r"Linux and a CPU with AVX-512; or leave the choice: --model\.cpu_kernels auto"
+    ):
+        use_llvm("LLVM", 16)
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"llvmlite, .* is not installed: pip install 'pretrain-mlm\[cpu\]'"):
-        require_cpu_attention(16)
+        use_llvm("LLVM", 16)
 
 
 @here
@@ -161,15 +165,15 @@ def test_a_run_that_the_kernels_could_not_serve_is_refused(
     changed: dict[str, Any], tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match="compute in float32 and drop no attention weights"):
-        fit(["-c", str(tiny(model__cpu_attention="LLVM", **changed)), "--run", str(tmp_path / "run")])
+        fit(["-c", str(tiny(model__cpu_kernels="LLVM", **changed)), "--run", str(tmp_path / "run")])
 
 
 def test_kernels_for_cpus_are_refused_on_a_gpu() -> None:
     trainer: Any = SimpleNamespace(
         strategy=SimpleNamespace(root_device=torch.device("cuda", 0)), precision="bf16-mixed", world_size=1
     )
-    module: Any = SimpleNamespace(compile_blocks=False, flash_attention="FA2", cpu_attention="LLVM")
-    with pytest.raises(UserError, match=r"model\.cpu_attention is LLVM, whose kernels are for CPUs"):
+    module: Any = SimpleNamespace(compile_blocks=False, flash_attention="FA2", cpu_kernels="LLVM")
+    with pytest.raises(UserError, match=r"model\.cpu_kernels is LLVM, which are for CPUs"):
         check_hardware(trainer, module, SimpleNamespace(static_shapes=False))  # type: ignore[arg-type]
 
 
@@ -177,5 +181,5 @@ def test_kernels_for_cpus_are_refused_on_a_gpu() -> None:
 def test_a_run_says_that_it_trains_with_them(
     tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fit(["-c", str(tiny(model__cpu_attention="LLVM")), "--run", str(tmp_path / "run")])
+    fit(["-c", str(tiny(model__cpu_kernels="LLVM")), "--run", str(tmp_path / "run")])
     assert "attention by LLVM kernels" in capsys.readouterr().out

@@ -34,7 +34,7 @@ def check(
     )
     config = EncoderConfig(48, num_attention_heads=heads, attention_probs_dropout_prob=attention_dropout)
     module: Any = SimpleNamespace(
-        compile_blocks=False, flash_attention=kernels, cpu_attention="SDPA", encoder=SimpleNamespace(config=config)
+        compile_blocks=False, flash_attention=kernels, cpu_kernels="auto", encoder=SimpleNamespace(config=config)
     )
     check_hardware(trainer, module, SimpleNamespace(static_shapes=False))  # type: ignore[arg-type]
 
@@ -167,7 +167,8 @@ def test_remedies_for_a_full_gpu_are_those_that_work(
 def test_what_runs_is_printed_and_logged(
     tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fit(["-c", str(tiny(trainer__max_steps=1, model__activation_checkpointing=True)), "--run", str(tmp_path / "run")])
+    config = tiny(trainer__max_steps=1, model__activation_checkpointing=True, model__cpu_kernels="torch")
+    fit(["-c", str(config), "--run", str(tmp_path / "run")])
     said = "1 x cpu, SingleDeviceStrategy, 32-true, attention by SDPA by sequence, not compiled, activations computed"
     assert said in capsys.readouterr().out
     start = json.loads((tmp_path / "run" / "starts.jsonl").read_text())

@@ -106,6 +106,7 @@ def test_the_fullest_moment_of_a_step_is_the_planned_one(
 ) -> None:
     """The second micro-batch of a step, when gradients are there already; the allowance for CUDA left out."""
     encoder = Encoder(config)
+    encoder.use_cpu_kernels("torch")  # as on CUDA: the project's own copy what they multiply
     encoder.activation_checkpointing = recompute
     optimizer = torch.optim.AdamW(encoder.parameters(), fused=True)
     input_ids, cu_seqlens, positions = batch(8)

@@ -1,0 +1,49 @@
+"""Products of activations and weights, by torch or by the project's own kernels for CPUs."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+MIN_ROWS = 256
+"""Of fewer rows the project's own kernels are no faster."""
+
+
+def linear(
+    x: Float[Tensor, "T K"], weight: Float[Tensor, "N K"], bias: Float[Tensor, " N"] | None, llvm: bool
+) -> Float[Tensor, "T N"]:
+    """``torch.nn.functional.linear``; see there.
+
+    Args:
+        x: Activations.
+        weight: A weight.
+        bias: What is added to each row.
+        llvm: Let the project's own kernels compute it where they can: on a CPU, in float32, not compiled by torch.
+    """
+    if (
+        llvm
+        and x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and x.dim() == 2
+        and len(x) >= MIN_ROWS
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    ):
+        from pretrain.model.cpu_linear import cpu_linear
+
+        return cpu_linear(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+class Linear(nn.Linear):
+    """``torch.nn.Linear`` by `linear`.
+
+    Attributes:
+        llvm: Whether the project's own kernels compute it on a CPU.
+    """
+
+    llvm = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x @ weight.T + bias``, [T, N]."""
+        return linear(x, self.weight, self.bias, self.llvm)
