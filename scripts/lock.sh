@@ -28,4 +28,4 @@ lock() { # KIND TORCH [OPTION...]
 }
 
 lock cuda "$torch"
-lock cpu "$torch+cpu" --find-links "${CPU_TORCH:?names no folder or page with the wheels of $torch+cpu}"
+lock cpu "$torch+cpu" --extra cpu --find-links "${CPU_TORCH:?names no folder or page with the wheels of $torch+cpu}"

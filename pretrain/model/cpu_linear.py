@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pretrain.model.vector_code import Array, Compiled, Expression, Function, vector
+from pretrain.model.vector_code import Array, Compiled, Expression, Function, transposed, vector
 
 LANES = 16
 """Numbers in a register."""
@@ -27,17 +27,19 @@ COLUMNS = LANES * VECTORS
 ROWS = 12
 """With two registers for each of these, and two for numbers of the right matrix, 26 of 32 registers are in use."""
 UNROLLED = 4
-DEPTH = 512
-"""Products that are summed up in a register before they are added to what is in memory: a longer sum would be less
-exact, and its numbers would leave the cache."""
+DEPTH = 640
+"""Products that are summed up in a register, at most, before they are added to what is in memory: a longer sum would be
+less exact, and its numbers would leave the cache."""
 PANELS = 8
 """Of the left matrix, with ROWS rows each, that a thread takes at a time, at most."""
+TASKS = 8
+"""Of a thread, at least, unless they would be of fewer than ROWS rows: so that all threads end at about the same time."""
 RIGHT_SIZE = 2**21
 """Numbers of the right matrix that are multiplied with at a time, so that they stay in the cores' common cache."""
 
 PACK = ("next_task", "columns", "depth", "right", "right_stride", "packed")
 MULTIPLY = (
-    *("next_task", "next_thread", "scratch", "scratch_size", "rows", "rows_of_task", "columns", "depth"),
+    *("next_task", "next_thread", "scratch", "scratch_size", "rows", "rows_of_task", "columns", "depth", "block"),
     *("left", "left_stride", "packed", "product", "product_stride", "bias", "added"),
 )
 
@@ -55,22 +57,26 @@ def _pack(
     """Copies ``count`` vectors of length ``depth`` into [depth, width].
 
     Their numbers lie side by side, ``stride`` between two vectors; or their first numbers do, ``stride`` before their
-    second ones. What is in ``packed`` beyond ``count`` is any number.
+    second ones. What is in ``packed`` beyond ``count`` is any number. Where a register is longer than a row of
+    ``packed``, the next row is written over its end, and behind the last one there must be room.
     """
     if along_depth:
         whole = depth.divmod(LANES)[0] * LANES
-        with kernel.loop(width) as i:
-            numbers, place = source + i.min(count - 1) * stride, packed + i
+        for first in range(0, width, LANES):
+            vectors = [
+                source + kernel.number(i).min(count - 1) * stride for i in range(first, min(first + LANES, width))
+            ]
             with kernel.loop(whole, LANES) as k:
-                lanes = (numbers + k).load(vector(LANES))
-                for j in range(LANES):
-                    (place + k * width + j * width).store(lanes[j])
+                columns = transposed([(numbers + k).load(vector(LANES)) for numbers in vectors])
+                for j, column in enumerate(columns):
+                    (packed + k * width + (j * width + first)).store(column)
             with kernel.loop(depth - whole) as k:
-                (place + (whole + k) * width).store((numbers + whole + k).load())
+                for i, numbers in enumerate(vectors):
+                    (packed + (whole + k) * width + (first + i)).store((numbers + whole + k).load())
     else:
         pieces = [(start, (count - start).first_places(LANES)) for start in range(0, width, LANES)]
         with kernel.loop(depth) as k:
-            for start, places in pieces:  # a piece that is too long is overwritten by the next
+            for start, places in pieces:
                 (packed + k * width + start).store((source + k * stride + start).load_at(places))
 
 
@@ -87,13 +93,13 @@ def _write_multiply(kernel: Function, along_depth: bool) -> None:
     scratch = kernel.array("scratch") + kernel.next("next_thread") * kernel.integer("scratch_size")
     tile, panels = scratch, scratch + ROWS * COLUMNS
     rows, rows_of_task, columns, depth = (kernel.integer(name) for name in ("rows", "rows_of_task", "columns", "depth"))
-    stride, product_stride = kernel.integer("left_stride"), kernel.integer("product_stride")
+    block, stride, product_stride = (kernel.integer(name) for name in ("block", "left_stride", "product_stride"))
 
     with kernel.each("next_task", _divided(rows, rows_of_task)) as task:
         first = task * rows_of_task
         count = (rows - first).min(rows_of_task)
-        with kernel.loop(depth, DEPTH) as start:
-            length = (depth - start).min(DEPTH)
+        with kernel.loop(depth, block) as start:
+            length = (depth - start).min(block)
             with kernel.loop(count, ROWS) as row:
                 source = kernel.array("left")
                 source += (first + row) * stride + start if along_depth else start * stride + first + row
@@ -184,10 +190,11 @@ def product(
     threads, panels = torch.get_num_threads(), -(-columns // COLUMNS)
     product = left.new_empty(rows, columns)
     padded = left.new_zeros(COLUMNS * panels) if bias is None else F.pad(bias, (0, COLUMNS * panels - columns))
-    rows_of_task = ROWS * max(1, min(PANELS, rows // (ROWS * PANELS * threads)))
+    rows_of_task = ROWS * max(1, min(PANELS, rows // (ROWS * TASKS * threads)))
     scratch_size = -(-(ROWS * COLUMNS + rows_of_task * DEPTH) // LANES) * LANES + LANES
     scratch = left.new_empty(threads, scratch_size)
-    together = max(DEPTH, RIGHT_SIZE // (COLUMNS * panels) // DEPTH * DEPTH)
+    block = -(-depth // -(-depth // DEPTH))
+    together = block * max(1, RIGHT_SIZE // (COLUMNS * panels * block))
     packed = left.new_empty(COLUMNS * panels * min(depth, together))
     for start in range(0, depth, together):
         part = left[:, start : start + together], right[:, start : start + together]
@@ -200,6 +207,7 @@ def product(
             "rows_of_task": rows_of_task,
             "columns": columns,
             "depth": part[0].shape[1],
+            "block": block,
             "left": part[0].data_ptr(),
             "left_stride": left_stride,
             "right": part[1].data_ptr(),

@@ -95,6 +95,11 @@ class Expression:
         places = ir.Constant(ir.VectorType(I64, size), list(range(size)))
         return self._new(self.builder.icmp_signed("<", places, self.spread(size).value))
 
+    def mixed(self, other: "Expression", places: list[int]) -> "Expression":
+        """A vector of numbers of this one, by their places, and of another, whose places are counted on."""
+        places = ir.Constant(ir.VectorType(I32, len(places)), places)
+        return self._new(self.builder.shuffle_vector(self.value, other.value, places))
+
     def __getitem__(self, place: int) -> "Expression":
         """A number of a vector."""
         return self._new(self.builder.extract_element(self.value, I32(place)))
@@ -127,6 +132,21 @@ class Expression:
         signature = ir.FunctionType(result, [value.type for value in values])
         function = module.globals.get(name) or ir.Function(module, signature, name)
         return self._new(self.builder.call(function, values, **options))
+
+
+def transposed(rows: list[Expression]) -> list[Expression]:
+    """The columns of a square matrix, whose size is a power of 2; of its rows, the last may be left out."""
+    size = rows[0].value.type.count
+    undefined = Expression(rows[0].builder, ir.Constant(vector(size), ir.Undefined))
+    rows = rows + [undefined] * (size - len(rows))
+    step = 1
+    while step < size:  # one bit of the row's number is exchanged for that of the column's
+        first = [i + size - step if i & step else i for i in range(size)]
+        second = [i + size if i & step else i + step for i in range(size)]
+        pairs = [(rows[i & ~step], rows[i | step]) for i in range(size)]
+        rows = [a.mixed(b, second if i & step else first) for i, (a, b) in enumerate(pairs)]
+        step *= 2
+    return rows
 
 
 class Array:
@@ -195,6 +215,10 @@ class Function:
         """An integer of 32 bits in memory."""
         return Expression(self.builder, self.builder.sext(array.load(I32).value, I64))
 
+    def number(self, integer: int) -> Expression:
+        """An integer."""
+        return Expression(self.builder, I64(integer))
+
     def constant(self, size: int, number: int | float) -> Expression:
         """The same number everywhere in a vector."""
         return Expression(self.builder, ir.Constant(vector(size), [number] * size))
@@ -214,7 +238,7 @@ class Function:
         return Expression(self.builder, value)
 
     @contextmanager
-    def loop(self, stop: Expression | int, step: int = 1) -> Iterator[Expression]:
+    def loop(self, stop: Expression | int, step: Expression | int = 1) -> Iterator[Expression]:
         """What is written inside is done for 0, ``step``, ... below ``stop``."""
         index = self.variable(Expression(self.builder, I64(0)))
         with self._while_below(stop, lambda: index.load(I64)) as now:
