@@ -39,6 +39,7 @@ from transformers import DataCollatorForLanguageModeling, EsmConfig, EsmForMaske
 from pretrain import EncoderConfig, MLMDataModule, MLMModule
 from pretrain.corpus.batch import PackDataset
 from pretrain.corpus.packing import Pack, Position, validation_packs
+from pretrain.model.allocator import keep_freed_memory
 from pretrain.model.encoder import Encoder
 from pretrain.model.hf import from_hf, to_hf, to_hf_config
 
@@ -300,6 +301,8 @@ def main() -> None:
     )
     clock = Clock(data, options, recipe)
     if options.who == "pretrain":
+        if not options.gpu:
+            keep_freed_memory()  # as `pretrain fit` does
         train_here(module, data, options.steps, recipe, clock)
     else:
         train_there(module, data, options.steps, recipe, clock, options.run)

@@ -24,7 +24,7 @@ from pretrain.downstream.contact_regression import (
 )
 from pretrain.downstream.embedding_files import Array, write_npz_arrays, write_safetensors_arrays
 from pretrain.downstream.files import atomic_path
-from pretrain.downstream.load import choose_device, load
+from pretrain.downstream.load import load, use_device
 from pretrain.downstream.pretrained_encoder import PretrainedEncoder
 from pretrain.downstream.records import read_tokens
 from pretrain.downstream.structures import MIN_SEPARATION, Structure, read_structures
@@ -90,7 +90,7 @@ def contacts(
     for file in (out, save_to):
         if file and file.exists():
             raise UserError(f"{file}: exists already; choose another name, or remove it first")
-    model = load(path).to(choose_device(device))
+    model = load(path).to(use_device(device))
     if not isinstance(model.tokenizer, ProteinTokenizer):
         raise UserError(f"{path}: is a model of text; contacts are read from models of proteins")
     if not (fit_on or regression_file or model.contacts):

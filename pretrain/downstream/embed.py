@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from pretrain.corpus.sources import SourceOptions, find_sources
 from pretrain.downstream.embedding_files import WRITERS, part_checksum, write_part
-from pretrain.downstream.load import choose_device, load
+from pretrain.downstream.load import load, use_device
 from pretrain.downstream.pretrained_encoder import PretrainedEncoder, check_choices
 from pretrain.downstream.records import Tokens, read_tokens
 from pretrain.errors import UserError
@@ -103,7 +103,7 @@ def embed(
     if out.exists():
         raise UserError(f"{out}: exists already; choose another name, or remove it first")
     found = find_sources(sources, source_options)
-    model = load(path).to(choose_device(device))
+    model = load(path).to(use_device(device))
     layers = model.resolve_layers(options.layers)
     longest = options.max_length or model.max_length
     long = options.long_sequences or ("crop" if options.max_length else "whole")

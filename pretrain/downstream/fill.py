@@ -13,7 +13,7 @@ from pretrain.corpus.readers import read_records
 from pretrain.corpus.sources import SourceOptions
 from pretrain.corpus.tokenizer import InvalidSymbolError, TextTokenizer, Tokenizer
 from pretrain.downstream.files import atomic_file
-from pretrain.downstream.load import choose_device, load
+from pretrain.downstream.load import load, use_device
 from pretrain.downstream.pretrained_encoder import PretrainedEncoder
 from pretrain.errors import UserError
 
@@ -65,7 +65,7 @@ def fill(
         raise UserError(f"no text is given; give one with {MASK} in it, or --file SOURCE")
     if out and out.exists():
         raise UserError(f"{out}: exists already; choose another name, or remove it first")
-    model = load(path).to(choose_device(device))
+    model = load(path).to(use_device(device))
     if not 1 <= top <= model.tokenizer.vocab_size:
         raise UserError(f"top is {top}; give 1 to {model.tokenizer.vocab_size}, the size of the vocabulary")
     named = itertools.chain(((f"text {n}", text) for n, text in enumerate(texts, 1)), _read(source, options))

@@ -11,6 +11,7 @@ from pretrain.downstream.finetune.lora import merge_lora
 from pretrain.downstream.pretrained_encoder import PretrainedEncoder
 from pretrain.downstream.tokenizer_files import check_special_tokens, read_tokenizer
 from pretrain.errors import UserError
+from pretrain.model.allocator import keep_freed_memory
 from pretrain.model.config import EncoderConfig
 from pretrain.model.hf import contacts_from_hf, from_hf_config
 from pretrain.train.checkpoint import contacts_in, data_state, newest_checkpoint, read_checkpoint
@@ -105,8 +106,10 @@ def encoder_of(checkpoint: dict[str, Any], source: Path) -> PretrainedEncoder:
     return encoder.eval()
 
 
-def choose_device(name: str | None) -> torch.device:
-    """A device by its name, or a GPU if there is one.
+def use_device(name: str | None) -> torch.device:
+    """The device that this process is to compute on, by its name, or a GPU if there is one.
+
+    On a CPU the process keeps the memory that it frees from now on; see `keep_freed_memory`.
 
     Raises:
         UserError: If there is no such device.
@@ -115,4 +118,7 @@ def choose_device(name: str | None) -> torch.device:
         raise UserError(f"device is '{name}'; give cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device is 'cuda', but PyTorch sees no GPU here; give --device cpu")
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cpu":
+        keep_freed_memory()
+    return device

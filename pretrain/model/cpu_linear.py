@@ -33,7 +33,7 @@ less exact, and its numbers would leave the cache."""
 PANELS = 8
 """Of the left matrix, with ROWS rows each, that a thread takes at a time, at most."""
 TASKS = 8
-"""Of a thread, at least, unless they would be of fewer than ROWS rows: so that all threads end at about the same time."""
+"""Of a thread, at least, unless they were of fewer than ROWS rows: so that all threads end at about the same time."""
 RIGHT_SIZE = 2**21
 """Numbers of the right matrix that are multiplied with at a time, so that they stay in the cores' common cache."""
 
@@ -188,7 +188,7 @@ def product(
     rows, depth = left.shape
     columns = len(right)
     threads, panels = torch.get_num_threads(), -(-columns // COLUMNS)
-    product = left.new_empty(rows, columns)
+    result = left.new_empty(rows, columns)
     padded = left.new_zeros(COLUMNS * panels) if bias is None else F.pad(bias, (0, COLUMNS * panels - columns))
     rows_of_task = ROWS * max(1, min(PANELS, rows // (ROWS * TASKS * threads)))
     scratch_size = -(-(ROWS * COLUMNS + rows_of_task * DEPTH) // LANES) * LANES + LANES
@@ -213,14 +213,14 @@ def product(
             "right": part[1].data_ptr(),
             "right_stride": right_stride,
             "packed": packed.data_ptr(),
-            "product": product.data_ptr(),
+            "product": result.data_ptr(),
             "product_stride": columns,
             "bias": padded.data_ptr(),
             "added": start,
         }
         _compiled().run(_name("pack", right_along), PACK, values)
         _compiled().run(_name("multiply", left_along), MULTIPLY, values)
-    return product
+    return result
 
 
 def _strided(vectors: Tensor) -> tuple[Tensor, int, bool]:

@@ -20,7 +20,7 @@ from pretrain.downstream.finetune.model import FineTuned, load_fine_tuned
 from pretrain.downstream.finetune.packs import InMemoryCorpus, Labelled, evaluation_batches
 from pretrain.downstream.finetune.pairs import Tokens, encode
 from pretrain.downstream.finetune.table import Columns, Row, read_pairs
-from pretrain.downstream.load import choose_device
+from pretrain.downstream.load import use_device
 from pretrain.errors import UserError
 
 _WINDOW = 2048
@@ -65,7 +65,7 @@ def predict(
     if pack_tokens < 1:
         raise UserError(f"pack_tokens is {pack_tokens}; give 1 or more")
     model = load_fine_tuned(run)
-    place = choose_device(device)
+    place = use_device(device)
     rows = _rows(source, options or SourceOptions(), pair_column, model)
     count = truncated = 0
     partial = out.with_name(f".{out.name}.partial")
