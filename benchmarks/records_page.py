@@ -17,7 +17,7 @@ Results = dict[str, list[dict[str, Any]]]
 
 ROOT = Path(__file__).resolve().parents[1]
 README, PAGE, PICTURES = ROOT / "README.md", ROOT / "docs/records.md", ROOT / "docs/images/records"
-SHOWN = ("schedules", "transformers")
+SHOWN = ("schedules", "transformers_larger")
 """In the README, where they have been run."""
 
 _BEGIN, _END = "<!-- records -->", "<!-- end of records -->"
