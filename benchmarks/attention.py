@@ -21,7 +21,7 @@ from results_file import write_results
 from pretrain.corpus.prepare import open_or_prepare
 from pretrain.corpus.tokenizer import load_tokenizer
 from pretrain.model.attention import Layout, variable_length_attention
-from pretrain.model.cpu_kernels import use_llvm
+from pretrain.model.cpu_kernels import require_llvm
 
 HEADS = 20
 PRODUCTS = 7
@@ -75,7 +75,7 @@ def main() -> None:
     generator, results = np.random.default_rng(0), []
     print("head size   lengths   forward   backward   both   by processor time   SDPA -> LLVM, GFLOP/s")
     for head_size in options.head_sizes:
-        use_llvm("LLVM", head_size)
+        require_llvm(head_size)
         for length in (None, *options.lengths):
             packs = []
             for _ in range(options.rounds + 1):

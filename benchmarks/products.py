@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pretrain import EncoderConfig
 from pretrain.model.allocator import keep_freed_memory
-from pretrain.model.cpu_kernels import use_llvm
+from pretrain.model.cpu_kernels import require_llvm
 from pretrain.model.linear import linear
 
 PASSES = ("forward", "backward")
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, help="a JSON file for all figures")
     options = parser.parse_args()
-    use_llvm("LLVM", 1)
+    require_llvm(1)
     keep_freed_memory()  # as `pretrain fit` does, for both
     results = []
     print(

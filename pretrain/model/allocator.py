@@ -3,7 +3,6 @@
 import ctypes
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
-_LARGEST_INT = 2**31 - 1
 
 
 def keep_freed_memory() -> None:
@@ -15,4 +14,4 @@ def keep_freed_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, _LARGEST_INT)
+        mallopt(_M_TRIM_THRESHOLD, -1)  # none

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from pretrain.errors import UserError
+from pretrain.model.cpu_kernels import takes
 
 NO_DROPOUT = (
     "attention over packs on CUDA drops no attention weights; set attention_probs_dropout_prob to 0 (model.encoder, or "
@@ -62,8 +63,8 @@ def variable_length_attention(
         queries: Layout of ``query``.
         keys: Layout of ``key`` and ``value``.
         dropout: Share of the attention weights to drop; on the CPU only.
-        llvm: Let the project's own kernels compute it on a CPU, rather than SDPA's; what those do not do, precisions
-            other than float32 and dropout, is SDPA's in any case.
+        llvm: Let the project's own kernels compute it, rather than SDPA's, where they can: see `takes`; and they drop
+            nothing.
 
     Returns:
         The attended values, laid out as ``query``.
@@ -81,7 +82,7 @@ def variable_length_attention(
         # By position: the keyword arguments after these changed between torch 2.10 and 2.13.
         layout = (queries.cu_seqlens, keys.cu_seqlens, queries.max_seqlen, keys.max_seqlen)
         return cast(Tensor, varlen_attn(query, key, value, *layout))
-    if llvm and query.dtype == torch.float32 and not dropout:
+    if llvm and takes(query, key, value) and not dropout:
         return cast(Tensor, _attention_by_llvm(query, key, value, queries, keys))
     return cast(Tensor, _attention_by_sequence(query, key, value, queries, keys, dropout))
 
@@ -111,7 +112,8 @@ def activate_flash_attention(implementation: str) -> None:
 def _attention_by_llvm(query: Tensor, key: Tensor, value: Tensor, queries: Layout, keys: Layout) -> Tensor:
     from pretrain.model.cpu_attention import cpu_attention
 
-    return cpu_attention(query, key, value, queries.cu_seqlens, keys.cu_seqlens, keys.max_seqlen)
+    cu_queries, cu_keys = (layout.cu_seqlens.int().contiguous() for layout in (queries, keys))
+    return cpu_attention(query, key, value, cu_queries, cu_keys, keys.max_seqlen)
 
 
 # Not compiled: the loop's lengths differ from pack to pack.

@@ -2,9 +2,11 @@
 
 import importlib.util
 import sys
+from importlib.metadata import version
 from typing import Literal
 
 import torch
+from torch import Tensor, nn
 
 from pretrain.errors import UserError
 
@@ -12,9 +14,10 @@ CPUKernels = Literal["auto", "torch", "LLVM"]
 """``LLVM`` are the project's own, and ``auto`` means those where they run."""
 
 _LARGEST_HEAD = 128
+_OLDEST_LLVMLITE = (0, 50)
 
 
-def use_llvm(kernels: CPUKernels, head_size: int) -> bool:
+def chooses_llvm(kernels: CPUKernels, head_size: int) -> bool:
     """Whether the project's own kernels are to be called on a CPU.
 
     Args:
@@ -22,19 +25,38 @@ def use_llvm(kernels: CPUKernels, head_size: int) -> bool:
         head_size: Dimensions of an attention head.
 
     Raises:
-        UserError: If they are asked for by name and do not run here; with what is missing.
+        UserError: If they are asked for by name and do not run here; see `require_llvm`.
     """
-    if kernels == "torch":
-        return False
-    missing = _missing(head_size)
-    if missing and kernels == "LLVM":
+    if kernels == "LLVM":
+        require_llvm(head_size)
+    return kernels != "torch" and not _missing(head_size)
+
+
+def require_llvm(head_size: int) -> None:
+    """Refuse the project's own kernels where they do not run.
+
+    Raises:
+        UserError: With what is missing.
+    """
+    if missing := _missing(head_size):
         raise UserError(f"CPU kernels LLVM cannot be used: {missing}; or leave the choice: --model.cpu_kernels auto")
-    return not missing
+
+
+def takes(*tensors: Tensor) -> bool:
+    """Whether the project's own kernels can compute with these: plain ones, in float32 on a CPU, not being compiled.
+
+    A subclass, such as a fake tensor or a divided one, has no memory to read from, or not all of it.
+    """
+    return not torch.compiler.is_compiling() and all(
+        type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors
+    )
 
 
 def _missing(head_size: int) -> str:
     if importlib.util.find_spec("llvmlite") is None:
         return "llvmlite, which compiles them, is not installed: pip install 'pretrain-mlm[cpu]'"
+    if tuple(map(int, version("llvmlite").split(".")[:2])) < _OLDEST_LLVMLITE:
+        return f"llvmlite {version('llvmlite')} is too old: pip install 'pretrain-mlm[cpu]'"
     if sys.platform != "linux" or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return "they need Linux and a CPU with AVX-512"
     if head_size > _LARGEST_HEAD:

@@ -35,7 +35,8 @@ PANELS = 8
 TASKS = 8
 """Of a thread, at least, unless they were of fewer than ROWS rows: so that all threads end at about the same time."""
 RIGHT_SIZE = 2**21
-"""Numbers of the right matrix that are multiplied with at a time, so that they stay in the cores' common cache."""
+"""Numbers of the right matrix that are multiplied with at a time, so that they stay in the cores' common cache; more
+only if so many are in DEPTH of its rows."""
 
 PACK = ("next_task", "columns", "depth", "right", "right_stride", "packed")
 MULTIPLY = (
@@ -234,7 +235,8 @@ def _strided(vectors: Tensor) -> tuple[Tensor, int, bool]:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        of_x, of_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
         return product(x, weight.t(), bias)
 
     @staticmethod

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pretrain.model.attention import Layout, variable_length_attention
 from pretrain.model.config import EncoderConfig
-from pretrain.model.cpu_kernels import CPUKernels, use_llvm
+from pretrain.model.cpu_kernels import CPUKernels, chooses_llvm
 from pretrain.model.linear import Linear, linear
 from pretrain.model.rotary import rotate
 
@@ -58,9 +58,9 @@ class Encoder(nn.Module):
         """Choose whose kernels compute on a CPU; it is ``auto`` otherwise.
 
         Raises:
-            UserError: If they do not run here; see `use_llvm`.
+            UserError: If they do not run here; see `chooses_llvm`.
         """
-        self.llvm = use_llvm(kernels, self.config.head_dim)
+        self.llvm = chooses_llvm(kernels, self.config.head_dim)
         for module in self.modules():
             if isinstance(module, Block | Linear | MaskedLMHead):
                 module.llvm = self.llvm

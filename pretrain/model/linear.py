@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from pretrain.model.cpu_kernels import takes
+
 MIN_ROWS = 256
 """Of fewer rows the project's own kernels are no faster."""
 
@@ -18,16 +20,16 @@ def linear(
         x: Activations.
         weight: A weight.
         bias: What is added to each row.
-        llvm: Let the project's own kernels compute it where they can: on a CPU, in float32, not compiled by torch.
+        llvm: Let the project's own kernels compute it where they can: see `takes`.
     """
     if (
         llvm
-        and x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
+        and takes(x, weight, *([] if bias is None else [bias]))
+        and not torch.is_autocast_enabled("cpu")
         and x.dim() == 2
         and len(x) >= MIN_ROWS
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
+        and x.shape[1:] == weight.shape[1:]
+        and (bias is None or bias.shape == weight.shape[:1])
     ):
         from pretrain.model.cpu_linear import cpu_linear
 

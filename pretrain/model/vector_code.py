@@ -14,7 +14,7 @@ import llvmlite.binding as llvm
 import llvmlite.ir as ir
 import torch
 
-FLOAT, BIT, I32, I64, POINTER = ir.FloatType(), ir.IntType(1), ir.IntType(32), ir.IntType(64), ir.PointerType()
+FLOAT, I32, I64, POINTER = ir.FloatType(), ir.IntType(32), ir.IntType(64), ir.PointerType()
 
 
 def vector(size: int) -> Any:

@@ -10,7 +10,7 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 from pretrain.corpus.packed import PackedDataModule
 from pretrain.errors import UserError
 from pretrain.model.attention import NO_DROPOUT, activate_flash_attention
-from pretrain.model.cpu_kernels import use_llvm
+from pretrain.model.cpu_kernels import require_llvm
 from pretrain.train.step import StepModule
 
 _OLDEST_CAPABILITY = (8, 0)  # Ampere: the first with bfloat16, and with the flash kernels behind varlen_attn
@@ -43,7 +43,7 @@ def check_hardware(trainer: pl.Trainer, module: StepModule, data: PackedDataModu
             _check_cpu_kernels(trainer, module)
         return
     if module.cpu_kernels == "LLVM":
-        raise UserError("model.cpu_kernels is LLVM, which are for CPUs; leave it out on a GPU")
+        raise UserError("model.cpu_kernels is LLVM, whose kernels are for CPUs; leave it out on a GPU")
     name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
     if capability < _OLDEST_CAPABILITY:
         raise UserError(
@@ -79,10 +79,10 @@ def check_hardware(trainer: pl.Trainer, module: StepModule, data: PackedDataModu
 
 def _check_cpu_kernels(trainer: pl.Trainer, module: StepModule) -> None:
     config = module.encoder.config
-    use_llvm("LLVM", config.head_dim)
+    require_llvm(config.head_dim)
     if trainer.precision != "32-true" or config.attention_probs_dropout_prob:
         raise UserError(
-            "model.cpu_kernels is LLVM, which compute in float32 and drop no attention weights; give "
+            "model.cpu_kernels is LLVM, whose kernels compute in float32 and drop no attention weights; give "
             "--trainer.precision 32-true and attention_probs_dropout_prob 0, or leave it out"
         )
 

@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 from pretrain.corpus.baselines import Baselines
 from pretrain.corpus.datamodule import MLMDataModule
 from pretrain.corpus.mixture import JoinedCorpus, MixtureOrder, shares
-from pretrain.model.cpu_kernels import use_llvm
+from pretrain.model.cpu_kernels import chooses_llvm
 from pretrain.train.module import MLMModule
 from pretrain.train.run import Run
 from pretrain.train.step import StepModule
@@ -72,18 +72,17 @@ def _visits(data: MLMDataModule, max_steps: int) -> list[str]:
 
 
 def execution(trainer: pl.Trainer, module: StepModule) -> dict[str, Any]:
-    """What the run is computed with: processes and their accelerator, strategy, precision, attention, compilation."""
-    accelerator = trainer.strategy.root_device.type
+    """What the run is computed with: processes and their accelerator, strategy, precision, kernels, compilation."""
+    accelerator, config = trainer.strategy.root_device.type, module.encoder.config
+    llvm = accelerator == "cpu" and trainer.precision == "32-true" and chooses_llvm(module.cpu_kernels, config.head_dim)
+    on_cpu = "LLVM kernels" if llvm and not config.attention_probs_dropout_prob else "SDPA by sequence"
     return {
         "processes": trainer.world_size,
         "accelerator": accelerator,
         "strategy": type(trainer.strategy).__name__,
         "precision": trainer.precision,
-        "attention": f"varlen_attn ({module.flash_attention})"
-        if accelerator == "cuda"
-        else "LLVM kernels, as are products"
-        if trainer.precision == "32-true" and use_llvm(module.cpu_kernels, module.encoder.config.head_dim)
-        else "SDPA by sequence",
+        "attention": f"varlen_attn ({module.flash_attention})" if accelerator == "cuda" else on_cpu,
+        "products": "LLVM kernels" if llvm and not module.compile_blocks else "torch",
         "compiled": module.compile_blocks,
         "activation_checkpointing": module.encoder.activation_checkpointing,
     }
@@ -91,7 +90,8 @@ def execution(trainer: pl.Trainer, module: StepModule) -> dict[str, Any]:
 
 def described(execution: dict[str, Any]) -> str:
     """The same in one line."""
-    parts = ["{processes} x {accelerator}, {strategy}, {precision}, attention by {attention}".format(**execution)]
+    where = "{processes} x {accelerator}, {strategy}, {precision}"
+    parts = [f"{where}, attention by {{attention}}, products by {{products}}".format(**execution)]
     parts += ["compiled" if execution["compiled"] else "not compiled"]
     parts += ["activations computed again"] if execution["activation_checkpointing"] else []
     return ", ".join(parts)

@@ -72,8 +72,9 @@ SLOW = [(2, "before_the_first_checkpoint"), (2, "during_a_validation")]
 def test_a_killed_and_continued_run_has_the_bits_of_an_uninterrupted_one(
     tiny: Callable[..., Path], fit: Callable[..., int], tmp_path: Path, workers: int, kills: list[tuple[str, int]]
 ) -> None:
-    # Of packs of 600 rows the project's own kernels compute the products, where they run.
-    config = tiny(data__num_workers=workers, data__global_batch_tokens=1200)
+    # Of packs of 600 rows the project's own kernels compute the products, where they run and are not declined.
+    kernels = "torch" if workers else "auto"
+    config = tiny(data__num_workers=workers, data__global_batch_tokens=1200, model__cpu_kernels=kernels)
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     assert fit("-c", config, "--run", straight) == 0
     for moment, number in kills:

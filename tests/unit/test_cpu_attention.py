@@ -13,8 +13,9 @@ from torch import Tensor
 
 from pretrain import Encoder, EncoderConfig
 from pretrain.errors import UserError
+from pretrain.model import cpu_kernels
 from pretrain.model.attention import Layout, variable_length_attention
-from pretrain.model.cpu_kernels import use_llvm
+from pretrain.model.cpu_kernels import chooses_llvm, require_llvm
 from pretrain.train.fit import fit
 from pretrain.train.hardware import check_hardware
 
@@ -95,6 +96,18 @@ def test_any_layout_in_memory_gives_the_same() -> None:
 
 
 @here
+def test_bounds_of_any_integers_give_the_same() -> None:
+    qkv, bounds = projection(300, 16), torch.tensor([0, 100, 140, 300])
+    query, key, value = qkv.unbind(1)
+    found = []
+    for given in (bounds.int(), bounds, bounds.int().repeat_interleave(2)[::2]):
+        pack = Layout.of(given)
+        found.append(variable_length_attention(query, key, value, pack, pack, llvm=True))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+@here
 def test_scores_in_the_hundreds_neither_overflow_nor_vanish() -> None:
     qkv = 18 * projection(300, 16)
     scores = torch.einsum("qhd,khd->hqk", qkv[:, 0], qkv[:, 1]) / 4
@@ -145,16 +158,20 @@ def test_an_encoders_loss_and_gradients_are_those_of_torch() -> None:
 
 def test_what_the_kernels_need_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"256 dimensions are too large|Linux and a CPU with AVX-512"):
-        use_llvm("LLVM", 256)
-    assert not use_llvm("auto", 256)
+        require_llvm(256)
+    assert not chooses_llvm("auto", 256)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     with pytest.raises(
         UserError, match=r"Linux and a CPU with AVX-512; or leave the choice: --model\.cpu_kernels auto"
     ):
-        use_llvm("LLVM", 16)
+        require_llvm(16)
+    monkeypatch.setattr(cpu_kernels, "version", lambda _: "0.49.1")
+    with pytest.raises(UserError, match=r"llvmlite 0\.49\.1 is too old"):
+        require_llvm(16)
+    assert not chooses_llvm("auto", 16)
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"llvmlite, .* is not installed: pip install 'pretrain-mlm\[cpu\]'"):
-        use_llvm("LLVM", 16)
+        require_llvm(16)
 
 
 @here
@@ -173,7 +190,7 @@ def test_kernels_for_cpus_are_refused_on_a_gpu() -> None:
         strategy=SimpleNamespace(root_device=torch.device("cuda", 0)), precision="bf16-mixed", world_size=1
     )
     module: Any = SimpleNamespace(compile_blocks=False, flash_attention="FA2", cpu_kernels="LLVM")
-    with pytest.raises(UserError, match=r"model\.cpu_kernels is LLVM, which are for CPUs"):
+    with pytest.raises(UserError, match=r"model\.cpu_kernels is LLVM, whose kernels are for CPUs"):
         check_hardware(trainer, module, SimpleNamespace(static_shapes=False))  # type: ignore[arg-type]
 
 
@@ -182,4 +199,4 @@ def test_a_run_says_that_it_trains_with_them(
     tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fit(["-c", str(tiny(model__cpu_kernels="LLVM")), "--run", str(tmp_path / "run")])
-    assert "attention by LLVM kernels" in capsys.readouterr().out
+    assert "attention by LLVM kernels, products by LLVM kernels" in capsys.readouterr().out

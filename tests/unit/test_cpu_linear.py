@@ -1,11 +1,15 @@
 """The project's own matrix products for CPUs, beside torch's in float64."""
 
+import inspect
 import sys
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 from pretrain.model.linear import MIN_ROWS, Linear, linear
 
@@ -112,3 +116,30 @@ def test_other_precisions_and_few_rows_are_torchs(monkeypatch: pytest.MonkeyPatc
     assert layer.double()(many.double()).dtype == torch.float64
     with pytest.raises(TypeError, match="NoneType"):
         layer.float()(many)
+
+
+def test_what_torch_refuses_or_cannot_hand_over_is_torchs() -> None:
+    x, weight = torch.randn(MIN_ROWS, 20), torch.randn(30, 20)
+    unchecked = inspect.unwrap(linear)  # shapes are checked in tests only
+    for wrong in (torch.randn(30, 21), torch.randn(20, 1)):
+        with pytest.raises(RuntimeError):
+            unchecked(x, wrong, None, True)
+    with pytest.raises(RuntimeError):
+        unchecked(x, weight, torch.randn(7), True)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert linear(mode.from_tensor(x), mode.from_tensor(weight), None, True).shape == (MIN_ROWS, 30)
+
+
+def test_compiled_or_computed_again_it_is_the_same() -> None:
+    torch.manual_seed(0)
+    layer, x = Linear(20, 30), torch.randn(MIN_ROWS, 20)
+    layer.llvm = True
+    compiled = torch.compile(partial(inspect.unwrap(linear), llvm=True), backend="eager")
+    torch.testing.assert_close(compiled(x, layer.weight, layer.bias), layer(x))
+    gradients = []
+    for again in (False, True):
+        layer.zero_grad()
+        out = checkpoint(layer, x, use_reentrant=False) if again else layer(x)
+        out.square().sum().backward()
+        gradients.append(layer.weight.grad)
+    assert torch.equal(*gradients)

@@ -169,8 +169,9 @@ def test_what_runs_is_printed_and_logged(
 ) -> None:
     config = tiny(trainer__max_steps=1, model__activation_checkpointing=True, model__cpu_kernels="torch")
     fit(["-c", str(config), "--run", str(tmp_path / "run")])
-    said = "1 x cpu, SingleDeviceStrategy, 32-true, attention by SDPA by sequence, not compiled, activations computed"
-    assert said in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "1 x cpu, SingleDeviceStrategy, 32-true, attention by SDPA by sequence, products by torch" in said
+    assert "products by torch, not compiled, activations computed again" in said
     start = json.loads((tmp_path / "run" / "starts.jsonl").read_text())
     assert start["attention"] == "SDPA by sequence"
     assert start["precision"] == "32-true"
