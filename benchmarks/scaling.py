@@ -18,11 +18,11 @@ from pretrain.train.picture import drawing
 
 Floats = NDArray[np.float64]
 
-FIRST_STEP = 450
-"""Points before it still feel the warmup."""
+FIRST_STEP = 750
+"""Points before it still feel the warmup, or the plateau at the unigram."""
 
 DRAWS = 100
-TOKENS = (1e7, 1e9)
+TOKENS = (1e7, 1e8)
 """For which losses are foreseen."""
 LARGER = {"BERT-mini": 1.1e7, "BERT-base": 1.1e8, "BERT-large": 3.4e8}
 
@@ -109,11 +109,11 @@ def draw(names: Sequence[str], rungs: Sequence[Floats], law: Floats, laws: Seque
         near.legend(frameon=False, fontsize=8)
         near.xaxis.set_major_formatter("{x:g}")
         near.xaxis.set_minor_formatter("{x:g}")
-        sizes = np.geomspace(rungs[0][0, 0] / 2, max(LARGER.values()), 40)
+        sizes = np.geomspace(rungs[0][0, 0], max(LARGER.values()), 40)
         last = [rung[-1] for rung in rungs]
         here = float(np.mean([tokens for _, tokens, _ in last]))
         beyond = [
-            (tokens, colour, f"{tokens / 1e6:,.3g} M tokens")
+            (tokens, colour, f"{tokens / 1e6:,.0f} M tokens")
             for tokens, colour in zip((here, *TOKENS), ("#1f6fb4", "#e0752d", "#6a9a3b"), strict=True)
         ]
         for tokens, colour, name in beyond:
@@ -121,6 +121,7 @@ def draw(names: Sequence[str], rungs: Sequence[Floats], law: Floats, laws: Seque
             far.fill_between(sizes, low, high, color=colour, alpha=0.18, linewidth=0)
             far.plot(sizes, predict(law, sizes, tokens), color=colour, label=f"foreseen for {name}")
         far.plot(*np.array([(n, loss) for n, _, loss in last]).T, "o", color="black", label="measured", markersize=4)
-        far.set(xscale="log", xlabel="parameters", ylabel="validation loss, nats")
+        highest = 1.2 * max(loss for _, _, loss in last)
+        far.set(xscale="log", xlabel="parameters", ylabel="validation loss, nats", ylim=(0, highest))
         far.set_title("beyond them a guess, in bands of how unsure it is", fontsize=10)
         far.legend(frameon=False, fontsize=8)
