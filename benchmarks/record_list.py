@@ -148,9 +148,9 @@ RECORDS = (
             *("-c", "text_quickstart", "--checkpoint.every_n_steps", "1500"),
             *("--validate_every_n_steps", "150", "--trainer.max_steps", "1500"),
         ),
-        said="Width x layers; a single seed. The inverse square root does not know where a run ends, so each point of "
-        "a curve is also the end of a shorter run. In three million tokens the largest rung gets no further than the "
-        "one before it: these runs tell how loss falls with tokens, and little of how it falls with parameters.",
+        said="Width x layers, the largest of BERT-mini's shape; a single seed. The inverse square root does not know "
+        "where a run ends, so each point of a curve is also the end of a shorter run. In three million tokens the "
+        "largest rung gets no further than the one before it: these runs tell how loss falls with tokens, and little of how it falls with parameters.",
         seeds=(0,),
         fitted=True,
     ),
@@ -162,7 +162,8 @@ RECORDS = (
             for who in ("transformers", "pretrain")
         },
         common=(),
-        said="Two layers of 64, 0.1 M parameters, sequences of up to 256 tokens: much of a step is not arithmetic.",
+        said="Padded there, packed here. Two layers of 64, 0.1 M parameters, sequences of up to 256 tokens: much of a "
+        "step is not arithmetic.",
         alone=True,
     ),
     Record(
@@ -176,7 +177,7 @@ RECORDS = (
             for who in ("transformers", "pretrain")
         },
         common=(),
-        said="Four layers of 128, 0.8 M parameters, sequences of up to 1,024 tokens.",
+        said="Padded there, packed here. Four layers of 128, 0.8 M parameters.",
         alone=True,
     ),
 )
