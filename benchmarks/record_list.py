@@ -150,7 +150,8 @@ RECORDS = (
         ),
         said="Width x layers, the largest of BERT-mini's shape; a single seed. The inverse square root does not know "
         "where a run ends, so each point of a curve is also the end of a shorter run. In three million tokens the "
-        "largest rung gets no further than the one before it: these runs tell how loss falls with tokens, and little of how it falls with parameters.",
+        "largest rung gets no further than the one before it: these runs tell how loss falls with tokens, and little "
+        "of how it falls with parameters.",
         seeds=(0,),
         fitted=True,
     ),
