@@ -154,7 +154,7 @@ def sharing_weights(encoder: Encoder, tokenizer: Tokenizer) -> PretrainedEncoder
     with torch.random.fork_rng(devices=[]), torch.device("meta"):  # layers draw initial values
         view = PretrainedEncoder(encoder.config, lambda: tokenizer, None)
     view.load_state_dict({name: whole(tensor) for name, tensor in encoder.state_dict().items()}, assign=True)
-    view.use_cpu_kernels("LLVM" if encoder.llvm else "torch")
+    view.use_cpu_kernels(encoder.cpu_kernels)
     return view.eval().requires_grad_(False)
 
 

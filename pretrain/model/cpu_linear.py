@@ -1,9 +1,9 @@
 """Matrix products on CPUs with AVX-512, by kernels of the project's own.
 
-Torch leaves them to MKL, which uses the registers of AVX-512 on Intel's CPUs only. The order of loops, and the copies
-that lie in memory as they are read, are Goto and van de Geijn's ("Anatomy of high-performance matrix multiplication",
-ACM TOMS 2008): of the left matrix some rows at a time, which stay in a core's cache, and of the right one panels of
-COLUMNS columns. ROWS times COLUMNS of the product are sums in registers.
+Torch leaves them to MKL, which uses the registers of AVX-512 on Intel's CPUs only; there MKL is the faster one. The
+order of loops, and the copies that lie in memory as they are read, are Goto and van de Geijn's ("Anatomy of
+high-performance matrix multiplication", ACM TOMS 2008): of the left matrix some rows at a time, which stay in a core's
+cache, and of the right one panels of COLUMNS columns. ROWS times COLUMNS of the product are sums in registers.
 
 A number of the product is summed by one thread in a fixed order: results do not depend on the number of threads.
 """

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pretrain.model.attention import Layout, variable_length_attention
 from pretrain.model.config import EncoderConfig
-from pretrain.model.cpu_kernels import CPUKernels, chooses_llvm
+from pretrain.model.cpu_kernels import CPUKernels, by_llvm
 from pretrain.model.linear import Linear, linear
 from pretrain.model.rotary import rotate
 
@@ -37,7 +37,7 @@ class Encoder(nn.Module):
     Attributes:
         activation_checkpointing: Keep only each block's input for the backward pass, and compute the rest again: about
             a third more work for a fraction of the memory (Chen et al. 2016).
-        llvm: Whether the project's own kernels compute on a CPU; see `use_cpu_kernels`.
+        cpu_kernels: Whose kernels compute on a CPU; see `use_cpu_kernels`.
     """
 
     def __init__(self, config: EncoderConfig) -> None:
@@ -58,12 +58,15 @@ class Encoder(nn.Module):
         """Choose whose kernels compute on a CPU; it is ``auto`` otherwise.
 
         Raises:
-            UserError: If they do not run here; see `chooses_llvm`.
+            UserError: If they do not run here; see `by_llvm`.
         """
-        self.llvm = chooses_llvm(kernels, self.config.head_dim)
+        self.cpu_kernels = kernels
+        attention, products = by_llvm(kernels, self.config.head_dim)
         for module in self.modules():
-            if isinstance(module, Block | Linear | MaskedLMHead):
-                module.llvm = self.llvm
+            if isinstance(module, Block):
+                module.llvm_attention = attention
+            if isinstance(module, Linear):
+                module.llvm = products
 
     def reset_parameters(self) -> None:
         """Initialise as BERT and transformers' ESM do: weights normal, biases zero, layer norms one."""
@@ -260,7 +263,7 @@ class Block(nn.Module):
         self.ffn_norm = nn.LayerNorm(width, config.layer_norm_eps)
         self.ffn_in = Linear(width, config.ffn_size)
         self.ffn_out = Linear(config.ffn_size, width)
-        self.llvm = False
+        self.llvm_attention = False
         self.hidden_dropout, self.attention_dropout = config.hidden_dropout_prob, config.attention_probs_dropout_prob
 
     def forward(
@@ -279,13 +282,13 @@ class Block(nn.Module):
             query_layout = rows.layout
             hidden = hidden[rows.positions]
             width = hidden.shape[-1]
-            query = linear(normed[rows.positions], self.qkv.weight[:width], self.qkv.bias[:width], self.llvm)
-            key_value = linear(normed, self.qkv.weight[width:], self.qkv.bias[width:], self.llvm)
+            query = linear(normed[rows.positions], self.qkv.weight[:width], self.qkv.bias[:width], self.qkv.llvm)
+            key_value = linear(normed, self.qkv.weight[width:], self.qkv.bias[width:], self.qkv.llvm)
             cos, sin = rotation
             (query,) = rotate(query.unflatten(-1, (1, *self.heads)), (cos[rows.positions], sin[rows.positions]), 1)
             key, value = rotate(key_value.unflatten(-1, (2, *self.heads)), rotation, 1)
         dropout = self.attention_dropout if self.training else 0.0
-        attended = variable_length_attention(query, key, value, query_layout, layout, dropout, self.llvm)
+        attended = variable_length_attention(query, key, value, query_layout, layout, dropout, self.llvm_attention)
         hidden = hidden + self._dropped(self.out(attended.flatten(1)))
         output: Tensor = hidden + self._dropped(self.ffn_out(F.gelu(self.ffn_in(self.ffn_norm(hidden)))))
         return output
@@ -322,11 +325,10 @@ class MaskedLMHead(nn.Module):
         self.dense = Linear(config.hidden_size, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
-        self.llvm = False
 
     def forward(self, hidden: Float[Tensor, "M D"], embedding: Float[Tensor, "V D"]) -> Float[Tensor, "M V"]:
         """Logits; ``embedding`` is the encoder's own (tied) embedding matrix."""
-        return linear(self.norm(F.gelu(self.dense(hidden))), embedding, self.bias, self.llvm)
+        return linear(self.norm(F.gelu(self.dense(hidden))), embedding, self.bias, self.dense.llvm)
 
     def loss(
         self, hidden: Float[Tensor, "M D"], embedding: Float[Tensor, "V D"], targets: Int[Tensor, " M"]

@@ -41,7 +41,7 @@ class Linear(nn.Linear):
     """``torch.nn.Linear`` by `linear`.
 
     Attributes:
-        llvm: Whether the project's own kernels compute it on a CPU.
+        llvm: Whether the project's own kernels are to compute it on a CPU.
     """
 
     llvm = False

@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 from pretrain.corpus.baselines import Baselines
 from pretrain.corpus.datamodule import MLMDataModule
 from pretrain.corpus.mixture import JoinedCorpus, MixtureOrder, shares
-from pretrain.model.cpu_kernels import chooses_llvm
+from pretrain.model.cpu_kernels import by_llvm
 from pretrain.train.module import MLMModule
 from pretrain.train.run import Run
 from pretrain.train.step import StepModule
@@ -74,15 +74,16 @@ def _visits(data: MLMDataModule, max_steps: int) -> list[str]:
 def execution(trainer: pl.Trainer, module: StepModule) -> dict[str, Any]:
     """What the run is computed with: processes and their accelerator, strategy, precision, kernels, compilation."""
     accelerator, config = trainer.strategy.root_device.type, module.encoder.config
-    llvm = accelerator == "cpu" and trainer.precision == "32-true" and chooses_llvm(module.cpu_kernels, config.head_dim)
-    on_cpu = "LLVM kernels" if llvm and not config.attention_probs_dropout_prob else "SDPA by sequence"
+    float32_on_cpu = accelerator == "cpu" and trainer.precision == "32-true"
+    llvm = by_llvm(module.cpu_kernels if float32_on_cpu else "torch", config.head_dim)
+    on_cpu = "LLVM kernels" if llvm.attention and not config.attention_probs_dropout_prob else "SDPA by sequence"
     return {
         "processes": trainer.world_size,
         "accelerator": accelerator,
         "strategy": type(trainer.strategy).__name__,
         "precision": trainer.precision,
         "attention": f"varlen_attn ({module.flash_attention})" if accelerator == "cuda" else on_cpu,
-        "products": "LLVM kernels" if llvm and not module.compile_blocks else "torch",
+        "products": "LLVM kernels" if llvm.products and not module.compile_blocks else "torch",
         "compiled": module.compile_blocks,
         "activation_checkpointing": module.encoder.activation_checkpointing,
     }

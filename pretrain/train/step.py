@@ -44,7 +44,7 @@ class StepModule(pl.LightningModule):
         max_steps: Optimizer steps of the run, for a schedule that ends with it; the Trainer's, once there is one.
         optimizer_name: Which optimizer `build_optimizer` builds, for what does not go with each.
         flash_attention: Whose kernels attention on a GPU calls: ``FA2`` are torch's own.
-        cpu_kernels: Whose kernels compute on a CPU: torch's, the project's own (``LLVM``), or those where they run.
+        cpu_kernels: Whose kernels compute on a CPU: torch's, the project's own (``LLVM``), or the faster (``auto``).
         sick: 1 where the last step was skipped because its loss or gradient was not finite.
     """
 

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from pretrain.corpus.batch import Batch
 from pretrain.corpus.packed import TimedLoader
-from pretrain.model.cpu_kernels import chooses_llvm
+from pretrain.model.cpu_kernels import by_llvm
 from pretrain.model.linear import linear
 from pretrain.train.step import StepModule
 
@@ -75,7 +75,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 1024, repe
         return time.perf_counter() - begin
 
     rates = []
-    for llvm in (False, True) if dtype == torch.float32 and chooses_llvm("auto", 1) else (False,):
+    for llvm in (False, True) if dtype == torch.float32 and by_llvm("auto", 1).products else (False,):
         seconds(llvm)  # warm up
         rates.append(2.0 * size**3 / statistics.median(seconds(llvm) for _ in range(repeats)))
     return max(rates)

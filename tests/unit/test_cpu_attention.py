@@ -15,7 +15,8 @@ from pretrain import Encoder, EncoderConfig
 from pretrain.errors import UserError
 from pretrain.model import cpu_kernels
 from pretrain.model.attention import Layout, variable_length_attention
-from pretrain.model.cpu_kernels import chooses_llvm, require_llvm
+from pretrain.model.cpu_kernels import by_llvm, require_llvm
+from pretrain.model.linear import Linear
 from pretrain.train.fit import fit
 from pretrain.train.hardware import check_hardware
 
@@ -159,7 +160,7 @@ def test_an_encoders_loss_and_gradients_are_those_of_torch() -> None:
 def test_what_the_kernels_need_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"256 dimensions are too large|Linux and a CPU with AVX-512"):
         require_llvm(256)
-    assert not chooses_llvm("auto", 256)
+    assert not any(by_llvm("auto", 256))
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     with pytest.raises(
         UserError, match=r"Linux and a CPU with AVX-512; or leave the choice: --model\.cpu_kernels auto"
@@ -168,10 +169,22 @@ def test_what_the_kernels_need_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(cpu_kernels, "version", lambda _: "0.49.1")
     with pytest.raises(UserError, match=r"llvmlite 0\.49\.1 is too old"):
         require_llvm(16)
-    assert not chooses_llvm("auto", 16)
+    assert not any(by_llvm("auto", 16))
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"llvmlite, .* is not installed: pip install 'pretrain-mlm\[cpu\]'"):
         require_llvm(16)
+
+
+@here
+def test_products_are_left_to_mkl_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    for of_intel in (False, True):
+        monkeypatch.setattr(cpu_kernels, "_of_intel", lambda of_intel=of_intel: of_intel)
+        assert by_llvm("auto", 16) == (True, not of_intel)
+        assert by_llvm("LLVM", 16) == (True, True)
+        assert by_llvm("torch", 16) == (False, False)
+        encoder = Encoder(EncoderConfig(48, num_hidden_layers=2, num_attention_heads=2))
+        assert {linear.llvm for linear in encoder.modules() if isinstance(linear, Linear)} == {not of_intel}
+        assert [block.llvm_attention for block in encoder.blocks] == [True, True]
 
 
 @here
