@@ -64,6 +64,12 @@ class PackedDataModule(pl.LightningDataModule):
         super().__init__()
         if not 3 <= max_length <= MAX_TOKENS_PER_SEQUENCE:
             raise UserError(f"data.max_length is {max_length}; give 3 to {MAX_TOKENS_PER_SEQUENCE} tokens")
+        if validation_pack_tokens < 1:
+            raise UserError(
+                f"data.validation_pack_tokens is {validation_pack_tokens}; give a positive number of tokens"
+            )
+        if num_workers < 0:
+            raise UserError(f"data.num_workers is {num_workers}; give 0 (training loads its data itself) or more")
         self.train = [train] if isinstance(train, str) else train
         self.validation = [validation] if isinstance(validation, str) else validation or []
         self.max_length = max_length

@@ -74,8 +74,8 @@ class Branch:
             for name, step_of in ((LEDGER, step_of_csv), (METRICS_FILE, step_of_csv), (SICK, step_of_json)):
                 if (origin.directory / name).is_file():
                     shutil.copy(origin.directory / name, partial / name)
-                    head = (partial / name).open(encoding="utf-8", errors="replace").readline()
-                    begins = head if step_of is step_of_csv else ""
+                    with (partial / name).open(encoding="utf-8", errors="replace") as copied:
+                        begins = copied.readline() if step_of is step_of_csv else ""
                     lines = LineFile(partial / name, begins, origin.step, step_of)
                     lines.flush(sync=True)
                     lines.close()

@@ -67,11 +67,11 @@ class FitCLI(SettingsCLI):
             raise UserError("no config file and no run directory; give -c CONFIG or --run DIR")
         self.branch: Branch | None = None
         directory = Path(config.run) if config.run else Path("runs") / first.stem  # type: ignore[union-attr]
-        mirror = Mirror(config.checkpoint.remote, directory) if config.checkpoint.remote else None
-        if mirror:
-            mirror.bring_files()
         if config.branch_from and config.run is None:
             raise UserError("a branch is a run of its own; say where with --run DIR")
+        mirror = Mirror(config.checkpoint.remote, directory) if config.checkpoint.remote else None
+        if mirror:
+            mirror.bring_files(of_a_branch=bool(config.branch_from))
         if config.branch_from:
             self.branch = Branch(Path(config.run), Path(config.branch_from))
         self.run = Run(directory, mirror=mirror)
@@ -90,6 +90,10 @@ class FitCLI(SettingsCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """A Trainer with the run's checkpoints, loggers, monitor and progress bar."""
         settings: Namespace = self.config_init.trainer
+        for name, default in (("val_check_interval", None), ("check_val_every_n_epoch", 1), ("default_root_dir", None)):
+            if settings[name] != default:
+                remedy = "give --run" if name == "default_root_dir" else "give --validate_every_n_steps"
+                raise UserError(f"trainer.{name} is {settings[name]}, which a run sets itself; {remedy} instead")
         logger: Any = settings.logger
         loggers: list[Any] = []
         if logger is not False:
@@ -132,6 +136,7 @@ class FitCLI(SettingsCLI):
                 plugins=[AtomicCheckpointIO(), *(plugins if isinstance(plugins, list) else [plugins])],
                 val_check_interval=self.config_init.validate_every_n_steps * settings.accumulate_grad_batches,
                 check_val_every_n_epoch=None,
+                default_root_dir=self.run.directory,  # where, under SLURM, Lightning looks for checkpoints of its own
                 **kwargs,
             )
             _check_processes(trainer.strategy)

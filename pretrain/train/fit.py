@@ -11,8 +11,9 @@ from pathlib import Path
 import pytorch_lightning as pl
 import yaml
 from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
+from pytorch_lightning.strategies.launchers.launcher import _Launcher
 from pytorch_lightning.utilities import rank_zero_only
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
 from pretrain.corpus.packed import PackedDataModule
 from pretrain.corpus.store import Corpus, verify
@@ -60,11 +61,18 @@ def fit(arguments: Sequence[str]) -> int:
 
 def complete(build: Callable[[Sequence[str]], FitCLI], arguments: Sequence[str]) -> int:
     """Train what is built of the arguments until it is finished, or a signal ends it; see `fit`."""
+    launcher: _Launcher | None = None
     while True:
         try:
-            return _fit(build(arguments))
+            cli = build(arguments)
+            launcher = launcher or cli.trainer.strategy.launcher  # of a Trainer that is built again, it starts nobody
+            return _fit(cli)
         except RewindError as rewind:
             _say(f"\n{rewind}")
+        except Exception:
+            if isinstance(launcher, _SubprocessScriptLauncher):
+                launcher.kill(signal.SIGKILL)  # who would wait for this process
+            raise
 
 
 def _fit(cli: FitCLI) -> int:
@@ -89,6 +97,11 @@ def _fit(cli: FitCLI) -> int:
     data.setup("fit")
     if data.validation_corpus is None:
         trainer.limit_val_batches = 0
+        if cli.settings["checkpoint"].get("keep_best"):
+            raise UserError(
+                "checkpoint.keep_best keeps the best by validation loss, and there is no validation; give "
+                "data.validation, or leave it out"
+            )
     if run.data_state:
         data.check_identity(run.data_state)
     data.check_packs(trainer.world_size, trainer.accumulate_grad_batches)
@@ -98,18 +111,12 @@ def _fit(cli: FitCLI) -> int:
     if run.checkpoint and trainer.is_global_zero:
         for corpus in data.train_corpus.components:
             _verify_if_younger(corpus, run.checkpoint)
-    if cli.branch and trainer.is_global_zero:
-        cli.branch.create()
-        run.reopened()
+    if cli.branch:
+        if trainer.is_global_zero:
+            cli.branch.create()
+        run.branched()
     with run.locked() if trainer.is_global_zero else nullcontext():
-        try:
-            return _train(cli)
-        except RewindError:
-            raise
-        except Exception:
-            if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
-                trainer.strategy.launcher.kill(signal.SIGKILL)  # who would wait for this process
-            raise
+        return _train(cli)
 
 
 def _verify_if_younger(corpus: Corpus, checkpoint: Path) -> None:
@@ -125,8 +132,18 @@ def _check_schedule(trainer: pl.Trainer, module: StepModule, data: PackedDataMod
     try:
         module.max_steps = trainer.max_steps
         scheduler = module.build_optimizer()[1]
+    except UserError:
+        raise
     except (TypeError, ValueError) as error:
-        raise UserError(f"model.schedule: {error}; see the scheduler's documentation") from error
+        raise UserError(
+            f"the optimizer or its schedule cannot be made ({error}); change this setting of the model, or see the "
+            "documentation of model.schedule"
+        ) from error
+    if isinstance(scheduler, OneCycleLR) and scheduler.total_steps < trainer.max_steps:
+        raise UserError(
+            f"model.schedule is OneCycleLR over {scheduler.total_steps} steps, and cannot follow all of "
+            f"trainer.max_steps {trainer.max_steps}; give --model.schedule.total_steps {trainer.max_steps}"
+        )
     if isinstance(scheduler, ReduceLROnPlateau) and (data.validation_corpus is None or not trainer.limit_val_batches):
         raise UserError(
             "model.schedule is ReduceLROnPlateau, which follows val/loss, and there is no validation; give "
@@ -178,7 +195,10 @@ def _train(cli: FitCLI) -> int:
     rank_zero_only(run.record_result)(result)
     if run.mirror and trainer.is_global_zero:
         run.mirror.push_all()
-    _say(f"\n{run.directory}: finished\n{cli.summary(result)}")
+    ended = "finished"
+    if trainer.global_step < trainer.max_steps:
+        ended = f"ended early after step {trainer.global_step} of {trainer.max_steps}; the same command goes on"
+    _say(f"\n{run.directory}: {ended}\n{cli.summary(result)}")
     return 0
 
 

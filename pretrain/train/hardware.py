@@ -103,9 +103,15 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def out_of_memory(trainer: pl.Trainer, module: StepModule, data: PackedDataModule) -> str:
     """What to do about a pack that the GPU cannot hold: only what is not done already, and works."""
+    if trainer.validating:
+        return (
+            f"a pack of about {data.validation_pack_tokens:,} tokens of the validation does not fit into the GPU's "
+            "memory; give a smaller --data.validation_pack_tokens"
+        )
     packs = trainer.world_size * trainer.accumulate_grad_batches
     remedies = []
-    if 2 * packs * data.max_length <= data.global_batch_tokens:
+    smallest = data.batch_warmup.first if data.batch_warmup else data.global_batch_tokens
+    if 2 * packs * data.max_length <= smallest:
         remedies += [
             f"make packs smaller with --trainer.accumulate_grad_batches {2 * trainer.accumulate_grad_batches} (the "
             "step stays the same)"

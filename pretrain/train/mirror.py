@@ -18,7 +18,7 @@ from pretrain.corpus.whole import exclusive
 from pretrain.errors import UserError
 from pretrain.train.divided import parts_of
 from pretrain.train.lock import locked
-from pretrain.train.run import CHECKPOINTS, LOCK, RESULT
+from pretrain.train.run import CHECKPOINTS, LOCK, ORIGIN, RESULT
 from pretrain.train.spikes import read_skips
 
 
@@ -69,14 +69,24 @@ class Mirror:
             _warn(f"{error}; the run goes on from what is here")
             return []
 
-    def bring_files(self) -> None:
+    def bring_files(self, of_a_branch: bool = False) -> None:
         """Put the files of the run that lie there in place of those here, where the run has gone on there.
 
         So it has, if it has a newer checkpoint there, unless a loss spike took that back: of two histories that with
         more skips is the later one. Where a process trains here, nothing changes.
+
+        Args:
+            of_a_branch: Whether only a branch may be there.
+
+        Raises:
+            UserError: If another run is.
         """
         if not (there := self.reachable_checkpoints()):
             return
+        if of_a_branch and not (self.directory / ORIGIN).is_file() and ORIGIN not in self._list(""):
+            raise UserError(
+                f"checkpoint.remote: {self.url} holds a run that is no branch; give the branch an address of its own"
+            )
         self.directory.mkdir(parents=True, exist_ok=True)
         with exclusive(self.directory.with_name(f".{self.directory.name}.mirror.lock")):
             here = sorted(path.name for path in (self.directory / CHECKPOINTS).glob("step-*.ckpt"))
@@ -175,6 +185,11 @@ class Mirror:
         if RESULT in self._list("") and not (self.directory / RESULT).exists():  # the run goes on
             self._remove(RESULT)
         here = sorted((self.directory / CHECKPOINTS).glob("step-*.ckpt"))
+        newest = here[-1].stem if here else ""
+        if read_skips(self.directory):  # a checkpoint there that is newer is of the history that was taken back
+            for name in self._list(CHECKPOINTS):
+                if name.startswith("step-") and name.partition(".")[0] > newest:
+                    self._remove(f"{CHECKPOINTS}/{name}")
         if here and here[-1].name not in self.checkpoints():
             self._put_checkpoint(here[-1], attempts)
 

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -32,7 +32,7 @@ import yaml
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from pretrain.errors import UserError
+from pretrain.errors import UserError, disk_is_full
 from pretrain.model.config import DROPOUT
 from pretrain.train.checkpoint import data_state, link, newest_checkpoint, read_checkpoint, write_whole
 from pretrain.train.divided import DividedTensor, lost_parts, remove
@@ -122,7 +122,12 @@ class Run:
             bring = mirror.bring if mirror else lambda name, replace: None
             newest = newest_checkpoint(directory / CHECKPOINTS, of_history(self.skips), afar, bring)
             if mirror:
-                self.reopened()
+                self._files = self._checkpoint_files()
+        if newest is None and self.origin:
+            raise UserError(
+                f"{directory}: has branched off {self.origin}, and holds no checkpoint any more; restore one, or "
+                "branch again into another directory"
+            )
         self.checkpoint: Path | None = newest[0] if newest else None
         self.step: int = newest[1]["global_step"] if newest else 0
         self.data_state: dict[str, Any] | None = data_state(newest[1]) if newest else None
@@ -133,7 +138,9 @@ class Run:
     def _take_back(self) -> None:
         """Remove the checkpoints of steps that a skip has taken back."""
         directory = self.directory / CHECKPOINTS
-        newer = [path for path in directory.glob("step-*.ckpt") if not self.checkpoint or path > self.checkpoint]
+        newer = [
+            path for path in directory.glob("step-*.ckpt") if not self.checkpoint or path.name > self.checkpoint.name
+        ]
         for path in newer:
             remove(path)
         if newer and self.checkpoint:
@@ -148,8 +155,10 @@ class Run:
         self.hyper_parameters = origin.hyper_parameters
         self.skips = [skip for skip in origin.skips if skip.step <= origin.step]
 
-    def reopened(self) -> None:
-        """Look at the checkpoints again, once this process has put one there."""
+    def branched(self) -> None:
+        """Take the checkpoint that the branch has by now for its own, rather than that of its origin."""
+        if self.checkpoint:
+            self.checkpoint = self.directory / CHECKPOINTS / self.checkpoint.name
         self._files = self._checkpoint_files()
 
     def _checkpoint_files(self) -> list[str]:
@@ -163,28 +172,28 @@ class Run:
             UserError: If another process trains here, or has since this one looked at the checkpoints.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
-        try:
-            with locked(self.directory / LOCK) as self._lock:
-                if self._checkpoint_files() != self._files:
-                    raise UserError(
-                        f"{self.directory}: another process has trained here meanwhile; give the command again"
-                    )
-                for path in (self.directory / CHECKPOINTS).glob(".step-*.partial"):  # of a process that was killed
-                    path.unlink()
-                for path in lost_parts(self.directory / CHECKPOINTS):
-                    path.unlink()
-                if self.skips:
-                    self._take_back()
+        with ExitStack() as stack:
+            try:
+                self._lock = stack.enter_context(locked(self.directory / LOCK))
+            except BlockingIOError as error:
+                raise UserError(
+                    f"{self.directory}: {error.strerror} trains in this directory; stop it first, or choose another "
+                    "with --run"
+                ) from error
+            if self._checkpoint_files() != self._files:
+                raise UserError(f"{self.directory}: another process has trained here meanwhile; give the command again")
+            for path in (self.directory / CHECKPOINTS).glob(".step-*.partial"):  # of a process that was killed
+                path.unlink()
+            for path in lost_parts(self.directory / CHECKPOINTS):
+                path.unlink()
+            if self.skips:
+                self._take_back()
+            try:
                 yield
-        except BlockingIOError as error:
-            raise UserError(
-                f"{self.directory}: {error.strerror} trains in this directory; stop it first, or choose another with "
-                "--run"
-            ) from error
-        except OSError as error:  # of a descriptor, it names no file
-            if error.filename is not None or error.errno is None:
-                raise
-            raise OSError(error.errno, error.strerror, str(self.directory)) from error
+            except OSError as error:  # a write to an open file fails without its name
+                if error.filename is not None or not disk_is_full(error):
+                    raise
+                raise OSError(error.errno, error.strerror, str(self.directory)) from error
 
     def check_in_place(self) -> None:
         """Make sure that the directory is still there, on the process that holds its lock.

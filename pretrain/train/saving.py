@@ -37,7 +37,8 @@ class RunInterruptedError(Exception):
 
     def __init__(self, signal_number: int, step: int, saved: bool) -> None:
         state = "a checkpoint is saved" if saved else "the disk is too full for a checkpoint, an earlier one is left"
-        super().__init__(f"interrupted by {signal.Signals(signal_number).name} after step {step}; {state}")
+        where = f"after step {step}; {state}" if step else "before the first step"
+        super().__init__(f"interrupted by {signal.Signals(signal_number).name} {where}")
         self.signal_number = signal_number
 
 
@@ -165,6 +166,12 @@ class StepCheckpoint(Checkpoint):
         self._best = {step: loss for step, loss in state_dict["best"].items() if _name(step) in there}
 
     @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        # Lightning's own handlers act in the middle of a step, broadcast and save inside the handler, and end a process
+        # with exit code 0. Until the first step a signal may do what it does by itself: there is nothing to save.
+        trainer._signal_connector.register_signal_handlers = _nothing  # type: ignore[method-assign]
+
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.world_size > 1:
             # Lightning shares a SIGTERM at every batch, and waits for the GPU to do so; here it is agreed upon at every
@@ -179,7 +186,6 @@ class StepCheckpoint(Checkpoint):
                 f"{self.directory}: the processes continue from different steps, {oldest} to {newest}; {SAME_DIRECTORY}"
             )
         self._saved_step, self._tried_time = step, time.monotonic()
-        # Lightning's own handlers act in the middle of a step, and broadcast and save inside the handler.
         self._handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -188,7 +194,8 @@ class StepCheckpoint(Checkpoint):
                 os.write(2, b"\npretrain: error: interrupted\n")
                 os._exit(128 + number)
             raise KeyboardInterrupt
-        self._signal = number
+        if self._signal is None:  # SLURM's SIGTERM follows its warning, which asks for more
+            self._signal = number
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -204,9 +211,7 @@ class StepCheckpoint(Checkpoint):
         if number:  # a signal's is 2 or more
             self._save(trainer)
         if number > 1:
-            saved = self.finish(trainer)
-            self._finish_copies(trainer)
-            raise RunInterruptedError(number, trainer.global_step, saved)
+            raise RunInterruptedError(number, trainer.global_step, self.finish(trainer))
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -238,8 +243,8 @@ class StepCheckpoint(Checkpoint):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if self._writing is not None and not isinstance(exception, KeyboardInterrupt):
             self._writing.wait()  # what begins next looks at the checkpoints
-        if self.mirror and isinstance(exception, RewindError):
-            self.mirror.finish()  # before checkpoints that it copies are taken back
+        if isinstance(exception, RewindError | RunInterruptedError):  # on all processes
+            self._finish_copies(trainer)  # also before checkpoints that are being copied are taken back
         self.teardown(trainer, pl_module, "fit")
 
     def _due(self, step: int) -> bool:

@@ -85,6 +85,8 @@ class LossSpikes(pl.Callback):
                 raise UserError(f"spikes.{name} is {value}; give {least} or more")
         if threshold is not None and threshold <= 0:
             raise UserError(f"spikes.threshold is {threshold}; give a positive number, or null to look for no spikes")
+        if threshold is None and rewind:
+            raise UserError("spikes.rewind goes back after a spike, and spikes.threshold is null; give one, such as 10")
         self.directory, self.skips = run, skips
         self.threshold, self.rewind, self.margin, self.max_rewinds = threshold, rewind, margin, max_rewinds
         self._losses: deque[float] = deque(maxlen=window)
@@ -151,8 +153,8 @@ class LossSpikes(pl.Callback):
             self._go_back(trainer, step, end, what)
 
     def _deviations(self, loss: float) -> float | None:
-        """The robust z-score; None while the window is not full, or where it does not vary."""
-        if self._losses.maxlen is None or len(self._losses) < self._losses.maxlen:
+        """The robust z-score; None while the window is not full, where it does not vary, or after a skipped step."""
+        if self._losses.maxlen is None or len(self._losses) < self._losses.maxlen or not math.isfinite(loss):
             return None
         median = statistics.median(self._losses)
         spread = _TO_SIGMA * statistics.median(abs(other - median) for other in self._losses)

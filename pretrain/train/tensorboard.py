@@ -72,6 +72,8 @@ class Histograms(pl.Callback):
     """
 
     def __init__(self, every_n_steps: int = 1000) -> None:
+        if every_n_steps < 1:
+            raise UserError(f"every_n_steps of Histograms is {every_n_steps}; give 1 or more")
         self.every_n_steps = every_n_steps
 
     @override

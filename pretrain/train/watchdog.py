@@ -91,6 +91,10 @@ class Watchdog(pl.Callback):
         """What follows is for people to wait for."""
         self._ended.set()
 
+    def on_fit_end(self, *args: Any, **kwargs: Any) -> None:
+        """There was nothing left to train."""
+        self._ended.set()
+
     def on_exception(self, *args: Any, **kwargs: Any) -> None:
         """Training has ended."""
         self._ended.set()

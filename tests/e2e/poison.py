@@ -155,6 +155,22 @@ class KillWorker(pl.Callback):
             os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
 
 
+class SignalAtStart(pl.Callback):
+    """Sends its own process a signal while the first batch is being waited for."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        loader_of = trainer.datamodule.train_dataloader
+
+        def train_dataloader() -> Any:
+            os.kill(os.getpid(), signal.Signals[self.name])
+            return loader_of()
+
+        trainer.datamodule.train_dataloader = train_dataloader
+
+
 class Signal(pl.Callback):
     """Sends its own process a signal in the middle of a step."""
 

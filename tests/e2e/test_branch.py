@@ -1,6 +1,7 @@
 """A branch begins with the bits of its checkpoint, says where it comes from, and is then a run like any other."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -95,6 +96,36 @@ def test_what_cannot_be_branched_is_one_line_and_writes_nothing(
         assert expected in line
         assert contents(tmp_path) == before
         assert not (tmp_path / "new").exists()
+
+
+def test_a_branch_that_has_lost_its_checkpoints_does_not_begin_anew(
+    origin: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, run = origin
+    branch = tmp_path / "branch"
+    assert main(["fit", "-c", str(config), "--run", str(branch), "--branch_from", str(run)]) == 0
+    for path in (branch / "checkpoints").iterdir():
+        path.unlink()
+    capsys.readouterr()
+    assert main(["fit", "-c", str(config), "--run", str(branch)]) == 2
+    assert "after step 10, and holds no checkpoint any more; restore one, or branch" in capsys.readouterr().err
+
+
+def test_a_branch_does_not_take_its_origins_address(
+    write_tiny: Callable[..., Path], fit: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, branch = tmp_path / "run", tmp_path / "branch"
+    config = write_tiny(tmp_path, checkpoint={"every_n_steps": 3, "remote": f"file://{tmp_path}/afar"})
+    assert fit("-c", config, "--run", run, "--trainer.max_steps", 3) == 0
+    command = ["fit", "-c", str(config), "--run", str(branch), "--branch_from", str(run), "--trainer.max_steps", "4"]
+    assert main(command) == 2
+    assert "afar holds a run that is no branch; give the branch an address of its own" in capsys.readouterr().err
+    assert not branch.exists()
+    command += ["--checkpoint.remote", f"file://{tmp_path}/other"]
+    assert main(command) == 0
+    shutil.rmtree(branch)  # what is at its own address is the branch
+    assert main(command) == 0
+    assert "finished already" in capsys.readouterr().out
 
 
 def test_a_checkpoint_under_another_name_is_refused(

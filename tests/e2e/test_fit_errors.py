@@ -74,6 +74,27 @@ CASES = {
         lambda tiny: ["-c", tiny(checkpoint__keep_best=0)],
         ["checkpoint.keep_best is 0; give a positive number, or null for none"],
     ),
+    "the best of nothing": (
+        lambda tiny: ["-c", tiny(checkpoint__keep_best=1, data__validation=None)],
+        ["checkpoint.keep_best keeps the best by validation loss, and there is no validation"],
+    ),
+    "interval of Lightning's": (
+        lambda tiny: ["-c", tiny(trainer__val_check_interval=7)],
+        ["trainer.val_check_interval is 7, which a run sets itself; give --validate_every_n_steps instead"],
+    ),
+    "directory of Lightning's": (
+        lambda tiny: ["-c", tiny(trainer__default_root_dir="here")],
+        ["trainer.default_root_dir is here, which a run sets itself; give --run instead"],
+    ),
+    "empty packs": (
+        lambda tiny: ["-c", tiny(data__validation_pack_tokens=0)],
+        ["data.validation_pack_tokens is 0; give a positive number of tokens"],
+    ),
+    "fewer than no workers": (lambda tiny: ["-c", tiny(data__num_workers=-1)], ["data.num_workers is -1; give 0"]),
+    "going back after no spike": (
+        lambda tiny: ["-c", tiny(spikes={"threshold": None, "rewind": True})],
+        ["spikes.rewind goes back after a spike, and spikes.threshold is null; give one, such as 10"],
+    ),
     "no patience": (lambda tiny: ["-c", tiny(max_sick_steps_in_a_row=0)], ["max_sick_steps_in_a_row is 0; give 1"]),
     "head size": (
         lambda tiny: ["-c", tiny(model__encoder={"hidden_size": 30, "num_hidden_layers": 1, "num_attention_heads": 4})],

@@ -217,6 +217,22 @@ def test_a_run_goes_on_from_an_s3_bucket_and_a_missing_one_is_told(
     assert Mirror(f"{bucket}/runs/a", run).checkpoints() == ["step-000000004.ckpt", "step-000000006.ckpt"]
 
 
+def test_what_was_taken_back_goes_from_afar_too(tmp_path: Path) -> None:
+    run, afar = tmp_path / "run", tmp_path / "afar"
+    for directory, steps in ((run, (650,)), (afar, (650, 990))):
+        (directory / "checkpoints").mkdir(parents=True)
+        for step in steps:
+            (directory / "checkpoints" / f"step-{step:09d}.ckpt").touch()
+    (run / "skips.jsonl").write_text('{"step": 650, "first": 1, "end": 2}\n')
+    (afar / "checkpoints" / "step-000000990.part-0").touch()
+    mirror = Mirror(f"file://{afar}", run)
+    mirror.begin()
+    assert [path.name for path in (afar / "checkpoints").iterdir()] == ["step-000000650.ckpt"]
+    (run / "ledger.csv").write_text("after step 700")
+    mirror.bring_files()
+    assert (run / "ledger.csv").read_text() == "after step 700"
+
+
 def test_of_two_histories_that_with_more_skips_is_the_later_one(tmp_path: Path) -> None:
     run, afar = tmp_path / "run", tmp_path / "afar"
     for directory, newest in ((run, 3), (afar, 9)):

@@ -51,6 +51,25 @@ def test_a_signal_ends_the_run_after_the_step_and_the_same_command_continues_it(
     assert figures(straight) == figures(run)
 
 
+def test_before_the_first_step_a_signal_ends_the_process_as_a_signal_does(
+    tiny: Callable[..., Path], fit: Callable[..., int], tmp_path: Path
+) -> None:
+    early = ["--trainer.callbacks+=poison.SignalAtStart", "--trainer.callbacks.name=SIGTERM"]
+    run, config = tmp_path / "run", tiny()
+    assert fit("-c", config, "--run", run, *early) == -signal.SIGTERM
+    assert not list((run / "checkpoints").glob("*"))
+    assert fit("-c", config, "--run", run) == 0
+
+
+def test_the_first_of_two_signals_counts(
+    tiny: Callable[..., Path], fit: Callable[..., int], tmp_path: Path, slurm: Callable[[int], Path]
+) -> None:
+    called = slurm(0)
+    both = [{"class_path": "poison.Signal", "init_args": {"number": 8, "name": n}} for n in ("SIGUSR1", "SIGTERM")]
+    assert fit("-c", tiny(), "--run", tmp_path / "run", "--trainer.callbacks", json.dumps(both)) == 138
+    assert called.read_text() == "requeue 4711\n"
+
+
 def test_a_second_sigint_ends_the_run_at_once(
     tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -92,19 +92,23 @@ def _callbacks(moment: str, number: int) -> str:
     return json.dumps(kinds)
 
 
+@pytest.mark.parametrize("name", ["a branch", "the branch"])  # before and after its origin by the alphabet
 def test_a_branch_of_a_run_that_went_back_continues_from_its_own_checkpoints(
-    tiny: Callable[..., Path], fit: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, tiny: Callable[..., Path], fit: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run, branch = tmp_path / "run", tmp_path / "branch"
+    run, branch = tmp_path / "run", tmp_path / name
     command = ("-c", config(tiny), *REWIND)
     assert fit(*command, "--run", run, *spike(PLACE)) == 0
     longer = (*command, "--run", branch, "--branch_from", run, "--trainer.max_steps", STEPS + 6)
     saved = ("--checkpoint.in_background", "false")  # by the time of the kill
+    assert fit(*longer, *kill("batch_start", 2 * STEPS)) == -9  # before its first own
+    assert [int(path.stem[5:]) for path in steps_of(branch)] == [STEPS]
     assert fit(*longer, *saved, *kill("batch_end", 2 * (STEPS + 5))) == -9
     newest = int(max((branch / "checkpoints").glob("step-*.ckpt")).stem[5:])
     assert newest > STEPS
     assert fit(*longer) == 0
-    assert [json.loads(line)["step"] for line in (branch / "starts.jsonl").read_text().splitlines()] == [STEPS, newest]
+    starts = [json.loads(line)["step"] for line in (branch / "starts.jsonl").read_text().splitlines()]
+    assert starts == [STEPS, STEPS, newest]
     code, message = audit(branch, capsys)
     assert code == 0, message
 
@@ -193,6 +197,7 @@ def test_processes_that_lightning_has_started_go_back_together(
         ([1.0, 2.0, 3.0, 4.0, 500.0], 3.0 + 1.4826, 1.0),  # one outlier in the window moves nothing
         ([1.0, 2.0, 3.0, 4.0], 9.0, None),  # the window is not full
         ([2.0, 2.0, 2.0, 2.0, 2.0], 9.0, None),  # no spread to compare with
+        ([1.0, 2.0, 3.0, 4.0, 5.0], float("inf"), None),  # the step was skipped
     ],
 )
 def test_the_score_is_the_distance_from_the_median_in_robust_standard_deviations(

@@ -157,11 +157,16 @@ def test_what_went_wrong_elsewhere_is_not_taken_for_the_compiler(
 def test_remedies_for_a_full_gpu_are_those_that_work(
     micro_batches: int, recompute: bool, processes: int, said: list[str], unsaid: str
 ) -> None:
-    trainer: Any = SimpleNamespace(world_size=processes, accumulate_grad_batches=micro_batches)
+    trainer: Any = SimpleNamespace(world_size=processes, accumulate_grad_batches=micro_batches, validating=False)
     module: Any = SimpleNamespace(encoder=SimpleNamespace(activation_checkpointing=recompute), device_mesh=None)
-    message = out_of_memory(trainer, module, SimpleNamespace(global_batch_tokens=512, max_length=64))  # type: ignore[arg-type]
+    data: Any = SimpleNamespace(global_batch_tokens=512, batch_warmup=None, max_length=64, validation_pack_tokens=4096)
+    message = out_of_memory(trainer, module, data)
     assert all(words in message for words in said)
     assert unsaid not in message
+    data.batch_warmup = SimpleNamespace(first=64 * micro_batches * processes)  # as small as it can be
+    assert "accumulate_grad_batches" not in out_of_memory(trainer, module, data)
+    trainer.validating = True
+    assert "about 4,096 tokens of the validation" in out_of_memory(trainer, module, data)
 
 
 def test_what_runs_is_printed_and_logged(
