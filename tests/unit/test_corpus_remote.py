@@ -20,7 +20,9 @@ import pytest
 
 from pretrain.corpus import cache, pieces, shards
 from pretrain.corpus.groups import GroupOrder
-from pretrain.corpus.prefetch import PrefetchingOrder, group_size, order_of
+from pretrain.corpus.masking import Masking
+from pretrain.corpus.packing import Planner
+from pretrain.corpus.prefetch import PrefetchingOrder, group_size, order_of, prefetch_shards
 from pretrain.corpus.prepare import open_or_prepare, prepare
 from pretrain.corpus.remote import RemoteCorpus
 from pretrain.corpus.store import Corpus
@@ -408,3 +410,27 @@ def test_a_forked_worker_that_has_used_the_corpus_keeps_nothing_from_being_evict
     assert not first & cached(corpus)
     os.write(done[1], b"x")
     os.waitpid(pid, 0)
+
+
+@pytest.mark.parametrize("comes_to_be", ["forked", "pickled"])
+def test_a_loader_worker_keeps_no_more_shards_open_than_two_groups(
+    comes_to_be: str, local: Corpus, server: Server
+) -> None:
+    """What is evicted stays on the disk for as long as anyone has it mapped."""
+    corpus = RemoteCorpus(server.url)
+    masking = Masking(0.15, 1.0, 0.0, ESM.mask_token_id, ESM.replacement_ids, seed=0)
+    planner = Planner(corpus, GroupOrder(sizes(local), 2, 0), masking, 64)
+    prefetch_shards(planner)
+    pickled = pickle.dumps(corpus)
+    pid = os.fork()
+    if not pid:
+        code = 1
+        try:
+            here = pickle.loads(pickled) if comes_to_be == "pickled" else corpus
+            everything(here)
+            lines = Path("/proc/self/maps").read_text().splitlines()
+            mapped = {line.split()[5] for line in lines if f"{here._cache.directory}/shard-" in line}
+            code = 0 if 1 <= len(mapped) <= 4 else 1
+        finally:
+            os._exit(code)
+    assert os.waitpid(pid, 0)[1] == 0
