@@ -88,6 +88,8 @@ class ShardEntry(NamedTuple):
     sha256: str
     skipped: dict[str, int]
     """Records left out, by the reason: ``short``, ``long``, ``bad``, ``duplicate``."""
+    before: str = ""
+    """If duplicates were taken out, a checksum of the blocks before this one, where their first copies are."""
 
 
 class Job(NamedTuple):
@@ -235,13 +237,20 @@ def make_shards(
         disable=not sys.stderr.isatty(),
     )
     ends: deque[int] = deque()
+    before = hashlib.sha256()
+    some_are_thinned = any(entry.before for entry in journal.entries.values())
 
     def blocks() -> Iterator[Block]:
         for number, (pieces, end, is_whole) in enumerate(_blocks(sources, options)):
             if not portion.takes(pieces):
                 continue
             ends.append(end)
-            yield Block(number, pieces, journal.entries.get(number), is_whole)
+            previous = journal.entries.get(number)
+            if previous and previous.before not in ("", before.hexdigest()):
+                previous = None
+            yield Block(number, pieces, previous, is_whole)
+            if some_are_thinned:  # else nothing is compared with it
+                before.update(_checksum(pieces).encode())
 
     entries = []
     with bar:
@@ -363,6 +372,10 @@ def deduplicate(directory: Path, entries: list[ShardEntry], journal: Journal, en
 
     Shards that have been through this already stay as they are, so it may be killed and repeated at any point.
     """
+    before, before_each = hashlib.sha256(), dict[int, str]()
+    for entry in entries:
+        before_each[entry.number] = before.hexdigest()
+        before.update(entry.input.encode())
     full = [entry for entry in entries if entry.file]
     hashes = list(engine(partial(_hash_sequences, directory), full))
     kept = _is_first(np.concatenate(hashes)) if hashes else np.zeros(0, np.bool_)
@@ -370,8 +383,8 @@ def deduplicate(directory: Path, entries: list[ShardEntry], journal: Journal, en
     unique = {entry.number: entry for entry in entries}
     repeated = [(entry, keep) for entry, keep in zip(full, keeps, strict=True) if not keep.all()]
     for entry in engine(partial(_take_out, directory), repeated):
-        journal.add(entry)
-        unique[entry.number] = entry
+        unique[entry.number] = entry._replace(before=before_each[entry.number])
+        journal.add(unique[entry.number])
     return list(unique.values())
 
 

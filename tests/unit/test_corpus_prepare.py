@@ -208,6 +208,25 @@ def test_a_prepare_killed_while_duplicates_are_taken_out_is_continued(
     assert written == []
 
 
+def change_the_first(source: Path, records: int) -> None:
+    """Other sequences of the same lengths in the first records of a FASTA file."""
+    lines = source.read_text().splitlines()
+    lines[1 : 2 * records : 2] = ["W" * len(line) for line in lines[1 : 2 * records : 2]]
+    source.write_text("\n".join(lines) + "\n")
+
+
+def test_a_sequence_whose_first_copy_is_gone_when_prepare_is_continued_is_kept_where_it_comes_next(
+    source: Path, tmp_path: Path, written: list[str]
+) -> None:
+    out, table = tmp_path / "corpus", tmp_path / "clusters.tsv"
+    table.write_text("0\t0\n")
+    with pytest.raises(UserError, match="are in no cluster"):  # when all duplicates were taken out
+        prepare([source], out, ESM, filters=Filters(deduplicate=True), clusters=str(table), workers=1)
+    change_the_first(source, 20)
+    whole = content(continued(source, tmp_path / "whole"))
+    assert content(continued(source, out)) == whole
+
+
 def test_finished_shards_that_were_damaged_since_are_made_again(
     source: Path, tmp_path: Path, written: list[str]
 ) -> None:
