@@ -372,13 +372,14 @@ def deduplicate(directory: Path, entries: list[ShardEntry], journal: Journal, en
 
     Shards that have been through this already stay as they are, so it may be killed and repeated at any point.
     """
+    if not (full := [entry for entry in entries if entry.file]):
+        return entries
     before, before_each = hashlib.sha256(), dict[int, str]()
     for entry in entries:
         before_each[entry.number] = before.hexdigest()
         before.update(entry.input.encode())
-    full = [entry for entry in entries if entry.file]
     hashes = list(engine(partial(_hash_sequences, directory), full))
-    kept = _is_first(np.concatenate(hashes)) if hashes else np.zeros(0, np.bool_)
+    kept = _is_first(np.concatenate(hashes))
     keeps = np.split(kept, np.cumsum([len(entry) for entry in hashes])[:-1])
     unique = {entry.number: entry for entry in entries}
     repeated = [(entry, keep) for entry, keep in zip(full, keeps, strict=True) if not keep.all()]

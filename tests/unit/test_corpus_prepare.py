@@ -330,6 +330,11 @@ def test_of_equal_sequences_the_first_is_kept(workers: int, source: Path, tmp_pa
     assert verify(corpus.path) == len(corpus.shards)
 
 
+def test_duplicates_are_taken_out_of_nothing_too(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^no sequence is left \(250 short\); "):
+        prepare([source], tmp_path / "corpus", ESM, filters=Filters(min_length=100, deduplicate=True))
+
+
 def test_ids_may_repeat_they_are_names_and_no_keys(source: Path, tmp_path: Path) -> None:
     """As the numbers of lines do, where several files of text make a corpus."""
     source.write_text(">a\nMK\n>a\nMV\n>b\nMK\n>a\nMK\n")
