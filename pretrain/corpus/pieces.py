@@ -165,7 +165,8 @@ def find_column(source: Source, columns: Sequence[str], wanted: str | None, usua
     found = next((by_lower[name] for name in usual if name in by_lower), None)
     if found is None and usual is TEXT_COLUMNS:
         raise UserError(
-            f"{source}: no column {' or '.join(usual)}; its columns are {shown}; name one with --text_column"
+            f"{source}: no column {' or '.join(usual)}; its columns are {shown}; rename one to text, or name it, as in "
+            "`pretrain prepare --text_column NAME`"
         )
     return found
 

@@ -96,7 +96,10 @@ def find_sources(names: Sequence[str | Path], options: SourceOptions) -> list[So
 def _find(name: str, kind: str | None) -> Iterator[Source]:
     if name == "-":
         if kind is None:
-            raise UserError(f"standard input has no name that tells its kind; give --kind, one of {', '.join(KINDS)}")
+            raise UserError(
+                "standard input has no name that tells its kind; name it, as in `pretrain prepare - --kind fasta`: one "
+                f"of {', '.join(KINDS)}"
+            )
         yield Source(name, kind)
     elif name.startswith(_HUB) and not name.startswith(f"{_HUB}datasets/"):
         yield Source(name, "hub")
@@ -184,7 +187,8 @@ def _find_remote(name: str, kind: str | None) -> Iterator[Source]:
 
 _ENDINGS = (
     "the name must end in .fasta, .fa, .faa, .fas (sequences), .txt (documents), .jsonl, .csv, .tsv, .parquet or "
-    ".arrow (with a column 'text' or 'sequence'), with or without .gz, .bz2 or .zst, or give --kind"
+    ".arrow (with a column 'text' or 'sequence'), with or without .gz, .bz2 or .zst; or name the kind, as in "
+    "`pretrain prepare --kind fasta`"
 )
 
 
