@@ -1,5 +1,6 @@
 """A corpus from afar: the same sequences, fetched once, checked, and no more of it on the disk than is needed."""
 
+import errno
 import functools
 import http.server
 import json
@@ -17,6 +18,7 @@ from typing import Any
 import fsspec
 import numpy as np
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from pretrain.corpus import cache, pieces, shards
 from pretrain.corpus.groups import GroupOrder
@@ -314,6 +316,25 @@ def test_an_address_without_a_corpus_is_told_in_one_line(url: str, message: str,
     with pytest.raises(UserError) as caught:
         open_or_prepare([url.format(server=server.url)], ESM)
     assert str(caught.value) == message.format(server=server.url)
+
+
+@pytest.mark.parametrize("where", ["here", "there", "at a file:// address"])
+def test_a_lack_of_rights_here_is_not_told_as_one_at_the_address(
+    where: str, local: Corpus, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(files: Any, remote: str, to: str, **_: Any) -> None:
+        if where == "there":
+            raise PermissionError("Access Denied")
+        path = to if where == "here" else remote
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    monkeypatch.setattr(LocalFileSystem, "get_file", refuse)
+    with pytest.raises(PermissionError if where == "here" else UserError) as caught:
+        RemoteCorpus(f"file://{local.path}")
+    if where == "here":
+        assert str(own_cache) in caught.value.filename  # the command says so, and to choose another place
+    else:
+        assert "check the address and your rights there" in str(caught.value)
 
 
 def test_a_corpus_that_another_tokenizer_made_is_refused(server: Server) -> None:
