@@ -316,6 +316,10 @@ def make_shard(job: Job, block: Block) -> ShardEntry:
                         f"record '{item.id}' has {error.symbol} at position {error.position}; allowed: "
                         f"{error.allowed}; {_NEEDS_TOKENIZER if is_text else 'correct or remove it'}",
                     )
+                else:
+                    if len(encoded) < 3:  # <cls> and <eos>, of a lone stop or what a normaliser empties
+                        reason = f"record '{item.id}' has nothing that becomes a token; correct or remove it"
+                        item = Flaw(item.line, reason)
             if isinstance(item, Flaw):
                 if not job.filters.skip_bad:
                     raise UserError(f"{piece.where(item.line)}: {item.reason}")

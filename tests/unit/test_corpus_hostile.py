@@ -186,6 +186,9 @@ MISTAKES: dict[str, tuple[str, Content, str] | tuple[str, Content, str, str]] = 
         "x.fasta", b">a\rMK\r\n>b\nM!\n", f"{{file}}:3: record 'b' has '!' at position 2; {PROTEINS}",
     ),
     "NUL byte": ("x.fasta", b">a\nM\0K\n", f"{{file}}:1: record 'a' has '\\x00' at position 2; {PROTEINS}"),
+    "stop and nothing else": (
+        "x.fasta", b">a\nMK\n>b\n*\n", "{file}:3: record 'b' has nothing that becomes a token; correct or remove it",
+    ),
     "stop within a protein": ("x.fasta", b">a\nMK*A*\n", f"{{file}}:1: record 'a' has '*' at position 3; {PROTEINS}"),
     "space within a protein": ("x.fasta", b">a\nMK LA\n", f"{{file}}:1: record 'a' has ' ' at position 3; {PROTEINS}"),
     "letter that is not ASCII": (

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import json
 import multiprocessing
 import os
 import random
@@ -20,7 +21,7 @@ from pretrain.corpus.prepare import prepare
 from pretrain.corpus.shards import JOURNAL, Filters
 from pretrain.corpus.sources import SourceOptions
 from pretrain.corpus.store import Corpus, verify
-from pretrain.corpus.tokenizer import ProteinTokenizer
+from pretrain.corpus.tokenizer import ProteinTokenizer, tokenizer_from_string, train_tokenizer
 from pretrain.errors import UserError
 
 ESM = ProteinTokenizer()
@@ -375,6 +376,17 @@ def test_bad_records_are_skipped_counted_and_listed(workers: int, source: Path, 
         f"{table}\t4\trecord 'c' has '1' at position 2; {allowed}",
         f"{empty}\t\tis empty; at least one sequence is needed",
     ]
+
+
+def test_a_text_that_its_tokenizer_makes_nothing_of_is_bad(tmp_path: Path) -> None:
+    trained = json.loads(train_tokenizer([], 261).serialize())
+    trained["normalizer"] = {"type": "Replace", "pattern": {"String": "-"}, "content": ""}
+    tokenizer = tokenizer_from_string(json.dumps(trained), "x")
+    (tmp_path / "x.txt").write_text("one\n---\ntwo\n")
+    corpus = prepare([tmp_path / "x.txt"], tmp_path / "corpus", tokenizer, filters=Filters(skip_bad=True))
+    assert [corpus.id(i) for i in range(len(corpus))] == ["1", "3"]
+    reason = "record '2' has nothing that becomes a token; correct or remove it"
+    assert (corpus.path / "skipped.tsv").read_text().splitlines()[1:] == [f"{tmp_path / 'x.txt'}\t2\t{reason}"]
 
 
 def test_what_changes_the_content_changes_the_fingerprint(source: Path, tmp_path: Path) -> None:
