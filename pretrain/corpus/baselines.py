@@ -38,9 +38,7 @@ class Baselines(NamedTuple):
     blosum62: float | None = None
 
 
-def perplexities(
-    train: Corpus, validation: PackDataset, packs: Iterable[Pack], order: AnyOrder | None = None
-) -> Baselines:
+def perplexities(train: Corpus, validation: PackDataset, packs: Iterable[Pack], order: AnyOrder) -> Baselines:
     """Score the validation targets with counts from the training corpus.
 
     The bigram model sees the true left neighbour of each target, even where the language model sees ``<mask>``: a
@@ -50,7 +48,7 @@ def perplexities(
         train: Where the counts are from.
         validation: What makes the validation batches.
         packs: The validation packs.
-        order: What training visits, where that is not simply every sequence once: it is counted as often.
+        order: What training visits: it is counted as often as in an epoch, or the first of that in a large corpus.
     """
     questions = [_questions(validation, pack) for pack in packs]
     left, target = (np.concatenate(column) for column in zip(*questions, strict=True))
@@ -61,11 +59,9 @@ def perplexities(
     context = np.zeros(size)
     pairs = np.zeros(len(wanted))
     seen = 0
-    visits = sum(order.sizes) if order else len(train)
+    visits = sum(order.sizes)
     for first in range(0, visits, _CHUNK):
-        indices = np.arange(first, min(first + _CHUNK, visits))
-        if order:
-            indices = order(indices)[1]
+        _, indices = order(np.arange(first, min(first + _CHUNK, visits)))
         tokens = np.concatenate([train.tokens(index) for index in indices.tolist()]).astype(np.int64)
         before, after = tokens[:-1], tokens[1:]
         inside = (after != train.tokenizer.cls_token_id) & (after != train.tokenizer.eos_token_id)

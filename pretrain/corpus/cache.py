@@ -63,7 +63,7 @@ class Cache:
 
         Raises:
             UserError: If it is not at the address, or cannot be had in several attempts.
-            OSError: If the disk is full.
+            OSError: If the disk is full, or not to be written to.
         """
         path = self.directory / file.name
         if not _is_there(path, file):
@@ -177,17 +177,19 @@ def with_retries(url: str, attempt: Callable[[], None], attempts: int = ATTEMPTS
 
     Raises:
         UserError: If there is no such file, or the last attempt fails.
-        OSError: If the local disk is full.
+        OSError: If the local disk is full, or not to be written to.
     """
     for number in range(1, attempts + 1):
         try:
             return attempt()
         except (FileNotFoundError, PermissionError) as error:
+            if error.errno == errno.EACCES and error.filename and str(error.filename) not in url:  # a file of ours
+                raise
             raise UserError(f"{url}: {_said(error)}; check the address and your rights there") from error
         except ImportError as error:
             raise UserError(f"{url}: {_said(error)}; s3:// needs `pip install 'pretrain-mlm[s3]'`") from error
         except Exception as error:  # each protocol's library has exceptions of its own
-            if isinstance(error, OSError) and (disk_is_full(error) or error.errno in (errno.EACCES, errno.EROFS)):
+            if isinstance(error, OSError) and (disk_is_full(error) or error.errno == errno.EROFS):
                 raise
             if number == attempts:
                 raise UserError(

@@ -209,9 +209,7 @@ class MLMDataModule(PackedDataModule):
 
     def baselines(self) -> dict[str, Baselines]:
         """What to compare with on the positions that validation asks about, for each set."""
-        every_sequence_once = self.draws is None and not self.train_corpus.num_clusters
-        order = None if every_sequence_once else self.train_order()
-        found = {}
+        order, found = self.train_order(), {}
         for name, corpus in self.validation_corpora.items():
             (packs,) = validation_packs(self.validation_planner(name), self.validation_pack_tokens, 1)
             found[name] = perplexities(self.train_corpus, PackDataset(corpus, self.validation_masking), packs, order)

@@ -6,6 +6,7 @@ part/
   skipped-00001.tsv      the bad records of a block, if some were skipped
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -220,15 +221,18 @@ def merge_parts(
 
     def fill(partial: Path) -> Path:
         journal = Journal(partial, {"layout": given[0].layout, **given[0].settings, "deduplicated": deduplicated})
-        entries = []
+        entries, before = [], hashlib.sha256()
         for entry, source in sorted((entry, part.path) for part in given for entry in part.entries):
             done = journal.entries.get(entry.number)
-            if done and is_intact(partial, done):  # an earlier call took its duplicates out
+            # Whether an earlier call took its duplicates out, and has the same parts before it.
+            same = done and (done.input, done.before) == (entry.input, before.hexdigest())
+            if done and same and is_intact(partial, done):
                 entries.append(done)
             else:
                 entries.append(entry)
                 if entry.file:
                     _link(source / entry.file, partial / entry.file)
+            before.update(entry.input.encode())
             if entry.skipped.get("bad"):
                 _link(report_file(source, entry.number), report_file(partial, entry.number))
         if deduplicated:

@@ -4,6 +4,7 @@ Parsing a piece is then a pure function (`readers`), so any process may do it. W
 content only.
 """
 
+import contextlib
 import csv
 import io
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,8 @@ PIECE_BYTES = 2**24
 
 MAX_RECORD_BYTES = 2**26
 """A longer record may be refused: such a line is damage, or a bomb."""
+
+csv.field_size_limit(2**31 - 1)  # MAX_RECORD_BYTES is the limit
 
 TEXT_COLUMNS = ("text", "sequence", "seq", "content")
 ID_COLUMNS = ("id",)
@@ -82,7 +85,7 @@ def _cut_bytes(source: Source, options: SourceOptions) -> Iterator[Piece]:
             if end:
                 yield Piece(source, data[:end], line, columns, stream.position)
                 line += data.count(b"\n", 0, end)
-                if source.kind == "fasta":  # where a lone carriage return ends a line, too
+                if source.kind in ("fasta", "csv"):  # where a lone carriage return ends a line, too
                     line += data.count(b"\r", 0, end) - data.count(b"\r\n", 0, end)
                 data = data[end:]
             elif len(data) > MAX_RECORD_BYTES:
@@ -112,10 +115,25 @@ def _no_end(data: bytes) -> int:
 
 
 def _last_csv_end(data: bytes) -> int:
-    end = data.rfind(b"\n")
-    if end >= 0 and data.count(b'"', 0, end) % 2:  # within a quoted field: go back before its opening quote
-        end = data.rfind(b"\n", 0, data.rfind(b'"', 0, end))
-    return end + 1
+    end = data.rfind(b"\n") + 1
+    if data.find(b'"', 0, end) < 0:
+        return end
+    # Only the parser's own reader knows what a quote means, where it opens a field and where it is a mistake.
+    consumed, ended = 0, False
+
+    def lines() -> Iterator[str]:
+        nonlocal consumed, ended
+        for line in io.StringIO(data[:end].decode("latin-1"), newline=""):
+            consumed += len(line)
+            yield line
+        ended = True
+
+    rows, last = csv.reader(lines(), strict=True), 0
+    while not ended:
+        with contextlib.suppress(csv.Error):  # it goes on behind the line with the mistake, as the parser does
+            next(rows, None)
+        last = last if ended else consumed
+    return last
 
 
 _LAST_END: dict[str, Callable[[bytes], int]] = {
@@ -147,7 +165,8 @@ def find_column(source: Source, columns: Sequence[str], wanted: str | None, usua
     found = next((by_lower[name] for name in usual if name in by_lower), None)
     if found is None and usual is TEXT_COLUMNS:
         raise UserError(
-            f"{source}: no column {' or '.join(usual)}; its columns are {shown}; name one with --text_column"
+            f"{source}: no column {' or '.join(usual)}; its columns are {shown}; rename one to text, or name it, as in "
+            "`pretrain prepare --text_column NAME`"
         )
     return found
 

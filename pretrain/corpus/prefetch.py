@@ -27,6 +27,8 @@ class PrefetchingOrder:
 
     def __init__(self, order: GroupOrder, corpus: RemoteCorpus) -> None:
         self.order, self.corpus = order, corpus
+        # A step may reach from one group into the next. Loader workers, which start later, take this over.
+        corpus.max_open = 2 * order.group_shards
         self.seed, self.sizes = order.seed, order.sizes
 
     def __call__(self, positions: ArrayLike) -> tuple[Int64, Int64]:

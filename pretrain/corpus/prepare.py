@@ -19,7 +19,7 @@ from pretrain.corpus.readers import read_records
 from pretrain.corpus.remote import RemoteCorpus, cache_directory, is_remote
 from pretrain.corpus.repeat import check_repeated, describe
 from pretrain.corpus.shards import JOURNAL, Filters, ShardEntry, make_shards, report_file
-from pretrain.corpus.sources import Source, SourceOptions, find_sources
+from pretrain.corpus.sources import Source, SourceOptions, find_sources, known_kind
 from pretrain.corpus.split import SIDES, Split, split_shards
 from pretrain.corpus.store import CLUSTERS, FORMAT_VERSION, LENGTHS, MANIFEST, REPORT, Corpus, is_corpus
 from pretrain.corpus.tokenizer import Tokenizer, TokenizerKind, train_tokenizer
@@ -282,7 +282,7 @@ def open_or_prepare(
         UserError: If a corpus was made with another tokenizer than ``tokenizer``, or not cut as ``windows`` says.
     """
     corpus: Corpus | None = None
-    if len(sources) == 1 and is_remote(sources[0]):
+    if len(sources) == 1 and is_remote(sources[0]) and not known_kind(str(sources[0])):
         corpus = RemoteCorpus(str(sources[0]), cache_bytes)
     elif len(sources) == 1 and is_corpus(sources[0]):
         corpus = Corpus(sources[0])

@@ -13,8 +13,6 @@ from pretrain.corpus.pieces import ID_COLUMNS, TEXT_COLUMNS, Piece, cut, find_co
 from pretrain.corpus.sources import SourceOptions, find_sources
 from pretrain.errors import UserError
 
-csv.field_size_limit(2**31 - 1)
-
 
 class Record(NamedTuple):
     """One sequence as read from a source.

@@ -30,6 +30,9 @@ class RemoteCorpus(Corpus):
         url: The directory's address, such as ``s3://bucket/corpora/uniref50``.
         cache_bytes: How much of it to keep on the local disk; by default what is in use.
 
+    Attributes:
+        max_open: How many shards a process has mapped at a time: what is evicted leaves the disk once nobody has it.
+
     Raises:
         UserError: If there is no corpus, it cannot be reached, or it is damaged or of another format.
     """
@@ -60,8 +63,10 @@ class RemoteCorpus(Corpus):
         self._window: tuple[int, int] | None = None
 
     @override
-    def __reduce__(self) -> tuple[type["RemoteCorpus"], tuple[str, int | None]]:  # type: ignore[override]
-        return RemoteCorpus, (self.url, self.cache_bytes)
+    def __reduce__(  # type: ignore[override]
+        self,
+    ) -> tuple[type["RemoteCorpus"], tuple[str, int | None], dict[str, int]]:
+        return RemoteCorpus, (self.url, self.cache_bytes), {"max_open": self.max_open}
 
     def __str__(self) -> str:
         return self.url
@@ -99,7 +104,6 @@ class RemoteCorpus(Corpus):
         if self._window == (first, last):
             return
         needed = [shard for group in range(first, last + 1) for shard in order.shards(group)]
-        self.max_open = max(len(set(needed)), order.group_shards)
         self._bring(needed, order.shards(last + 1), order.shards(first - 1) if first else [])
         self._window = (first, last)
 

@@ -88,6 +88,8 @@ class ShardEntry(NamedTuple):
     sha256: str
     skipped: dict[str, int]
     """Records left out, by the reason: ``short``, ``long``, ``bad``, ``duplicate``."""
+    before: str = ""
+    """If duplicates were taken out, a checksum of the blocks before this one, where their first copies are."""
 
 
 class Job(NamedTuple):
@@ -235,13 +237,20 @@ def make_shards(
         disable=not sys.stderr.isatty(),
     )
     ends: deque[int] = deque()
+    before = hashlib.sha256()
+    some_are_thinned = any(entry.before for entry in journal.entries.values())
 
     def blocks() -> Iterator[Block]:
         for number, (pieces, end, is_whole) in enumerate(_blocks(sources, options)):
             if not portion.takes(pieces):
                 continue
             ends.append(end)
-            yield Block(number, pieces, journal.entries.get(number), is_whole)
+            previous = journal.entries.get(number)
+            if previous and previous.before not in ("", before.hexdigest()):
+                previous = None
+            yield Block(number, pieces, previous, is_whole)
+            if some_are_thinned:  # else nothing is compared with it
+                before.update(_checksum(pieces).encode())
 
     entries = []
     with bar:
@@ -307,6 +316,10 @@ def make_shard(job: Job, block: Block) -> ShardEntry:
                         f"record '{item.id}' has {error.symbol} at position {error.position}; allowed: "
                         f"{error.allowed}; {_NEEDS_TOKENIZER if is_text else 'correct or remove it'}",
                     )
+                else:
+                    if len(encoded) < 3:  # <cls> and <eos>, of a lone stop or what a normaliser empties
+                        reason = f"record '{item.id}' has nothing that becomes a token; correct or remove it"
+                        item = Flaw(item.line, reason)
             if isinstance(item, Flaw):
                 if not job.filters.skip_bad:
                     raise UserError(f"{piece.where(item.line)}: {item.reason}")
@@ -363,15 +376,20 @@ def deduplicate(directory: Path, entries: list[ShardEntry], journal: Journal, en
 
     Shards that have been through this already stay as they are, so it may be killed and repeated at any point.
     """
-    full = [entry for entry in entries if entry.file]
+    if not (full := [entry for entry in entries if entry.file]):
+        return entries
+    before, before_each = hashlib.sha256(), dict[int, str]()
+    for entry in entries:
+        before_each[entry.number] = before.hexdigest()
+        before.update(entry.input.encode())
     hashes = list(engine(partial(_hash_sequences, directory), full))
-    kept = _is_first(np.concatenate(hashes)) if hashes else np.zeros(0, np.bool_)
+    kept = _is_first(np.concatenate(hashes))
     keeps = np.split(kept, np.cumsum([len(entry) for entry in hashes])[:-1])
     unique = {entry.number: entry for entry in entries}
     repeated = [(entry, keep) for entry, keep in zip(full, keeps, strict=True) if not keep.all()]
     for entry in engine(partial(_take_out, directory), repeated):
-        journal.add(entry)
-        unique[entry.number] = entry
+        unique[entry.number] = entry._replace(before=before_each[entry.number])
+        journal.add(unique[entry.number])
     return list(unique.values())
 
 

@@ -96,7 +96,10 @@ def find_sources(names: Sequence[str | Path], options: SourceOptions) -> list[So
 def _find(name: str, kind: str | None) -> Iterator[Source]:
     if name == "-":
         if kind is None:
-            raise UserError(f"standard input has no name that tells its kind; give --kind, one of {', '.join(KINDS)}")
+            raise UserError(
+                "standard input has no name that tells its kind; name it, as in `pretrain prepare - --kind fasta`: one "
+                f"of {', '.join(KINDS)}"
+            )
         yield Source(name, kind)
     elif name.startswith(_HUB) and not name.startswith(f"{_HUB}datasets/"):
         yield Source(name, "hub")
@@ -155,7 +158,7 @@ def _find_in_directory(name: str, kind: str | None) -> Iterator[Source]:
     for parent, folders, files_here in os.walk(name):  # links to directories are not followed: they may be loops
         folders[:] = sorted(folder for folder in folders if not folder.startswith("."))
         for path in (os.path.join(parent, file) for file in sorted(files_here) if not file.startswith(".")):
-            if kind or _known(path):
+            if kind or known_kind(path):
                 if not os.path.exists(path):
                     raise UserError(f"{path}: a link to a file that is not there; remove it, or restore the file")
                 found = True
@@ -172,7 +175,7 @@ def _find_remote(name: str, kind: str | None) -> Iterator[Source]:
         if "*" in path:  # a question mark may begin a query
             found = sorted(files.glob(path))
         elif not name.startswith("http") and files.isdir(path):
-            found = [file for file in sorted(files.find(path)) if kind or _known(file)]
+            found = [file for file in sorted(files.find(path)) if kind or known_kind(file)]
         else:
             yield Source(name, kind or _kind(name))
             return
@@ -184,11 +187,13 @@ def _find_remote(name: str, kind: str | None) -> Iterator[Source]:
 
 _ENDINGS = (
     "the name must end in .fasta, .fa, .faa, .fas (sequences), .txt (documents), .jsonl, .csv, .tsv, .parquet or "
-    ".arrow (with a column 'text' or 'sequence'), with or without .gz, .bz2 or .zst, or give --kind"
+    ".arrow (with a column 'text' or 'sequence'), with or without .gz, .bz2 or .zst; or name the kind, as in "
+    "`pretrain prepare --kind fasta`"
 )
 
 
-def _known(name: str) -> str | None:
+def known_kind(name: str) -> str | None:
+    """What the end of a name says that it holds, if anything."""
     name = name.lower().partition("?")[0] if "://" in name else name.lower()
     for suffix in _COMPRESSED:
         name = name.removesuffix(suffix)
@@ -196,7 +201,7 @@ def _known(name: str) -> str | None:
 
 
 def _kind(name: str) -> str:
-    if (kind := _known(name)) is None:
+    if (kind := known_kind(name)) is None:
         raise UserError(f"{name}: unknown kind of file; {_ENDINGS}")
     return kind
 

@@ -2,7 +2,8 @@
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -75,11 +76,30 @@ class _Table(NamedTuple):
     hashes: U64
     validation: NDArray[np.bool_]
 
-    def find(self, hashes: U64) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        """Of each, whether it is in the table, and whether it is for validation."""
-        place = np.minimum(np.searchsorted(self.hashes, hashes), max(len(self.hashes) - 1, 0))
-        found = self.hashes[place] == hashes if len(self.hashes) else np.zeros(len(hashes), np.bool_)
-        return found, found & self.validation[place] if len(self.hashes) else found
+    def find(self, names: Sequence[str], windows: bool) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+        """Of each name, whether it is in the table, and where: as it is, by its accession, or as the window of one."""
+        found, place = self._find(names)
+        for other_name in (_accession, *((_whole, lambda name: _accession(_whole(name))) if windows else ())):
+            missing = [(number, names[number]) for number in np.flatnonzero(~found).tolist()]
+            others = {number: other for number, name in missing if (other := other_name(name)) != name}
+            if others:
+                found[[*others]], place[[*others]] = self._find([*others.values()])
+        return found, place
+
+    def _find(self, names: Sequence[str]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+        hashes = _hashes(name.encode() for name in names)
+        place = np.minimum(np.searchsorted(self.hashes, hashes), len(self.hashes) - 1)
+        return self.hashes[place] == hashes, place
+
+
+def _accession(name: str) -> str:
+    """What `mmseqs` writes, P12345, for what FASTA headers of UniProt call sp|P12345|NAME."""
+    return name.split("|")[1] if name.count("|") == 2 else name
+
+
+def _whole(name: str) -> str:
+    """The sequence that a window is cut from, if it is one."""
+    return _WINDOW.sub("", name)
 
 
 class _Job(NamedTuple):
@@ -134,6 +154,9 @@ def split_shards(
             total = sum(entry.num_sequences for entry in entries)
             which = f"--validation_share {split.share}" if split.ids is None else f"--validation_ids {split.ids}"
             raise UserError(f"{which} leaves no sequence of {total:,} for {name}; give another share or list")
+    if split.ids and table:
+        held = (into / SIDES[1] / entry.file for entry in made[1] if entry.file)
+        _warn_of_missing(split.ids, table, held, windows)
     return made
 
 
@@ -146,10 +169,7 @@ def _split_shard(job: _Job, into: Path, task: _Task) -> tuple[ShardEntry, ...]:
     ):
         return tuple(old for old in task.previous if old)
     file = job.directory / (entry.file or "")
-    names = open_shard(file).ids.to_pylist()
-    if job.windows:
-        names = [_WINDOW.sub("", name) for name in names]
-    validation = _is_validation(job, names)
+    validation = _is_validation(job, open_shard(file).ids.to_pylist())
     made = []
     for side, keep in zip(sides, (~validation, validation), strict=True):
         if not keep.any():
@@ -162,30 +182,38 @@ def _split_shard(job: _Job, into: Path, task: _Task) -> tuple[ShardEntry, ...]:
 
 
 def _is_validation(job: _Job, names: Sequence[str]) -> NDArray[np.bool_]:
-    hashes = _hashes(name.encode() for name in names)
     if job.table is None:
-        return _below(hashes, job.split.share or 0.0)
-    found, validation = job.table.find(hashes)
-    # `mmseqs` writes P12345 for what FASTA headers of UniProt call sp|P12345|NAME.
-    inner = [number for number in np.flatnonzero(~found).tolist() if names[number].count("|") == 2]
-    if inner:
-        found[inner], validation[inner] = job.table.find(
-            _hashes(names[number].split("|")[1].encode() for number in inner)
-        )
+        return _below(_hashes((_whole(name) if job.windows else name).encode() for name in names), job.split.share or 0)
+    found, place = job.table.find(names, job.windows)
     if job.split.clusters and not found.all():
         missing = names[int(np.flatnonzero(~found)[0])]
         raise UserError(
             f"{job.split.clusters}: sequence '{missing}' is in no cluster; cluster the sequences that are prepared, or "
             "split by their names, without --split_clusters"
         )
-    return validation
+    return found & job.table.validation[place]
+
+
+def _warn_of_missing(ids: str, table: _Table, shards: Iterator[Path], windows: bool) -> None:
+    """Say how many of the listed names there are: what goes by another name here is trained on."""
+    seen = np.zeros(len(table.hashes), np.bool_)
+    for shard in shards:
+        _, place = table.find(open_shard(shard).ids.to_pylist(), windows)
+        seen[place] = True
+    for names in _listed(ids):
+        missing = np.isin(_hashes(names), table.hashes[~seen])
+        if missing.any():
+            first = names[int(np.argmax(missing))].decode("utf-8", "replace")
+            message = f"{seen.sum():,} of {len(seen):,} names of {ids} are here; the first missing is '{first}'"
+            print(f"pretrain: warning: {message}", file=sys.stderr, flush=True)
+            return
 
 
 def _below(hashes: U64, share: float) -> NDArray[np.bool_]:
     return hashes < np.uint64(int(share * 2.0**64))
 
 
-def _hashes(names: Iterator[bytes]) -> U64:
+def _hashes(names: Iterable[bytes]) -> U64:
     """64 bits of each: among a hundred million names two equal ones are not to be expected."""
     return np.frombuffer(b"".join(hashlib.blake2b(name, digest_size=8).digest() for name in names), "<u8").astype(
         np.uint64
@@ -216,8 +244,16 @@ def _read_clusters(split: Split) -> _Table:
 
 
 def _read_ids(path: str) -> _Table:
-    names = [_hashes(name for row in text.split(b"\n") if (name := row.strip())) for _, text in _lines(path)]
-    return _table(names, [np.ones(len(entry), np.bool_) for entry in names])
+    names = np.unique(np.concatenate([np.zeros(0, np.uint64), *map(_hashes, _listed(path))]))
+    if not len(names):
+        raise UserError(f"{path}: is empty; names of sequences, one a line, are expected")
+    return _Table(names, np.ones(len(names), np.bool_))
+
+
+def _listed(path: str) -> Iterator[list[bytes]]:
+    """The names of a list, some of them at a time."""
+    for _, text in _lines(path):
+        yield [name for row in text.split(b"\n") if (name := row.strip())]
 
 
 def _table(hashes: list[U64], validation: list[NDArray[np.bool_]]) -> _Table:

@@ -67,7 +67,7 @@ def test_baselines_are_those_of_a_count_by_hand(
             p = (single[target] + 1) / (single.total() + ESM.vocab_size)
             unigram.append(-math.log(p))
             bigram.append(-math.log((pairs[left, target] + 10 * p) / (context[left] + 10)))
-    found = baselines.perplexities(train, validation, packs)
+    found = baselines.perplexities(train, validation, packs, Order(len(train), 0))
     assert found.unigram == pytest.approx(math.exp(np.mean(unigram)))
     assert found.bigram == pytest.approx(math.exp(np.mean(bigram)))
     assert found.bigram < found.unigram
@@ -78,7 +78,7 @@ def test_uniform_residues_have_a_perplexity_of_twenty(tmp_path: Path) -> None:
     train = corpus(tmp_path, "train", sequences)
     planner = Planner(train, Order(500, 0), MASKING, 64)
     found = baselines.perplexities(
-        train, PackDataset(train, MASKING), [planner.describe(np.zeros(500, int), np.arange(500))]
+        train, PackDataset(train, MASKING), [planner.describe(np.zeros(500, int), np.arange(500))], planner.order
     )
     assert found.unigram == pytest.approx(20, rel=0.005)
 
@@ -113,5 +113,6 @@ def test_a_corpus_of_text_has_no_relatives(tmp_path: Path) -> None:
     source.write_text('{"text": "the state of the union is strong and so is the state of this test"}\n' * 5)
     text = prepare([source], tmp_path / "text", tokenizer)
     masking = Masking(0.3, 1.0, 0.0, tokenizer.mask_token_id, tokenizer.replacement_ids, 0)
-    pack = Planner(text, Order(len(text), 0), masking, 64).describe(np.zeros(len(text), int), np.arange(len(text)))
-    assert baselines.perplexities(text, PackDataset(text, masking), [pack]).blosum62 is None
+    planner = Planner(text, Order(len(text), 0), masking, 64)
+    pack = planner.describe(np.zeros(len(text), int), np.arange(len(text)))
+    assert baselines.perplexities(text, PackDataset(text, masking), [pack], planner.order).blosum62 is None

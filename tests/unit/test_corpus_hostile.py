@@ -25,12 +25,13 @@ Content = bytes | None | Callable[[Path], object]
 NO_FASTA = "not FASTA: a header line that begins with '>' is expected, found"
 NO_TEXT = "an object with a non-empty string 'text' or 'sequence' or 'seq' or 'content' is expected"
 NO_COLUMN = "no column text or sequence or seq or content"
-NAME_ONE = "name one with --text_column"
+NAME_ONE = "rename one to text, or name it, as in `pretrain prepare --text_column NAME`"
 PROTEINS = "allowed: the letters A-Z, '-' and '.'; correct or remove it"
 EMPTY = "{file}: is empty; at least one sequence is needed"
 ENDINGS = (
     "the name must end in .fasta, .fa, .faa, .fas (sequences), .txt (documents), .jsonl, .csv, .tsv, .parquet or "
-    ".arrow (with a column 'text' or 'sequence'), with or without .gz, .bz2 or .zst, or give --kind"
+    ".arrow (with a column 'text' or 'sequence'), with or without .gz, .bz2 or .zst; or name the kind, as in "
+    "`pretrain prepare --kind fasta`"
 )
 AGAIN = "fetch the file again"
 REWRITE = "fetch or write the file again"
@@ -135,8 +136,8 @@ MISTAKES: dict[str, tuple[str, Content, str] | tuple[str, Content, str, str]] = 
     ),
     "standard input of unknown kind": (
         "-", None,
-        "standard input has no name that tells its kind; give --kind, one of fasta, txt, jsonl, csv, tsv, parquet, "
-        "arrow",
+        "standard input has no name that tells its kind; name it, as in `pretrain prepare - --kind fasta`: one of "
+        "fasta, txt, jsonl, csv, tsv, parquet, arrow",
     ),
     "Parquet from standard input": (
         "-", None, "standard input: Parquet cannot be read from a pipe; give a file", "--kind parquet",
@@ -185,6 +186,9 @@ MISTAKES: dict[str, tuple[str, Content, str] | tuple[str, Content, str, str]] = 
         "x.fasta", b">a\rMK\r\n>b\nM!\n", f"{{file}}:3: record 'b' has '!' at position 2; {PROTEINS}",
     ),
     "NUL byte": ("x.fasta", b">a\nM\0K\n", f"{{file}}:1: record 'a' has '\\x00' at position 2; {PROTEINS}"),
+    "stop and nothing else": (
+        "x.fasta", b">a\nMK\n>b\n*\n", "{file}:3: record 'b' has nothing that becomes a token; correct or remove it",
+    ),
     "stop within a protein": ("x.fasta", b">a\nMK*A*\n", f"{{file}}:1: record 'a' has '*' at position 3; {PROTEINS}"),
     "space within a protein": ("x.fasta", b">a\nMK LA\n", f"{{file}}:1: record 'a' has ' ' at position 3; {PROTEINS}"),
     "letter that is not ASCII": (

@@ -158,6 +158,27 @@ def test_a_part_and_a_merge_that_were_ended_are_continued(
     assert content(tmp_path / "merged") == content(whole)
 
 
+def test_a_sequence_whose_first_copy_is_gone_when_a_merge_is_continued_is_kept_where_it_comes_next(
+    sources: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    made = make(sources, tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(parts, "finish", fail)  # when all duplicates were taken out
+        with pytest.raises(KeyboardInterrupt):
+            merge_parts(made, tmp_path / "merged", True, workers=1)
+    lines = sources[0].read_text().splitlines()
+    lines[1:40:4] = ["W" * len(line) for line in lines[1:40:4]]  # other sequences of the same lengths
+    sources[0].write_text("\n".join(lines) + "\n")
+    shutil.rmtree(made[0])
+    prepare_part(sources, made[0], ESM, Portion(1, 3), filters=SKIP)
+    merge_parts(made, tmp_path / "merged", True, workers=1)
+    filters = Filters(min_length=10, skip_bad=True, deduplicate=True)
+    assert content(tmp_path / "merged") == content(prepare(sources, tmp_path / "whole", ESM, filters=filters).path)
+
+
 # --- mistakes ---------------------------------------------------------------------------------------------------------
 
 

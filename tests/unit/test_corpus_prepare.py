@@ -2,6 +2,7 @@
 
 import errno
 import io
+import json
 import multiprocessing
 import os
 import random
@@ -20,7 +21,7 @@ from pretrain.corpus.prepare import prepare
 from pretrain.corpus.shards import JOURNAL, Filters
 from pretrain.corpus.sources import SourceOptions
 from pretrain.corpus.store import Corpus, verify
-from pretrain.corpus.tokenizer import ProteinTokenizer
+from pretrain.corpus.tokenizer import ProteinTokenizer, tokenizer_from_string, train_tokenizer
 from pretrain.errors import UserError
 
 ESM = ProteinTokenizer()
@@ -208,6 +209,25 @@ def test_a_prepare_killed_while_duplicates_are_taken_out_is_continued(
     assert written == []
 
 
+def change_the_first(source: Path, records: int) -> None:
+    """Other sequences of the same lengths in the first records of a FASTA file."""
+    lines = source.read_text().splitlines()
+    lines[1 : 2 * records : 2] = ["W" * len(line) for line in lines[1 : 2 * records : 2]]
+    source.write_text("\n".join(lines) + "\n")
+
+
+def test_a_sequence_whose_first_copy_is_gone_when_prepare_is_continued_is_kept_where_it_comes_next(
+    source: Path, tmp_path: Path, written: list[str]
+) -> None:
+    out, table = tmp_path / "corpus", tmp_path / "clusters.tsv"
+    table.write_text("0\t0\n")
+    with pytest.raises(UserError, match="are in no cluster"):  # when all duplicates were taken out
+        prepare([source], out, ESM, filters=Filters(deduplicate=True), clusters=str(table), workers=1)
+    change_the_first(source, 20)
+    whole = content(continued(source, tmp_path / "whole"))
+    assert content(continued(source, out)) == whole
+
+
 def test_finished_shards_that_were_damaged_since_are_made_again(
     source: Path, tmp_path: Path, written: list[str]
 ) -> None:
@@ -311,6 +331,11 @@ def test_of_equal_sequences_the_first_is_kept(workers: int, source: Path, tmp_pa
     assert verify(corpus.path) == len(corpus.shards)
 
 
+def test_duplicates_are_taken_out_of_nothing_too(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^no sequence is left \(250 short\); "):
+        prepare([source], tmp_path / "corpus", ESM, filters=Filters(min_length=100, deduplicate=True))
+
+
 def test_ids_may_repeat_they_are_names_and_no_keys(source: Path, tmp_path: Path) -> None:
     """As the numbers of lines do, where several files of text make a corpus."""
     source.write_text(">a\nMK\n>a\nMV\n>b\nMK\n>a\nMK\n")
@@ -351,6 +376,17 @@ def test_bad_records_are_skipped_counted_and_listed(workers: int, source: Path, 
         f"{table}\t4\trecord 'c' has '1' at position 2; {allowed}",
         f"{empty}\t\tis empty; at least one sequence is needed",
     ]
+
+
+def test_a_text_that_its_tokenizer_makes_nothing_of_is_bad(tmp_path: Path) -> None:
+    trained = json.loads(train_tokenizer([], 261).serialize())
+    trained["normalizer"] = {"type": "Replace", "pattern": {"String": "-"}, "content": ""}
+    tokenizer = tokenizer_from_string(json.dumps(trained), "x")
+    (tmp_path / "x.txt").write_text("one\n---\ntwo\n")
+    corpus = prepare([tmp_path / "x.txt"], tmp_path / "corpus", tokenizer, filters=Filters(skip_bad=True))
+    assert [corpus.id(i) for i in range(len(corpus))] == ["1", "3"]
+    reason = "record '2' has nothing that becomes a token; correct or remove it"
+    assert (corpus.path / "skipped.tsv").read_text().splitlines()[1:] == [f"{tmp_path / 'x.txt'}\t2\t{reason}"]
 
 
 def test_what_changes_the_content_changes_the_fingerprint(source: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A corpus from afar: the same sequences, fetched once, checked, and no more of it on the disk than is needed."""
 
+import errno
 import functools
 import http.server
 import json
@@ -17,10 +18,13 @@ from typing import Any
 import fsspec
 import numpy as np
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from pretrain.corpus import cache, pieces, shards
 from pretrain.corpus.groups import GroupOrder
-from pretrain.corpus.prefetch import PrefetchingOrder, group_size, order_of
+from pretrain.corpus.masking import Masking
+from pretrain.corpus.packing import Planner
+from pretrain.corpus.prefetch import PrefetchingOrder, group_size, order_of, prefetch_shards
 from pretrain.corpus.prepare import open_or_prepare, prepare
 from pretrain.corpus.remote import RemoteCorpus
 from pretrain.corpus.store import Corpus
@@ -314,6 +318,25 @@ def test_an_address_without_a_corpus_is_told_in_one_line(url: str, message: str,
     assert str(caught.value) == message.format(server=server.url)
 
 
+@pytest.mark.parametrize("where", ["here", "there", "at a file:// address"])
+def test_a_lack_of_rights_here_is_not_told_as_one_at_the_address(
+    where: str, local: Corpus, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(files: Any, remote: str, to: str, **_: Any) -> None:
+        if where == "there":
+            raise PermissionError("Access Denied")
+        path = to if where == "here" else remote
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    monkeypatch.setattr(LocalFileSystem, "get_file", refuse)
+    with pytest.raises(PermissionError if where == "here" else UserError) as caught:
+        RemoteCorpus(f"file://{local.path}")
+    if where == "here":
+        assert str(own_cache) in caught.value.filename  # the command says so, and to choose another place
+    else:
+        assert "check the address and your rights there" in str(caught.value)
+
+
 def test_a_corpus_that_another_tokenizer_made_is_refused(server: Server) -> None:
     with pytest.raises(UserError, match=f"^{server.url}: made with tokenizer 'esm'"):
         open_or_prepare([server.url], train_tokenizer([], 261))
@@ -408,3 +431,27 @@ def test_a_forked_worker_that_has_used_the_corpus_keeps_nothing_from_being_evict
     assert not first & cached(corpus)
     os.write(done[1], b"x")
     os.waitpid(pid, 0)
+
+
+@pytest.mark.parametrize("comes_to_be", ["forked", "pickled"])
+def test_a_loader_worker_keeps_no_more_shards_open_than_two_groups(
+    comes_to_be: str, local: Corpus, server: Server
+) -> None:
+    """What is evicted stays on the disk for as long as anyone has it mapped."""
+    corpus = RemoteCorpus(server.url)
+    masking = Masking(0.15, 1.0, 0.0, ESM.mask_token_id, ESM.replacement_ids, seed=0)
+    planner = Planner(corpus, GroupOrder(sizes(local), 2, 0), masking, 64)
+    prefetch_shards(planner)
+    pickled = pickle.dumps(corpus)
+    pid = os.fork()
+    if not pid:
+        code = 1
+        try:
+            here = pickle.loads(pickled) if comes_to_be == "pickled" else corpus
+            everything(here)
+            lines = Path("/proc/self/maps").read_text().splitlines()
+            mapped = {line.split()[5] for line in lines if f"{here._cache.directory}/shard-" in line}
+            code = 0 if 1 <= len(mapped) <= 4 else 1
+        finally:
+            os._exit(code)
+    assert os.waitpid(pid, 0)[1] == 0

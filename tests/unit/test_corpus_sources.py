@@ -64,6 +64,7 @@ words = st.text(st.characters(codec="utf-8", exclude_categories=["Z", "C"]), min
 line_ends = st.sampled_from([b"\n", b"\r\n"])
 gz = st.sampled_from(sorted(COMPRESS))
 sizes = st.integers(1, 300)
+fields = st.text(st.characters(codec="utf-8", exclude_characters="\r")) | st.text('a",\n')
 residues = st.text("ACDEFGHIKLMNPQRSTVWY", min_size=1, max_size=50)
 
 
@@ -144,20 +145,32 @@ def test_paragraphs_written_are_paragraphs_read(documents: list[list[str]], end:
 
 
 @given(
-    rows=st.lists(st.tuples(st.text(), st.text(min_size=1)), min_size=1, max_size=8),
+    rows=st.lists(st.tuples(fields, fields.filter(bool)), min_size=1, max_size=8),
     end=st.sampled_from(["\n", "\r\n"]),
     gz=gz,
     size=sizes,
     quoting=st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]),
 )
+@example(rows=[("1", 'one\ntwo ""three\nfour\nfive')], end="\n", gz="", size=30, quoting=csv.QUOTE_MINIMAL)
 def test_csv_written_is_csv_read(rows: list[tuple[str, str]], end: str, gz: str, size: int, quoting: int) -> None:
-    rows = [tuple(field.encode("utf-8", "replace").decode() for field in row) for row in rows]
     sink = io.StringIO(newline="")
     writer = csv.writer(sink, lineterminator=end, quoting=quoting)
     writer.writerows([("id", "score", "text"), *((name, 0.5, text) for name, text in rows)])
     with cut_at(size):
         found = read(f"x.csv{gz}", sink.getvalue().encode())
     assert [(record.id, record.text.decode()) for record in found] == rows
+
+
+@given(body=st.text('a",\r\n'), size=sizes)
+@example(body='a"a\n"a\na\na\n', size=5)
+def test_any_csv_gives_the_same_rows_and_mistakes_wherever_it_is_cut(body: str, size: int) -> None:
+    options = SourceOptions(text_column="text")
+    with tempfile.TemporaryDirectory() as directory:
+        source = Source(str(written(Path(directory), "x.csv", b"text,other\n" + body.encode())), "csv")
+        whole = [item for piece in pieces.cut(source, options) for item in parse(piece, options)]
+        with cut_at(size):
+            parts = [item for piece in pieces.cut(source, options) for item in parse(piece, options)]
+    assert parts == whole
 
 
 @given(rows=st.lists(st.tuples(words, words), min_size=1, max_size=8), end=line_ends, size=sizes)

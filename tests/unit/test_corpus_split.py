@@ -110,11 +110,36 @@ def test_the_accession_of_a_uniprot_header_is_found_in_the_table_of_mmseqs(tmp_p
     assert not clusters[0] & clusters[1]
 
 
-def test_the_names_of_a_list_go_to_validation(source: Path, tmp_path: Path) -> None:
+def test_the_names_of_a_list_go_to_validation(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     chosen = tmp_path / "names.txt"
-    chosen.write_text("\n".join(["sequence9", "  sequence500\r", "", "sequence77", "elsewhere"]))
+    chosen.write_text("\n".join(["sequence9", "  sequence500\r", "", "sequence77", "sequence9"]))
     _, validation = prepare_split([source], tmp_path / "two", ESM, Split(ids=str(chosen)))
     assert names(validation) == ["sequence9", "sequence77", "sequence500"]
+    assert capsys.readouterr().err == ""
+
+
+def test_names_of_a_list_that_no_sequence_has_are_told(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = tmp_path / "names.txt"
+    chosen.write_text("sequence9\nelsewhere\nsequence77\nnowhere\nelsewhere\n")
+    prepare_split([source], tmp_path / "two", ESM, Split(ids=str(chosen)))
+    assert capsys.readouterr().err == (
+        f"pretrain: warning: 2 of 4 names of {chosen} are here; the first missing is 'elsewhere'\n"
+    )
+
+
+@pytest.mark.parametrize("length", [10, 50])
+def test_a_name_that_ends_as_a_windows_does_is_found_in_a_list_as_it_stands(
+    length: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [*(f"a#{number}" for number in range(9)), "b", "sp|C|c#2", "sp|D|d#1", "e"]
+    source, chosen = write(tmp_path / "x.fasta", given), tmp_path / "names.txt"
+    chosen.write_text("a#7\nb\nsp|C|c#2\nD\n")
+    sides = prepare_split([source], tmp_path / "two", ESM, Split(ids=str(chosen)), filters=Filters(windows=length))
+    _, held = ({name if name in given else name.rpartition("#")[0] for name in names(side)} for side in sides)
+    assert held == {"a#7", "b", "sp|C|c#2", "sp|D|d#1"}
+    assert capsys.readouterr().err == ""
 
 
 def test_duplicates_are_taken_out_before_the_split(source: Path, tmp_path: Path) -> None:
@@ -206,6 +231,7 @@ def test_another_split_of_what_is_tokenised_already_begins_anew(
             "none\n",
             "--validation_ids TABLE leaves no sequence of 600 for validation; give another share or list",
         ),
+        (["--validation_ids", "TABLE"], "\n \n", "TABLE: is empty; names of sequences, one a line, are expected"),
         (["--split_clusters", "TABLE"], "", "a split needs either --validation_share or --validation_ids"),
         (
             ["--split_clusters", "TABLE", "--validation_ids", "TABLE"],

@@ -369,7 +369,7 @@ def test_a_source_that_is_not_there_is_refused(cache: Path, tmp_path: Path) -> N
 
 def test_what_can_be_read_only_once_is_not_prepared_into_the_cache(cache: Path, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "x.fasta")
-    for name in (str(tmp_path / "x.fasta"), "hf://org/name"):
+    for name in (str(tmp_path / "x.fasta"), "hf://org/name", "file:///x/a.fasta", "https://host/a.csv.gz?token=1"):
         assert quiet_mistake(lambda name=name: open_or_prepare([name], ESM)) == (
             f"{name}: only files are prepared into the cache; run `pretrain prepare '{name}' --out DIR` once, and give "
             "DIR"

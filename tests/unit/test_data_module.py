@@ -13,6 +13,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
+from pretrain.corpus import baselines
 from pretrain.corpus.batch import Batch
 from pretrain.corpus.datamodule import MLMDataModule
 from pretrain.corpus.masking import MAX_TOKENS_PER_SEQUENCE
@@ -184,6 +185,18 @@ def test_without_a_validation_source_there_is_no_validation(proteins: Path) -> N
     data = attach(make(proteins))
     assert data.val_dataloader() == []
     assert data.baselines() == {}
+
+
+def test_baselines_that_count_a_part_of_the_corpus_count_all_sorts_of_its_sequences(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half L, half A, sorted: the perplexity of each is 2, not what one half says of the other."""
+    monkeypatch.setattr(baselines, "_CHUNK", 8)
+    source = tmp_path / "sorted.txt"
+    source.write_text(f"{'L' * 40}\n" * 1000 + f"{'A' * 40}\n" * 1000)
+    data = attach(make(source, validation=[str(source)]))
+    monkeypatch.setattr(baselines, "_SAMPLE_TOKENS", 20_000)
+    assert data.baselines()[""].unigram == pytest.approx(2, rel=0.02)
 
 
 # --- text -------------------------------------------------------------------------------------------------------------
