@@ -17,6 +17,7 @@ csv.field_size_limit(2**31 - 1)
 _PAIR = re.compile(r'([^\s=]+)=("[^"]*"|\S*)')
 """In a FASTA header, as ``label=nucleus`` or ``label="cell membrane"``."""
 
+_SPLIT = "split"
 
 PAIR_COLUMNS = tuple(
     (name + one, name + two)
@@ -54,7 +55,7 @@ class Columns:
         label: The label.
         text: The sequence; by default the first of ``text``, ``sequence``, ``seq`` and ``content`` that there is.
         id: The name; by default ``id`` where there is one, else the line.
-        split: Which split a row belongs to, where there is such a column.
+        split: Which split a row belongs to; by default ``split``, where there is one.
         pair: What the sequence is paired with; by default the second of `PAIR_COLUMNS`, where ``text`` is not given
             and none of its usual names is there.
     """
@@ -62,7 +63,7 @@ class Columns:
     label: str = "label"
     text: str | None = None
     id: str | None = None
-    split: str | None = "split"
+    split: str | None = None
     pair: str | None = None
 
 
@@ -87,9 +88,11 @@ def read_rows(path: str, columns: Columns, labels: str | None = None) -> list[Ro
                     f"{row.where}: record '{row.id}' has no row in {labels}; add it there or remove the record"
                 )
             fields = {**fields, **beside[row.id]}
-        elif columns.label not in fields:
-            raise UserError(_no_column(row.where if path_is_fasta(path) else path, columns.label, fields))
-        split = fields.get(columns.split) if columns.split else None
+        for name in (columns.label, columns.split):
+            if name is not None and name not in fields:
+                where = row.where if path_is_fasta(path) else f"{path} with {labels}" if labels else path
+                raise UserError(_no_column(where, name, fields))
+        split = fields.get(columns.split or _SPLIT)
         rows.append(row._replace(label=fields[columns.label], split=None if split is None else str(split)))
     if not rows:
         raise UserError(f"{path}: holds no row; at least one labelled sequence is needed")
@@ -161,14 +164,15 @@ def _by_id(path: str, columns: Columns) -> dict[str, dict[str, Any]]:
                 raise UserError(_no_column(path, name, fields))
         if str(fields[id_column]) in found:
             raise UserError(f"{path}:{line}: '{fields[id_column]}' has a row already; keep one of them")
-        found[str(fields[id_column])] = {k: v for k, v in fields.items() if k in (columns.label, columns.split)}
+        kept = columns.label, columns.split or _SPLIT
+        found[str(fields[id_column])] = {k: v for k, v in fields.items() if k in kept}
     return found
 
 
 def _no_column(where: str, name: str, fields: dict[str, Any]) -> str:
     return (
         f"{where}: no column '{name}'; it has {', '.join(fields)}: name the right one (text_column, label_column, "
-        "pair_column, id_column), or add it"
+        "pair_column, id_column, split_column), or add it"
     )
 
 
