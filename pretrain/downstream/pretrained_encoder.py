@@ -88,8 +88,8 @@ class PretrainedEncoder(Encoder):
             [length, layers, D].
 
         Raises:
-            UserError: If a sequence is empty or has a symbol that the tokenizer does not know, a layer does not exist,
-                or there is no tokenizer.
+            UserError: If a sequence is empty or has a symbol that the tokenizer does not know, a layer does not exist
+                or is named twice, or there is no tokenizer.
         """
         if isinstance(sequences, str):
             raise UserError("embed takes a list of strings, this is a single one; put it in brackets")
@@ -144,7 +144,7 @@ class PretrainedEncoder(Encoder):
         """Layers as numbers from 0 (the embedding) on; negative ones count from the last.
 
         Raises:
-            UserError: If one does not exist, or none is given.
+            UserError: If one does not exist or is named twice, or none is given.
         """
         deepest = self.config.num_hidden_layers
         if not layers:
@@ -152,7 +152,10 @@ class PretrainedEncoder(Encoder):
         for layer in layers:
             if not -deepest - 1 <= layer <= deepest:
                 raise UserError(f"layer {layer} does not exist; this model has 0 (the embedding) to {deepest}")
-        return [layer % (deepest + 1) for layer in layers]
+        resolved = [layer % (deepest + 1) for layer in layers]
+        if twice := [layer for number, layer in enumerate(resolved) if layer in resolved[:number]]:
+            raise UserError(f"layer {twice[0]} is named twice (-1 is layer {deepest}); name each once")
+        return resolved
 
     def embed_tokens(
         self,
