@@ -130,6 +130,7 @@ def test_a_model_without_a_tokenizer_is_an_encoder_still(protein_model: Path, tm
         ({"sequences": ["MKT"], "layers": [0, -1, 3]}, "layer 3 is named twice"),
         ({"sequences": ["MKT"], "per": "token"}, "give sequence or residue"),
         ({"sequences": ["MKT"], "pooling": "max"}, "give mean or cls"),
+        ({"sequences": ["MKT"], "max_length": 2}, "max_length is 2; give at least 3 tokens"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
