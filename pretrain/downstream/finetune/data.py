@@ -45,7 +45,8 @@ class FineTuneDataModule(PackedDataModule):
         test: A labelled file, evaluated once, when the run is finished.
         labels: A table with ids and labels (and splits), where ``train`` holds none.
         task: What the labels are.
-        label_column: Column, JSON field or key in a FASTA header that holds the label.
+        label_column: Column, JSON field or key in a FASTA header that holds the label; by default ``label``. The usual
+            names of this and the following ones may be in upper case.
         text_column: The same of the sequence; by default ``text``, ``sequence``, ``seq`` or ``content``.
         id_column: The same of the name; by default ``id`` where there is one, else the line.
         split_column: The same of the split, ``train``, ``validation`` or ``test``; by default ``split``, where there is
@@ -80,7 +81,7 @@ class FineTuneDataModule(PackedDataModule):
         test: str | None = None,
         labels: str | None = None,
         task: Task = "multiclass",
-        label_column: str = "label",
+        label_column: str | None = None,
         text_column: str | None = None,
         id_column: str | None = None,
         split_column: str | None = None,
