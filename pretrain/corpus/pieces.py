@@ -7,6 +7,7 @@ content only.
 import contextlib
 import csv
 import io
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -64,6 +65,17 @@ def cut(source: Source, options: SourceOptions) -> Iterator[Piece]:
         yield piece
     if empty:
         yield Piece(source, b"", 0, (), 0)
+
+
+def whole(source: Source) -> Piece:
+    """All of a file as one piece, whatever its columns; of tables only CSV and TSV.
+
+    Raises:
+        UserError: If it cannot be read or decompressed.
+    """
+    with Stream(source) as stream:
+        columns = _header(source, stream.first_line()) if source.kind in ("csv", "tsv") else ()
+        return Piece(source, stream.read(sys.maxsize), 2 if columns else 1, columns, stream.position)
 
 
 def _cut_bytes(source: Source, options: SourceOptions) -> Iterator[Piece]:
@@ -161,14 +173,19 @@ def find_column(source: Source, columns: Sequence[str], wanted: str | None, usua
         if wanted not in columns:
             raise UserError(f"{source}: no column '{wanted}'; its columns are {shown}")
         return wanted
-    by_lower = {column.lower(): column for column in reversed(columns)}
-    found = next((by_lower[name] for name in usual if name in by_lower), None)
+    found = usual_column(columns, usual)
     if found is None and usual is TEXT_COLUMNS:
         raise UserError(
             f"{source}: no column {' or '.join(usual)}; its columns are {shown}; rename one to text, or name it, as in "
             "`pretrain prepare --text_column NAME`"
         )
     return found
+
+
+def usual_column(columns: Sequence[str], usual: Sequence[str]) -> str | None:
+    """The first usual column that there is, in upper or lower case."""
+    by_lower = {column.lower(): column for column in reversed(columns)}
+    return next((by_lower[name] for name in usual if name in by_lower), None)
 
 
 def _cut_table(source: Source, options: SourceOptions) -> Iterator[Piece]:

@@ -3,9 +3,9 @@
 import csv
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
@@ -61,6 +61,22 @@ def parse(piece: Piece, options: SourceOptions) -> Iterator[Record | Flaw]:
         yield from _PARSE[piece.source.kind](piece, options)
 
 
+def parse_fields(piece: Piece) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """Line and all fields of each JSON object or row of CSV or TSV, or what is wrong with it.
+
+    What is no UTF-8 stands as surrogate escapes in fields of CSV and TSV.
+    """
+    if piece.source.kind == "jsonl":
+        yield from _json_objects(piece)
+        return
+    for line, row in _rows(piece):
+        if isinstance(row, str):
+            yield line, row
+        else:
+            fields = (field.decode("utf-8", "surrogateescape") for field in row)
+            yield line, dict(zip(piece.columns, fields, strict=True))
+
+
 def _parse_fasta(piece: Piece, options: SourceOptions) -> Iterator[Record | Flaw]:
     data = piece.data
     if b"\r" in data:
@@ -109,19 +125,26 @@ def _parse_file(piece: Piece, options: SourceOptions) -> Iterator[Record | Flaw]
         yield Record(Path(piece.source.name).name, text, 1)
 
 
-def _parse_json_lines(piece: Piece, options: SourceOptions) -> Iterator[Record | Flaw]:
-    text_fields = (options.text_column,) if options.text_column else TEXT_COLUMNS
-    id_fields = (options.id_column,) if options.id_column else ID_COLUMNS
-    expected = "' or '".join(text_fields)
+def _json_objects(piece: Piece) -> Iterator[tuple[int, dict[str, Any] | str]]:
     for line, raw in enumerate(io.BytesIO(piece.data), piece.line):
         if not raw.strip():
             continue
         try:
             fields = json.loads(raw)
         except (ValueError, RecursionError) as error:
-            yield Flaw(line, f"not a JSON object on one line ({error})")
+            yield line, f"not a JSON object on one line ({error})"
             continue
-        fields = fields if isinstance(fields, dict) else {}
+        yield line, fields if isinstance(fields, dict) else 'not a JSON object, such as {"text": "..."}'
+
+
+def _parse_json_lines(piece: Piece, options: SourceOptions) -> Iterator[Record | Flaw]:
+    text_fields = (options.text_column,) if options.text_column else TEXT_COLUMNS
+    id_fields = (options.id_column,) if options.id_column else ID_COLUMNS
+    expected = "' or '".join(text_fields)
+    for line, fields in _json_objects(piece):
+        if isinstance(fields, str):
+            yield Flaw(line, fields)
+            continue
         text = next((fields[name] for name in text_fields if name in fields), None)
         if not isinstance(text, str) or not text:
             yield Flaw(line, f"an object with a non-empty string '{expected}' is expected")
@@ -140,49 +163,49 @@ def _parse_json_lines(piece: Piece, options: SourceOptions) -> Iterator[Record |
         yield record
 
 
-def _parse_csv(piece: Piece, options: SourceOptions) -> Iterator[Record | Flaw]:
+def _csv_rows(piece: Piece) -> Iterator[tuple[int, list[bytes] | str]]:
     # What is no UTF-8 goes through unchanged: whether it is allowed is for the tokenizer to say.
     lines = csv.reader(io.StringIO(piece.data.decode("utf-8", "surrogateescape"), newline=""), strict=True)
-
-    def rows() -> Iterator[tuple[int, list[bytes] | str]]:
-        while True:
-            line = piece.line + lines.line_num
-            try:
-                row = next(lines, None)
-            except csv.Error as error:
-                yield line, f"not CSV ({error}); a field with a comma, a quote or a line end must stand in quotes"
-                continue
-            if row is None:
-                return
-            yield line, [field.encode("utf-8", "surrogateescape") for field in row]
-
-    return _parse_rows(piece, options, rows())
+    while True:
+        line = piece.line + lines.line_num
+        try:
+            row = next(lines, None)
+        except csv.Error as error:
+            yield line, f"not CSV ({error}); a field with a comma, a quote or a line end must stand in quotes"
+            continue
+        if row is None:
+            return
+        yield line, [field.encode("utf-8", "surrogateescape") for field in row]
 
 
-def _parse_tsv(piece: Piece, options: SourceOptions) -> Iterator[Record | Flaw]:
-    lines = enumerate(io.BytesIO(piece.data), piece.line)
-    return _parse_rows(piece, options, ((line, raw.rstrip(b"\r\n").split(b"\t")) for line, raw in lines))
+def _tsv_rows(piece: Piece) -> Iterator[tuple[int, list[bytes] | str]]:
+    for line, raw in enumerate(io.BytesIO(piece.data), piece.line):
+        yield line, raw.rstrip(b"\r\n").split(b"\t")
 
 
-def _parse_rows(
-    piece: Piece, options: SourceOptions, rows: Iterable[tuple[int, list[bytes] | str]]
-) -> Iterator[Record | Flaw]:
-    """Rows, each with its line, as fields or as what is wrong with it."""
+def _rows(piece: Piece) -> Iterator[tuple[int, list[bytes] | str]]:
+    """The rows that are not empty, each with its line, as fields or as what is wrong with it."""
+    for line, row in (_csv_rows if piece.source.kind == "csv" else _tsv_rows)(piece):
+        if isinstance(row, str) or len(row) == len(piece.columns):
+            yield line, row
+        elif row not in ([], [b""]):
+            yield line, f"has {len(row)} fields, the header has {len(piece.columns)}; correct or remove it"
+
+
+def _parse_rows(piece: Piece, options: SourceOptions) -> Iterator[Record | Flaw]:
     text_column = find_column(piece.source, piece.columns, options.text_column, TEXT_COLUMNS) or ""
     id_column = find_column(piece.source, piece.columns, options.id_column, ID_COLUMNS)
     text_place = piece.columns.index(text_column)
     id_place = piece.columns.index(id_column) if id_column else None
-    for line, row in rows:
+    for line, row in _rows(piece):
         if isinstance(row, str):
             yield Flaw(line, row)
-        elif len(row) == len(piece.columns):
-            name = str(line) if id_place is None else row[id_place].decode("utf-8", "replace")
-            if text := row[text_place]:
-                yield Record(name, text, line)
-            else:
-                yield Flaw(line, f"record '{name}' has nothing in '{text_column}'; fill it in or remove the row")
-        elif row not in ([], [b""]):
-            yield Flaw(line, f"has {len(row)} fields, the header has {len(piece.columns)}; correct or remove it")
+            continue
+        name = str(line) if id_place is None else row[id_place].decode("utf-8", "replace")
+        if text := row[text_place]:
+            yield Record(name, text, line)
+        else:
+            yield Flaw(line, f"record '{name}' has nothing in '{text_column}'; fill it in or remove the row")
 
 
 def _parse_table(piece: Piece, options: SourceOptions) -> Iterator[Record | Flaw]:
@@ -204,8 +227,8 @@ _PARSE_TEXT: dict[str, _Parser] = {"line": _parse_lines, "paragraph": _parse_par
 _PARSE: dict[str, _Parser] = {
     "fasta": _parse_fasta,
     "jsonl": _parse_json_lines,
-    "csv": _parse_csv,
-    "tsv": _parse_tsv,
+    "csv": _parse_rows,
+    "tsv": _parse_rows,
     "parquet": _parse_table,
     "arrow": _parse_table,
     "hub": _parse_table,

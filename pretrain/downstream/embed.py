@@ -50,7 +50,7 @@ class EmbedOptions:
         dtype: ``float32`` or ``float16``.
 
     Raises:
-        UserError: If one of them is unknown.
+        UserError: If one of them is unknown, or ``max_length`` below 3.
     """
 
     per: str = "sequence"
@@ -61,13 +61,11 @@ class EmbedOptions:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        check_choices(self.per, self.pooling)
+        check_choices(self.per, self.pooling, self.max_length)
         if self.long_sequences not in (None, *_LONG):
             raise UserError(f"long_sequences is '{self.long_sequences}'; give one of {', '.join(_LONG)}")
         if self.dtype not in ("float32", "float16"):
             raise UserError(f"dtype is '{self.dtype}'; give float32 or float16")
-        if self.max_length is not None and self.max_length < 3:
-            raise UserError(f"max_length is {self.max_length}; give at least 3 tokens: <cls>, a residue, <eos>")
 
 
 def embed(

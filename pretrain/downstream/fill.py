@@ -127,6 +127,8 @@ def encode_masked(tokenizer: Tokenizer, text: str, name: str) -> NDArray[np.int6
         raise UserError(f"{name} has no {MASK}; put one where a token is to be predicted")
     if isinstance(tokenizer, TextTokenizer):
         parts = [*(part.removesuffix(" ") for part in parts[:-1]), parts[-1]]
+    elif any(part.endswith("*") for part in parts[:-1]):  # encoding drops a stop, and residues would have other numbers
+        raise UserError(f"{name} has '*' before a {MASK}; a stop may stand at the end only: remove it")
     ids = [tokenizer.cls_token_id]
     for part in parts:
         try:

@@ -79,8 +79,8 @@ class PretrainedEncoder(Encoder):
                 the hidden state of ``cls``.
             layers: Which block's output: 1 is the first, ``num_hidden_layers`` or -1 the last (layer-normed: what the
                 head reads), 0 the embedding. Several give one more dimension.
-            max_length: Only the first tokens of longer sequences are read, ``<cls>`` counts; by default all of them:
-                rotary positions have no end, but beyond ``model.max_length`` nothing was trained.
+            max_length: Only the first tokens (3 or more, ``<cls>`` counts) of longer sequences are read; by default all
+                of them: rotary positions have no end, but beyond ``model.max_length`` nothing was trained.
             progress: Show a progress bar.
 
         Returns:
@@ -88,13 +88,13 @@ class PretrainedEncoder(Encoder):
             [length, layers, D].
 
         Raises:
-            UserError: If a sequence is empty or has a symbol that the tokenizer does not know, a layer does not exist,
-                or there is no tokenizer.
+            UserError: If a sequence is empty or has a symbol that the tokenizer does not know, a layer does not exist
+                or is named twice, a setting is none of those above, or there is no tokenizer.
         """
         if isinstance(sequences, str):
             raise UserError("embed takes a list of strings, this is a single one; put it in brackets")
         chosen = self.resolve_layers([layers] if isinstance(layers, int) else layers)
-        check_choices(per, pooling)
+        check_choices(per, pooling, max_length)
         tokens = [self.encode(sequence, f"sequence {number}") for number, sequence in enumerate(sequences)]
         tokens = [ids[:max_length] for ids in tokens]
         with tqdm(total=sum(map(len, tokens)), desc="embedding", unit="token", disable=not progress) as bar:
@@ -144,7 +144,7 @@ class PretrainedEncoder(Encoder):
         """Layers as numbers from 0 (the embedding) on; negative ones count from the last.
 
         Raises:
-            UserError: If one does not exist, or none is given.
+            UserError: If one does not exist or is named twice, or none is given.
         """
         deepest = self.config.num_hidden_layers
         if not layers:
@@ -152,7 +152,10 @@ class PretrainedEncoder(Encoder):
         for layer in layers:
             if not -deepest - 1 <= layer <= deepest:
                 raise UserError(f"layer {layer} does not exist; this model has 0 (the embedding) to {deepest}")
-        return [layer % (deepest + 1) for layer in layers]
+        resolved = [layer % (deepest + 1) for layer in layers]
+        if twice := [layer for number, layer in enumerate(resolved) if layer in resolved[:number]]:
+            raise UserError(f"layer {twice[0]} is named twice (-1 is layer {deepest}); name each once")
+        return resolved
 
     def embed_tokens(
         self,
@@ -267,9 +270,11 @@ class PretrainedEncoder(Encoder):
         return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
 
 
-def check_choices(per: str, pooling: str) -> None:
-    """Raises `UserError` if either is unknown; see `PretrainedEncoder.embed`."""
+def check_choices(per: str, pooling: str, max_length: int | None) -> None:
+    """Raises `UserError` if one cannot be; see `PretrainedEncoder.embed`."""
     if per not in ("sequence", "residue"):
         raise UserError(f"per is '{per}'; give sequence or residue")
     if pooling not in ("mean", "cls"):
         raise UserError(f"pooling is '{pooling}'; give mean or cls")
+    if max_length is not None and max_length < 3:
+        raise UserError(f"max_length is {max_length}; give at least 3 tokens: <cls>, a residue, <eos>")

@@ -55,8 +55,10 @@ def read_structures(paths: Sequence[Path]) -> list[Structure]:
         paths: PDB and mmCIF files (``.pdb``, ``.ent``, ``.cif``, ``.mmcif``, also ``.gz``), and directories of them.
 
     Raises:
-        UserError: If there is none, or one cannot be read or holds no protein; names the file.
+        UserError: If a path has none, one cannot be read or holds no protein (names the file), or gemmi is missing.
     """
+    if not paths:
+        return []
     try:
         import gemmi  # noqa: F401
     except ImportError as error:

@@ -144,15 +144,15 @@ class _Reader:
 
     def compare(self, wild_type: str, mutated: str) -> list[tuple[str, int, str]]:
         if len(mutated) != len(wild_type):
-            if self.needs_wild_type:
-                raise self.fail(
-                    f"{self.columns.mutated_sequence} has {len(mutated)} residues, the wild type {len(wild_type)}; "
-                    "insertions and deletions have a score by --method pseudo-perplexity only"
-                )
             return []
         return [(a, i, b) for i, (a, b) in enumerate(zip(wild_type, mutated, strict=True)) if a != b]
 
     def applied(self, row: list[str], wild_type: str, changes: list[tuple[str, int, str]], mutated: str) -> Variant:
+        if self.needs_wild_type and mutated and len(mutated) != len(wild_type):
+            raise self.fail(
+                f"{self.columns.mutated_sequence} has {len(mutated)} residues, the wild type {len(wild_type)}; "
+                "insertions and deletions have a score by --method pseudo-perplexity only"
+            )
         letters = list(wild_type)
         for old, place, new in changes:
             self.check_place(place, len(wild_type))

@@ -127,8 +127,10 @@ def test_a_model_without_a_tokenizer_is_an_encoder_still(protein_model: Path, tm
         ({"sequences": ["MKT", ""]}, "sequence 1 is empty"),
         ({"sequences": ["MKT"], "layers": 4}, "layer 4 does not exist; this model has 0 .* to 3"),
         ({"sequences": ["MKT"], "layers": []}, "no layer"),
+        ({"sequences": ["MKT"], "layers": [0, -1, 3]}, "layer 3 is named twice"),
         ({"sequences": ["MKT"], "per": "token"}, "give sequence or residue"),
         ({"sequences": ["MKT"], "pooling": "max"}, "give mean or cls"),
+        ({"sequences": ["MKT"], "max_length": 2}, "max_length is 2; give at least 3 tokens"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
@@ -313,6 +315,7 @@ def test_half_precision_is_rounded_once(protein_model: Path, proteins: Path, tmp
         (["{model}", "{good}", "--out", "{out}.h5"], "must end in one of .parquet, .safetensors, .npz"),
         (["{model}", "{good}", "--out", "{good}.npz"], "exists already"),
         (["{model}", "{good}", "--out", "{out}.npz", "--layers", "7"], "layer 7 does not exist"),
+        (["{model}", "{bad}", "--out", "{out}.npz", "--layers", "-1", "3"], "layer 3 is named twice"),
         (["{model}", "{good}", "--out", "{out}.npz", "--per", "token"], "give sequence or residue"),
         (["{model}", "{good}", "--out", "{out}.npz", "--long_sequences", "cut"], "give one of whole, crop, refuse"),
         (["{model}", "{good}", "--out", "{out}.npz", "--max_length", "2"], "at least 3 tokens"),

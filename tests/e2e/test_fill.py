@@ -57,6 +57,7 @@ def test_a_file_is_filled_as_its_strings_are(
     [
         (["MKTLV"], "text 1 has no <mask>"),
         (["M<mask>1"], "text 1 has '1' in '1'; allowed: the letters"),
+        (["MK*<mask>K*"], "text 1 has '*' before a <mask>"),
         ([], "give one with <mask> in it, or --file"),
         (["M<mask>", "--top", "0"], "top is 0; give 1 to 33"),
         (["M<mask>", "--out", "{taken}"], "exists already"),

@@ -150,6 +150,10 @@ def test_deletions_have_a_pseudo_perplexity(
         ("mutant,DMS_score\nA4G,high\n", "table.csv:2: DMS_score is 'high'; a number or nothing"),
         ("mutant,DMS_score\nA4G\n", "table.csv:2: has 1 fields, the header has 2"),
         (f"mutant,mutated_sequence\nA4G,{WILD_TYPE}\n", "table.csv:2: mutated_sequence has A at 4"),
+        (
+            f"mutant,mutated_sequence\nA4G,{WILD_TYPE.replace('A', 'G', 1)}L\n",
+            "table.csv:2: mutated_sequence has 34 residues",
+        ),
         ("mutated_sequence\nM1K\n", "table.csv:2: mutated_sequence has '1' at position 2"),
         ("variant\nA4G\n", "no column 'mutant' or 'mutated_sequence'; its columns are 'variant'"),
         ("mutant\n", "has no variant"),

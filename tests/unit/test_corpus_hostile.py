@@ -234,7 +234,7 @@ MISTAKES: dict[str, tuple[str, Content, str] | tuple[str, Content, str, str]] = 
         "x.jsonl", b'{"text": "\xff"}',
         "{file}:1: not a JSON object on one line ('utf-8' codec can't decode byte 0xff in position 10…)",
     ),
-    "JSON list": ("x.jsonl", b'["text"]', f"{{file}}:1: {NO_TEXT}"),
+    "JSON list": ("x.jsonl", b'["text"]', '{file}:1: not a JSON object, such as {"text": "..."}'),
     "JSON on several lines": ("x.jsonl", b'{\n"text": "a"\n}', "{file}:1: not a JSON object on one line (Expecting…)"),
     "JSON without text": ("x.jsonl", b'\n{"id": 1, "residues": "a"}', f"{{file}}:2: {NO_TEXT}"),
     "JSON with empty text": ("x.jsonl", b'{"text": ""}', f"{{file}}:1: {NO_TEXT}"),

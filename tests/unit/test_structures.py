@@ -1,6 +1,7 @@
 """Structure files are read as what they are: chains, residues without coordinates, alternatives, modified residues."""
 
 import gzip
+import sys
 from pathlib import Path
 
 import gemmi
@@ -137,3 +138,11 @@ def test_an_empty_directory_and_a_missing_file_are_told_apart(tmp_path: Path) ->
         read_structures([tmp_path])
     with pytest.raises(UserError, match="not found"):
         read_structures([tmp_path / "none.pdb"])
+
+
+def test_gemmi_is_asked_for_where_there_are_structures_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(hairpin(SEQUENCE), tmp_path / "a.pdb")
+    monkeypatch.setitem(sys.modules, "gemmi", None)
+    assert read_structures([]) == []
+    with pytest.raises(UserError, match=r"pip install 'pretrain-mlm\[contacts\]'"):
+        read_structures([path])

@@ -40,15 +40,17 @@ class FineTuneDataModule(PackedDataModule):
 
     Args:
         train: A labelled file: CSV, TSV, JSON lines, Parquet, or FASTA with ``label=...`` in its headers. It may hold
-            all splits, if it has a ``split_column`` and neither ``validation`` nor ``test`` is given.
+            all splits, if neither ``validation`` nor ``test`` is given; beside those it must hold no row of another.
         validation: A labelled file; without it there is no validation.
         test: A labelled file, evaluated once, when the run is finished.
         labels: A table with ids and labels (and splits), where ``train`` holds none.
         task: What the labels are.
-        label_column: Column, JSON field or key in a FASTA header that holds the label.
+        label_column: Column, JSON field or key in a FASTA header that holds the label; by default ``label``. The usual
+            names of this and the following ones may be in upper case.
         text_column: The same of the sequence; by default ``text``, ``sequence``, ``seq`` or ``content``.
         id_column: The same of the name; by default ``id`` where there is one, else the line.
-        split_column: The same of the split: ``train``, ``validation`` or ``test``.
+        split_column: The same of the split, ``train``, ``validation`` or ``test``; by default ``split``, where there is
+            one.
         pair_column: The same of a second sequence, for labels of pairs; by default ``sequence_b`` beside ``sequence_a``
             and its like (see `PAIR_COLUMNS`), where there is no column for a single sequence.
         pair_order: ``given``: the order of a pair has a meaning. ``any``: it has none, as where two proteins interact:
@@ -79,10 +81,10 @@ class FineTuneDataModule(PackedDataModule):
         test: str | None = None,
         labels: str | None = None,
         task: Task = "multiclass",
-        label_column: str = "label",
+        label_column: str | None = None,
         text_column: str | None = None,
         id_column: str | None = None,
-        split_column: str = "split",
+        split_column: str | None = None,
         pair_column: str | None = None,
         pair_order: PairOrder = "given",
         label_separator: str = ";",
@@ -116,8 +118,12 @@ class FineTuneDataModule(PackedDataModule):
         self.test = [test] if test else []
         self.labels = labels
         self.task: Task = task
-        split = None if validation or test else split_column
-        self._columns = Columns(label_column, text_column, id_column, split, pair_column)
+        if split_column is not None and (validation or test):
+            raise UserError(
+                f"data.split_column is '{split_column}', but data.validation or data.test is given; splits are rows of "
+                "one file or files of their own: leave one of the two out"
+            )
+        self._columns = Columns(label_column, text_column, id_column, split_column, pair_column)
         self._pair_order: PairOrder = pair_order
         self._separator, self._mask = label_separator, mask_label
 
@@ -147,19 +153,26 @@ class FineTuneDataModule(PackedDataModule):
             for split, paths in files.items()
             if paths
         }
-        if not any(row.split is not None for row in rows["train"]) or len(rows) > 1:
+        marked = [row for row in rows["train"] if row.split is not None]
+        if len(rows) > 1:
+            if row := next((row for row in marked if _split(row) != "train"), None):
+                raise UserError(
+                    f"{row.where}: record '{row.id}' has the split {row.split!r}, but all of {self.train[0]} is "
+                    "trained on beside data.validation or data.test; leave those two out, or remove such rows"
+                )
+            return rows
+        if not marked and self._columns.split is None:
             return rows
         divided: dict[str, list[Row]] = {"train": []}
         for row in rows["train"]:
-            split = SPLITS.get(str(row.split).strip().lower())
+            split = _split(row)
             if split is None:
                 raise UserError(
-                    f"{row.where}: record '{row.id}' has {row.split!r} in '{self._columns.split}'; allowed: "
-                    f"{', '.join(SPLITS)}"
+                    f"{row.where}: record '{row.id}' has the split {row.split!r}; allowed: {', '.join(SPLITS)}"
                 )
             divided.setdefault(split, []).append(row)
         if not divided["train"]:
-            raise UserError(f"{self.train[0]}: no row has 'train' in '{self._columns.split}'; at least one is needed")
+            raise UserError(f"{self.train[0]}: no row has the split 'train'; at least one is needed")
         return divided
 
     def _check_pairs(self, rows: dict[str, list[Row]]) -> PairOrder | None:
@@ -212,6 +225,10 @@ class FineTuneDataModule(PackedDataModule):
             "classes": list(self.spec.classes),
             "pair_order": self.pair_order,
         }
+
+
+def _split(row: Row) -> str | None:
+    return SPLITS.get(str(row.split).strip().lower())
 
 
 def _warn_of_copies(rows: dict[str, list[Row]], pair_order: PairOrder | None) -> None:

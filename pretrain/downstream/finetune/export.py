@@ -122,7 +122,7 @@ def model_card(model: FineTuned, settings: dict[str, Any], result: dict[str, Any
     """The README of an exported fine-tuned model: task, data, the test split's figures, licence, limits."""
     spec, data = model.spec, settings["data"]
     rows = [
-        ("Task", f"{spec.task}{f': {chr(44).join(spec.classes)}' if spec.classes else ''}".replace(",", ", ")),
+        ("Task", spec.task + (f": {', '.join(spec.classes)}" if spec.classes else "")),
         ("Labelled data", f"`{data['train']}`"),
         ("Fine-tuned from", f"`{settings['model']['initialize_from']}` ({settings['model']['tune']})"),
         ("Optimizer step", f"{model.step:,}"),
@@ -133,7 +133,7 @@ def model_card(model: FineTuned, settings: dict[str, Any], result: dict[str, Any
             low, high = figure["interval"]
             rows.append((f"Test {metric}", f"{figure['value']:.3f} (95 % interval {low:.3f} to {high:.3f})"))
     table = "\n".join(f"| {label} | {value} |" for label, value in rows)
-    kind = "AutoModelForTokenClassification" if spec.task == "token" else "AutoModelForSequenceClassification"
+    kind = hf_class(spec).replace("Esm", "AutoModel")
     example = '"MKTAYIAKQRQISFVKSHFSRQ"' + (', "MSLLLVALLAAPALAQ"' if model.pair_order else "")
     order = _ANY_ORDER if model.pair_order == "any" else ""
     tags = "token-classification" if spec.task == "token" else "text-classification"

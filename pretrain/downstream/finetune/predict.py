@@ -1,12 +1,11 @@
 """`pretrain predict`: a fine-tuned model's answers for new sequences, in a table."""
 
 import csv
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from tqdm import tqdm
 
 from pretrain.corpus.readers import read_records
 from pretrain.corpus.sources import SourceOptions
+from pretrain.downstream.files import atomic_path
 from pretrain.downstream.finetune.labels import Labels, LabelSpec
 from pretrain.downstream.finetune.metrics import Answers, predictions
 from pretrain.downstream.finetune.model import FineTuned, load_fine_tuned
@@ -68,20 +68,17 @@ def predict(
     place = use_device(device)
     rows = _rows(source, options or SourceOptions(), pair_column, model)
     count = truncated = 0
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        with _TABLES[out.suffix](partial) as table, tqdm(unit=" sequences", disable=None) as bar:
+    with atomic_path(out) as partial:
+        with _TABLES[out.suffix](partial) as write, tqdm(unit=" sequences", disable=None) as bar:
             while window := list(islice(rows, _WINDOW)):
                 sequences = [encode(row, model.tokenizer, model.pair_order or "given") for row in window]
-                answers = _answers(model, sequences, pack_tokens, place)
-                table.write(_columns(model.spec, window, answers))
+                write(_columns(model.spec, window, _answers(model, sequences, pack_tokens, place)))
                 count += len(window)
                 if model.spec.task != "token":
                     truncated += sum(len(sequence) > model.max_length for sequence in sequences)
                 bar.update(len(window))
-        partial.rename(out)
-    finally:
-        partial.unlink(missing_ok=True)
+        if not count:
+            raise UserError(f"{source}: holds no row; at least one is needed")
     cut = f"; of {truncated:,} no more than {model.max_length:,} tokens were seen" if truncated else ""
     return f"{out}: {count:,} predictions by {run}, after step {model.step}{cut}"
 
@@ -126,57 +123,38 @@ def _columns(spec: LabelSpec, rows: Iterable[Row], answers: Answers) -> dict[str
     return {**columns, "prediction": chosen, **shares}
 
 
-class _Table(Protocol):
-    def __init__(self, path: Path) -> None: ...
-    def write(self, columns: dict[str, list[Any]]) -> None: ...
-    def __enter__(self) -> "_Table": ...
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+Write = Callable[[dict[str, list[Any]]], None]
 
 
-class _Csv:
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("w", newline="", encoding="utf-8")
-        self._writer = csv.writer(self._file, lineterminator="\n")
-        self._empty = True
+@contextmanager
+def _csv_table(path: Path) -> Iterator[Write]:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
 
-    def write(self, columns: dict[str, list[Any]]) -> None:
-        if self._empty:
-            self._writer.writerow(columns)
-            self._empty = False
-        rows = zip(*columns.values(), strict=True)
-        self._writer.writerows([f"{v:.6g}" if isinstance(v, float) else v for v in row] for row in rows)
+        def write(columns: dict[str, list[Any]]) -> None:
+            if not file.tell():
+                writer.writerow(columns)
+            rows = zip(*columns.values(), strict=True)
+            writer.writerows([f"{v:.6g}" if isinstance(v, float) else v for v in row] for row in rows)
 
-    def __enter__(self) -> "_Csv":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        yield write
 
 
-class _Parquet:
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._writer: Any = None
+@contextmanager
+def _parquet_table(path: Path) -> Iterator[Write]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
-    def write(self, columns: dict[str, list[Any]]) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+    writer: Any = None
+    with ExitStack() as stack:
 
-        table = pa.table(columns)
-        if self._writer is None:
-            self._writer = pq.ParquetWriter(self._path, table.schema)
-        self._writer.write_table(table)
+        def write(columns: dict[str, list[Any]]) -> None:
+            nonlocal writer
+            table = pa.table(columns)
+            writer = writer or stack.enter_context(pq.ParquetWriter(path, table.schema))
+            writer.write_table(table)
 
-    def __enter__(self) -> "_Parquet":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        yield write
 
 
-_TABLES: dict[str, type[_Table]] = {".csv": _Csv, ".parquet": _Parquet}
+_TABLES = {".csv": _csv_table, ".parquet": _parquet_table}

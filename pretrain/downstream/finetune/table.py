@@ -1,29 +1,29 @@
 """Labelled files to rows: CSV, TSV, JSON lines, Parquet, and FASTA with labels in its headers or in a table beside."""
 
-import csv
-import io
 import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
-from pretrain.corpus.pieces import ID_COLUMNS, TEXT_COLUMNS
-from pretrain.corpus.sources import Source, SourceOptions, Stream, find_sources
+from pretrain.corpus.pieces import ID_COLUMNS, TEXT_COLUMNS, Piece, usual_column, whole
+from pretrain.corpus.readers import Flaw, parse, parse_fields
+from pretrain.corpus.sources import Source, SourceOptions, find_sources
 from pretrain.errors import UserError
 
-csv.field_size_limit(2**31 - 1)
+_KINDS = ("csv", "tsv", "jsonl", "parquet", "fasta")
+_LABEL = "label"
+_OWN = (*ID_COLUMNS, *TEXT_COLUMNS)
 
 _PAIR = re.compile(r'([^\s=]+)=("[^"]*"|\S*)')
 """In a FASTA header, as ``label=nucleus`` or ``label="cell membrane"``."""
-
-
 PAIR_COLUMNS = tuple(
     (name + one, name + two)
     for name in ("sequence", "seq", "protein", "text", "sentence")
-    for one, two in (("_a", "_b"), ("_A", "_B"), ("_1", "_2"), ("1", "2"))
+    for one, two in (("_a", "_b"), ("_1", "_2"), ("1", "2"))
 )
-"""Columns that hold a pair, where there is none for a single sequence."""
+"""Columns that hold a pair, where there is none for a single sequence; also in upper case."""
 
 
 class Row(NamedTuple):
@@ -48,21 +48,21 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns (JSON fields, FASTA ``key=value`` pairs) hold what.
+    """Which columns (JSON fields, FASTA ``key=value`` pairs) hold what; the usual names also in upper case.
 
     Attributes:
-        label: The label.
+        label: The label; by default ``label``.
         text: The sequence; by default the first of ``text``, ``sequence``, ``seq`` and ``content`` that there is.
         id: The name; by default ``id`` where there is one, else the line.
-        split: Which split a row belongs to, where there is such a column.
+        split: Which split a row belongs to; by default ``split``, where there is one.
         pair: What the sequence is paired with; by default the second of `PAIR_COLUMNS`, where ``text`` is not given
             and none of its usual names is there.
     """
 
-    label: str = "label"
+    label: str | None = None
     text: str | None = None
     id: str | None = None
-    split: str | None = "split"
+    split: str | None = None
     pair: str | None = None
 
 
@@ -86,11 +86,13 @@ def read_rows(path: str, columns: Columns, labels: str | None = None) -> list[Ro
                 raise UserError(
                     f"{row.where}: record '{row.id}' has no row in {labels}; add it there or remove the record"
                 )
-            fields = {**fields, **beside[row.id]}
-        elif columns.label not in fields:
-            raise UserError(_no_column(row.where if path_is_fasta(path) else path, columns.label, fields))
-        split = fields.get(columns.split) if columns.split else None
-        rows.append(row._replace(label=fields[columns.label], split=None if split is None else str(split)))
+            fields = {**beside[row.id], **fields, **beside[row.id]}  # where its columns are found first, too
+        found = _find_columns(columns, tuple(fields))
+        if found.label is None or (columns.split and found.split is None):
+            missing = columns.label or _LABEL if found.label is None else str(columns.split)
+            raise _no_column(path, line, missing, fields, labels)
+        split = None if found.split is None else fields[found.split]
+        rows.append(row._replace(label=fields[found.label], split=None if split is None else str(split)))
     if not rows:
         raise UserError(f"{path}: holds no row; at least one labelled sequence is needed")
     return rows
@@ -114,69 +116,69 @@ def read_pairs(path: str, columns: Columns) -> Iterator[Row]:
 def _row(path: str, line: int, fields: dict[str, Any], columns: Columns) -> Row:
     """What is known of a row without its label."""
     where = f"{path}:{line}"
-    text_column, pair_column = _text_columns(path, fields, columns)
-    id_column = columns.id or ID_COLUMNS[0]
-    if columns.id and columns.id not in fields:
-        raise UserError(_no_column(path, columns.id, fields))
-    name = str(line if fields.get(id_column) is None else fields[id_column])
-    sequence = _sequence(where, name, text_column, fields)
-    second = _sequence(where, name, pair_column, fields) if pair_column else None
-    return Row(where, name, sequence, second=second)
+    found = _find_columns(columns, tuple(fields))
+    for wanted, name in ((columns.text, found.text), (columns.pair, found.pair), (columns.id, found.id)):
+        if wanted is not None and name is None:
+            raise _no_column(path, line, wanted, fields)
+    if found.text is None:
+        raise _no_column(path, line, "' or '".join(TEXT_COLUMNS), fields)
+    if found.text == found.pair:
+        raise UserError(f"{path}: '{found.text}' is paired with itself; name both columns: text_column and pair_column")
+    name = _name(line, fields, found.id)
+    sequence = _sequence(where, name, found.text, fields)
+    return Row(where, name, sequence, second=_sequence(where, name, found.pair, fields) if found.pair else None)
 
 
-def _text_columns(path: str, fields: dict[str, Any], columns: Columns) -> tuple[str, str | None]:
-    """The column of the sequence, and that of what it is paired with, if anything."""
-    usual = [name for name in TEXT_COLUMNS if name in fields]
-    if not usual and not columns.text and not columns.pair:
-        for first, second in PAIR_COLUMNS:
-            if first in fields and second in fields:
-                return first, second
-    text = columns.text or (usual[0] if usual else "' or '".join(TEXT_COLUMNS))
-    for name in (text, columns.pair):
-        if name is not None and name not in fields:
-            raise UserError(_no_column(path, name, fields))
-    if text == columns.pair:
-        raise UserError(f"{path}: '{text}' is paired with itself; name both columns: text_column and pair_column")
-    return text, columns.pair
+@lru_cache
+def _find_columns(columns: Columns, names: tuple[str, ...]) -> Columns:
+    """What the columns are called among these; None for those that are not there."""
+
+    def find(wanted: str | None, *usual: str) -> str | None:
+        if wanted is None:
+            return usual_column(names, usual)
+        return wanted if wanted in names else None
+
+    text, pair = find(columns.text, *TEXT_COLUMNS), find(columns.pair)
+    if text is None and columns.text is None and columns.pair is None:
+        both = ((find(None, one), find(None, two)) for one, two in PAIR_COLUMNS)
+        text, pair = next((names for names in both if all(names)), (None, None))
+    label, split = find(columns.label, _LABEL), find(columns.split, "split")
+    return Columns(label, text, find(columns.id, *ID_COLUMNS), split, pair)
+
+
+def _name(line: int, fields: dict[str, Any], column: str | None) -> str:
+    given = None if column is None else fields[column]
+    return str(line if given is None else given).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _sequence(where: str, name: str, column: str, fields: dict[str, Any]) -> bytes:
     text = fields[column]
-    if not isinstance(text, str) or not text.strip():
+    if not isinstance(text, str) or not text:
         raise UserError(f"{where}: record '{name}' has nothing in '{column}'; fill it in or remove the row")
-    return text.strip().encode("utf-8", "surrogateescape")
-
-
-def path_is_fasta(path: str) -> bool:
-    """Whether the labels of a file stand in its headers, so that one may lack what another has."""
-    return _source(path).kind == "fasta"
+    return text.encode("utf-8", "surrogateescape")  # what is no UTF-8 is for the tokenizer to refuse
 
 
 def _by_id(path: str, columns: Columns) -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = {}
+    rows: dict[str, dict[str, Any]] = {}
     for line, fields in read_fields(path):
-        id_column = columns.id or ID_COLUMNS[0]
-        for name in (id_column, columns.label):
-            if name not in fields:
-                raise UserError(_no_column(path, name, fields))
-        if str(fields[id_column]) in found:
-            raise UserError(f"{path}:{line}: '{fields[id_column]}' has a row already; keep one of them")
-        found[str(fields[id_column])] = {k: v for k, v in fields.items() if k in (columns.label, columns.split)}
-    return found
+        found = _find_columns(columns, tuple(fields))
+        if found.id is None or found.label is None:
+            missing = columns.id or ID_COLUMNS[0] if found.id is None else columns.label or _LABEL
+            raise _no_column(path, line, missing, fields)
+        name = _name(line, fields, found.id)
+        if name in rows:
+            raise UserError(f"{path}:{line}: '{name}' has a row already; keep one of them")
+        rows[name] = {column: fields[column] for column in (found.label, found.split) if column is not None}
+    return rows
 
 
-def _no_column(where: str, name: str, fields: dict[str, Any]) -> str:
-    return (
-        f"{where}: no column '{name}'; it has {', '.join(fields)}: name the right one (text_column, label_column, "
-        "pair_column, id_column), or add it"
+def _no_column(path: str, line: int, name: str, fields: dict[str, Any], labels: str | None = None) -> UserError:
+    headed = find_sources([path], SourceOptions())[0].kind in ("csv", "tsv", "parquet")
+    where, beside = path if headed else f"{path}:{line}", f" with {labels}" if labels else ""
+    return UserError(
+        f"{where}{beside}: no column '{name}'; it has {', '.join(fields)}: name the right one (text_column, "
+        "label_column, pair_column, id_column, split_column), or add it"
     )
-
-
-def _source(path: str) -> Source:
-    found = find_sources([path], SourceOptions())
-    if len(found) != 1 or not found[0].is_regular_file or found[0].kind not in _READERS:
-        raise UserError(f"{path}: give one labelled file: {', '.join(_READERS)} (compressed or not)")
-    return found[0]
 
 
 def read_fields(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -185,68 +187,44 @@ def read_fields(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
     Raises:
         UserError: If it cannot be read; names file and line.
     """
-    source = _source(path)
-    return _READERS[source.kind](source)
-
-
-def _text(source: Source) -> str:
-    with Stream(source) as stream:
-        data = b"".join(iter(lambda: stream.read(2**22), b""))
-    return data.decode("utf-8", "surrogateescape")  # what is no UTF-8 is for the tokenizer to refuse
-
-
-def _read_csv(source: Source) -> Iterator[tuple[int, dict[str, Any]]]:
-    rows = csv.reader(io.StringIO(_text(source), newline=""), strict=True)
-    header: list[str] | None = None
-    while True:
-        line = rows.line_num + 1
-        try:
-            row = next(rows, None)
-        except csv.Error as error:
-            raise UserError(
-                f"{source}:{line}: not CSV ({error}); a field with a comma, a quote or a line end must stand in quotes"
-            ) from error
-        if row is None:
-            return
-        if header is None:
-            header = _header(source, row)
-        elif row:
-            yield line, _fields(source, line, header, row)
-
-
-def _read_tsv(source: Source) -> Iterator[tuple[int, dict[str, Any]]]:
-    header: list[str] | None = None
-    for line, text in enumerate(_text(source).split("\n"), 1):
-        row = text.rstrip("\r").split("\t")
-        if header is None:
-            header = _header(source, row)
-        elif row != [""]:
-            yield line, _fields(source, line, header, row)
-
-
-def _header(source: Source, row: list[str]) -> list[str]:
-    if twice := sorted({name for name in row if row.count(name) > 1}):
-        raise UserError(f"{source}:1: column '{twice[0]}' stands there twice; rename one")
-    return row
-
-
-def _fields(source: Source, line: int, header: list[str], row: list[str]) -> dict[str, Any]:
-    if len(row) != len(header):
-        raise UserError(f"{source}:{line}: has {len(row)} fields, the header has {len(header)}; correct or remove it")
-    return dict(zip(header, row, strict=True))
-
-
-def _read_json_lines(source: Source) -> Iterator[tuple[int, dict[str, Any]]]:
-    for line, text in enumerate(_text(source).split("\n"), 1):
-        if not text.strip():
-            continue
-        try:
-            fields = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{source}:{line}: not a JSON object on one line ({error})") from error
-        if not isinstance(fields, dict):
-            raise UserError(f"{source}:{line}: not a JSON object but {text.strip()[:20]!r}")
+    found = find_sources([path], SourceOptions())
+    if len(found) != 1 or not found[0].is_regular_file or found[0].kind not in _KINDS:
+        raise UserError(f"{path}: give one labelled file: {', '.join(_KINDS)} (compressed or not)")
+    if found[0].kind == "parquet":
+        yield from _read_parquet(found[0])
+        return
+    piece = whole(found[0])
+    if twice := sorted({name for name in piece.columns if piece.columns.count(name) > 1}):
+        raise UserError(f"{piece.where(1)}: column '{twice[0]}' stands there twice; rename one")
+    for line, fields in _PARSE.get(piece.source.kind, parse_fields)(piece):
+        if isinstance(fields, str):
+            raise UserError(f"{piece.where(line)}: {fields}")
         yield line, fields
+
+
+def _parse_fasta(piece: Piece) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """Headers as fields, beside the name and the sequence, which no header can replace."""
+    piece = piece._replace(data=piece.data.replace(b"\r\n", b"\n").replace(b"\r", b"\n"))
+    lines = piece.data.split(b"\n")
+    for record in parse(piece, SourceOptions()):
+        if isinstance(record, Flaw):
+            yield record.line, record.reason
+            continue
+        header = lines[record.line - 1].decode("utf-8", "surrogateescape")
+        pairs = {key: value.strip('"') for key, value in _PAIR.findall(header) if key.lower() not in _OWN}
+        yield record.line, {"id": record.id, "sequence": record.text.decode("utf-8", "surrogateescape"), **pairs}
+
+
+def _parse_json_lines(piece: Piece) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    for line, fields in parse_fields(piece):
+        try:
+            json.dumps(fields, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            fields = f"holds half a surrogate pair ({error}); valid Unicode is needed"
+        yield line, fields
+
+
+_PARSE = {"fasta": _parse_fasta, "jsonl": _parse_json_lines}
 
 
 def _read_parquet(source: Source) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -254,35 +232,7 @@ def _read_parquet(source: Source) -> Iterator[tuple[int, dict[str, Any]]]:
     import pyarrow.parquet as pq
 
     try:
-        file = pq.ParquetFile(source.name)
-        row = 0
-        for batch in file.iter_batches():
-            for fields in batch.to_pylist():
-                row += 1
-                yield row, fields
+        batches = pq.ParquetFile(source.name).iter_batches()
+        yield from enumerate((fields for batch in batches for fields in batch.to_pylist()), 1)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{source}: not a Parquet file that can be read ({error})") from error
-
-
-def _read_fasta(source: Source) -> Iterator[tuple[int, dict[str, Any]]]:
-    header, parts, start = "", list[str](), 0
-    for line, text in enumerate([*_text(source).splitlines(), ">"], 1):
-        if text.startswith(">"):
-            if start:
-                name = header.split(None, 1)[0] if header.split() else str(start)
-                pairs = {key: value.strip('"') for key, value in _PAIR.findall(header)}
-                yield start, {**pairs, "id": name, "sequence": "".join(parts)}
-            header, parts, start = text[1:], [], line
-        elif not start and text.strip():
-            raise UserError(f"{source}:{line}: not FASTA: a header line that begins with '>' is expected")
-        else:
-            parts.append(text.strip())
-
-
-_READERS = {
-    "csv": _read_csv,
-    "tsv": _read_tsv,
-    "jsonl": _read_json_lines,
-    "parquet": _read_parquet,
-    "fasta": _read_fasta,
-}

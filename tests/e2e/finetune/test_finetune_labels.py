@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from labelled import finetune, label, sequences
+from labelled import finetune, label, read_csv, sequences
 
 from pretrain.downstream.finetune.model import load_fine_tuned
 
@@ -79,7 +79,34 @@ MISTAKES: dict[str, tuple[Callable[[], str], dict[str, Any], list[str]]] = {
         lambda: table("t.csv", "sequence,label\nMKV,1\nMK1,0\n"), {}, ["t.csv:3: record '3' has '1' at position 3"]
     ),
     "unknown split": (
-        lambda: table("t.csv", GOOD + "d,MKT,1,holdout\n"), {}, ["t.csv:5: record 'd' has 'holdout' in 'split'"]
+        lambda: table("t.csv", GOOD + "d,MKT,1,holdout\n"), {}, ["t.csv:5: record 'd' has the split 'holdout'"]
+    ),
+    "no such split column": (
+        lambda: table("t.csv", GOOD), {"data__split_column": "fold"}, ["t.csv: no column 'fold'; it has id, sequence"]
+    ),
+    "a FASTA header without the split": (
+        lambda: table("t.fasta", ">a label=1 fold=train\nMKV\n>b label=0\nMKL\n"), {"data__split_column": "fold"},
+        ["t.fasta:3: no column 'fold'"],
+    ),
+    "a split that is null": (
+        lambda: table("t.jsonl", '{"text": "MK", "label": 1, "fold": null}\n'), {"data__split_column": "fold"},
+        ["t.jsonl:1: record '1' has the split None"],
+    ),
+    "a split column neither in the file nor beside": (
+        lambda: table("t.fasta", ">a\nMKV\n"), {"data__labels": "labels.csv", "data__split_column": "fold"},
+        ["no column 'fold'"],
+    ),
+    "a split column and files": (
+        lambda: table("t.csv", GOOD), {"data__split_column": "split", "data__test": "other.csv"},
+        ["data.split_column is 'split', but data.validation or data.test is given"],
+    ),
+    "rows of the test split beside a test file": (
+        lambda: table("t.csv", GOOD), {"data__test": "other.csv"},
+        ["t.csv:4: record 'c' has the split 'test'", "leave those two out, or remove such rows"],
+    ),
+    "rows of the test split beside a validation file, by a table of labels": (
+        lambda: table("t.fasta", ">c\nMKA\n"), {"data__labels": "splits.csv", "data__validation": "other.csv"},
+        ["t.fasta:1: record 'c' has the split 'test'"],
     ),
     "a quote that is not closed": (
         lambda: table("t.csv", 'sequence,label\nMKV,1\n"MKL,0\n'), {}, ["t.csv:3: not CSV (unexpected end of data)"]
@@ -132,6 +159,22 @@ MISTAKES: dict[str, tuple[Callable[[], str], dict[str, Any], list[str]]] = {
     "no room for a pair": (
         lambda: table("t.csv", "seq1,seq2,label\nM,A,1\nA,M,0\n"), {"data__max_length": 4}, ["at least 5 tokens"]
     ),
+    "a space in a sequence": (
+        lambda: table("t.csv", "sequence,label\nMKV,1\n MK,0\n"), {}, ["t.csv:3: record '3' has ' ' at position 1"]
+    ),
+    "half a surrogate pair in a sequence": (
+        lambda: table("t.jsonl", '{"sequence": "MKV", "label": 1}\n{"sequence": "MK\\ud83d", "label": 0}\n'), {},
+        ["t.jsonl:2: holds half a surrogate pair"],
+    ),
+    "half a surrogate pair in a label": (
+        lambda: table("t.jsonl", '{"sequence": "MKV", "label": "\\ud83d"}\n'), {},
+        ["t.jsonl:1: holds half a surrogate pair"],
+    ),
+    "no JSON object": (lambda: table("t.jsonl", '["MKV", 1]\n'), {}, ["t.jsonl:1: not a JSON object"]),
+    "a header without a sequence": (
+        lambda: table("t.fasta", ">a label=1\n>b label=0\nMKV\n"), {}, ["t.fasta:1: record 'a' has no sequence"]
+    ),
+    "a column twice": (lambda: table("t.csv", "seq,label,label\nM,1,1\n"), {}, ["t.csv:1: column 'label' stands"]),
     "no rows": (lambda: table("t.csv", "sequence,label\n"), {}, ["t.csv: holds no row"]),
     "no file": (lambda: "missing.csv", {}, ["missing.csv: no such file"]),
     "a model with another alphabet": (
@@ -162,6 +205,8 @@ def test_a_mistake_is_told_in_one_line_and_leaves_nothing_behind(
     monkeypatch.chdir(tmp_path / "here")
     build, overrides, expected = MISTAKES[case]
     table("labels.csv", "id,label\na,1\n")
+    table("splits.csv", GOOD)
+    table("other.csv", "id,sequence,label\na,MKVL,1\n")
     if "words.json" in overrides.values():
         table("words.json", train_tokenizer(["some text"], 300).serialize())
     path = config(**{"data__train": build(), **overrides})
@@ -203,6 +248,55 @@ def test_every_kind_of_file_gives_the_same_labels(tmp_path: Path) -> None:
         data.setup("fit")
         read.append((data.train_corpus.fingerprint, data.splits["train"].labels.fingerprint, data.spec))
     assert len(set(read)) == 1
+
+
+def test_columns_are_found_in_upper_case_as_prepare_finds_them(tmp_path: Path) -> None:
+    from pretrain.corpus.readers import read_records
+    from pretrain.downstream.finetune.table import Columns, read_rows
+
+    files = [tmp_path / name for name in ("t.csv", "t.tsv", "t.parquet", "t.jsonl")]
+    content = "Id,Sequence,LABEL,Split\na,MKV,1,train\nb,MKL,0,test\n"
+    files[0].write_text(content)
+    files[1].write_text(content.replace(",", "\t").replace("\n", "\r\n"))
+    rows = read_csv(files[0])
+    pq.write_table(pa.Table.from_pylist(rows), files[2])
+    files[3].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for path in files:
+        found = read_rows(str(path), Columns())
+        assert [row[1:5] for row in found] == [("a", b"MKV", "1", "train"), ("b", b"MKL", "0", "test")], path
+        if path.suffix != ".jsonl":
+            assert [record[:2] for record in read_records(path)] == [row[1:3] for row in found]
+    files[0].write_text("PROTEIN_A,Protein_B,Label\nMKV,MA,1\n")
+    (pair,) = read_rows(str(files[0]), Columns())
+    assert (pair.sequence, pair.second) == (b"MKV", b"MA")
+
+
+def test_a_header_says_neither_name_nor_sequence_by_its_fields(tmp_path: Path) -> None:
+    from pretrain.downstream.finetune.table import Columns, read_rows
+
+    (tmp_path / "t.fasta").write_bytes(b'>a label="in it" text=no seq=no ID=7\rMK\rV\r')
+    (row,) = read_rows(str(tmp_path / "t.fasta"), Columns())
+    assert (row.id, row.sequence, row.label) == ("a", b"MKV", "in it")
+
+
+def test_splits_are_rows_by_their_column_or_files_of_their_own(tmp_path: Path) -> None:
+    from pretrain.downstream.finetune.data import FineTuneDataModule
+
+    def sizes(train: str, **given: Any) -> dict[str, int]:
+        data = FineTuneDataModule(str(tmp_path / train), task="binary", **given)
+        data.setup("fit")
+        return {split: len(its.corpus) for split, its in data.splits.items()}
+
+    (tmp_path / "t.csv").write_text(GOOD)
+    (tmp_path / "fold.csv").write_text(GOOD.replace("split", "fold"))
+    (tmp_path / "train.csv").write_text(GOOD.replace("c,MKA,1,test\n", ""))
+    (tmp_path / "t.fasta").write_text(">a\nMKV\n>b\nMKL\n>c\nMKA\n")
+    divided = {"train": 2, "test": 1}
+    assert sizes("t.csv") == divided
+    assert sizes("fold.csv") == {"train": 3}
+    assert sizes("fold.csv", split_column="fold") == divided
+    assert sizes("t.fasta", labels=str(tmp_path / "fold.csv"), split_column="fold") == divided
+    assert sizes("train.csv", test=str(tmp_path / "fold.csv")) == {"train": 2, "test": 3}
 
 
 def test_copies_between_train_and_test_are_told(

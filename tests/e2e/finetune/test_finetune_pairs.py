@@ -103,12 +103,17 @@ def test_what_pairs_share_with_train_is_told_and_a_single_sequence_is_no_pair(
         assert finetune("-c", settings, "--from", pretrained, "--run", tmp_path / order) == 0
         expected = f"of 4 pairs of test {copies} are in train, too; of {both} more both sequences are, of 1 one"
         assert expected in capsys.readouterr().err
-    single = tmp_path / "single.csv"
-    single.write_text("sequence\nMKV\n")
-    out = tmp_path / "out.csv"
-    assert main(["predict", str(tmp_path / "any"), str(single), "--out", str(out)]) == 2
-    assert f"{single}: has one sequence a row, the model takes pairs" in capsys.readouterr().err
-    assert not out.exists()
+    table = tmp_path / "new.csv"
+    out = tmp_path / "out.parquet"
+    for content, said in (
+        ("sequence\nMKV\n", "has one sequence a row, the model takes pairs"),
+        ("a,b\n", "holds no row"),
+    ):
+        table.write_text(content)
+        assert main(["predict", str(tmp_path / "any"), str(table), "--out", str(out)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"{table}: {said}" in line
+        assert not out.exists()
 
 
 def test_an_export_takes_two_sequences_as_transformers_tokenizes_them(
