@@ -97,11 +97,6 @@ def _fit(cli: FitCLI) -> int:
     data.setup("fit")
     if data.validation_corpus is None:
         trainer.limit_val_batches = 0
-        if cli.settings["checkpoint"].get("keep_best"):
-            raise UserError(
-                "checkpoint.keep_best keeps the best by validation loss, and there is no validation; give "
-                "data.validation, or leave it out"
-            )
     if run.data_state:
         data.check_identity(run.data_state)
     data.check_packs(trainer.world_size, trainer.accumulate_grad_batches)

@@ -74,10 +74,6 @@ CASES = {
         lambda tiny: ["-c", tiny(checkpoint__keep_best=0)],
         ["checkpoint.keep_best is 0; give a positive number, or null for none"],
     ),
-    "the best of nothing": (
-        lambda tiny: ["-c", tiny(checkpoint__keep_best=1, data__validation=None)],
-        ["checkpoint.keep_best keeps the best by validation loss, and there is no validation"],
-    ),
     "interval of Lightning's": (
         lambda tiny: ["-c", tiny(trainer__val_check_interval=7)],
         ["trainer.val_check_interval is 7, which a run sets itself; give --validate_every_n_steps instead"],

@@ -62,11 +62,12 @@ def test_before_the_first_step_a_signal_ends_the_process_as_a_signal_does(
 
 
 def test_the_first_of_two_signals_counts(
-    tiny: Callable[..., Path], fit: Callable[..., int], tmp_path: Path, slurm: Callable[[int], Path]
+    tiny: Callable[..., Path], tmp_path: Path, slurm: Callable[[int], Path]
 ) -> None:
     called = slurm(0)
     both = [{"class_path": "poison.Signal", "init_args": {"number": 8, "name": n}} for n in ("SIGUSR1", "SIGTERM")]
-    assert fit("-c", tiny(), "--run", tmp_path / "run", "--trainer.callbacks", json.dumps(both)) == 138
+    command = ["fit", "-c", str(tiny()), "--run", str(tmp_path / "run"), "--trainer.callbacks", json.dumps(both)]
+    assert main(command) == 138
     assert called.read_text() == "requeue 4711\n"
 
 

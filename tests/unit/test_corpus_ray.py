@@ -21,6 +21,8 @@ from pretrain.corpus.prepare import prepare
 from pretrain.corpus.shards import Filters
 from pretrain.corpus.tokenizer import ProteinTokenizer
 
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # of what ray leaves open
+
 ESM = ProteinTokenizer()
 SOME = Filters(min_length=10, skip_bad=True, deduplicate=True)
 
@@ -105,7 +107,7 @@ def test_the_command_makes_it_too_and_the_first_mistake_is_told_in_one_line(
     assert content(tmp_path / "corpus") == content(tmp_path / "whole")
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_nodes_put_their_shards_into_a_bucket(
     cluster: Cluster, source: Path, s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
