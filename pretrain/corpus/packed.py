@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
@@ -173,7 +172,7 @@ class PackedDataModule(pl.LightningDataModule):
             collate_fn=_unchanged,
             num_workers=self.num_workers,
             worker_init_fn=end_with_parent,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=self._trainer().strategy.root_device.type == "cuda",
         )
 
     def _trainer(self) -> pl.Trainer:

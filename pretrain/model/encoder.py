@@ -5,7 +5,7 @@ function computed is that of transformers' ``EsmForMaskedLM`` (and of facebookre
 the same weights.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,8 +24,9 @@ TOKEN_DROPOUT_TRAIN_RATIO = 0.15 * 0.8
 """Share of masked tokens in ESM's training: a constant at every masking rate, or exports would not be equal."""
 
 
-MAX_LOGITS = 2**25
-"""Logits that the loss holds at a time: 128 MiB of float32."""
+MAX_LOGITS = {"cpu": 2**25, "cuda": 2**27}
+"""Logits that the loss holds at a time: 128 and 512 MiB of float32. With each part of them the whole embedding is cast
+anew under autocast, and its whole gradient added: a GPU, whose packs have many targets, should take few parts."""
 
 
 class Encoder(nn.Module):
@@ -53,6 +54,14 @@ class Encoder(nn.Module):
         self.register_buffer("inv_freq", 1.0 / config.rope_theta**exponents)
         self.use_cpu_kernels("auto")
         self.reset_parameters()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Encoder":
+        """As any module is moved or cast, but for the rotary frequencies: 16 bits would not tell positions apart."""
+        exact = self.inv_freq
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if torch.finfo(self.inv_freq.dtype).bits < 32:
+            self.inv_freq = exact.to(self.inv_freq.device)
+        return self
 
     def use_cpu_kernels(self, kernels: CPUKernels) -> None:
         """Choose whose kernels compute on a CPU; it is ``auto`` otherwise.
@@ -334,7 +343,7 @@ class MaskedLMHead(nn.Module):
         self, hidden: Float[Tensor, "M D"], embedding: Float[Tensor, "V D"], targets: Int[Tensor, " M"]
     ) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
         """See `Encoder.loss`. With a large vocabulary only some rows' logits exist at a time, also in the backward."""
-        rows = max(1, MAX_LOGITS // len(embedding))
+        rows = _rows_at_a_time(hidden, embedding)
         if len(hidden) <= rows:
             return self._loss(hidden, embedding, targets)
         chunks = zip(hidden.split(rows), targets.split(rows), strict=True)
@@ -348,7 +357,7 @@ class MaskedLMHead(nn.Module):
     ) -> tuple[Float[Tensor, " M"], Int[Tensor, " M"]]:
         """See `Encoder.score`. With a large vocabulary only some rows' logits exist at a time."""
         losses, best = [], []
-        rows = max(1, MAX_LOGITS // len(embedding))
+        rows = _rows_at_a_time(hidden, embedding)
         for part, wanted in zip(hidden.split(rows), targets.split(rows), strict=True):
             logits = self(part, embedding).float()
             losses.append(F.cross_entropy(logits, wanted, reduction="none"))
@@ -358,3 +367,7 @@ class MaskedLMHead(nn.Module):
     def _loss(self, hidden: Tensor, embedding: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         logits = self(hidden, embedding).float()
         return F.cross_entropy(logits, targets, reduction="sum"), (logits.argmax(-1) == targets).sum()
+
+
+def _rows_at_a_time(hidden: Tensor, embedding: Tensor) -> int:
+    return max(1, MAX_LOGITS["cuda" if hidden.is_cuda else "cpu"] // len(embedding))

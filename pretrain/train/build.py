@@ -128,17 +128,19 @@ class FitCLI(SettingsCLI):
             saving,
         ]
         given = settings.callbacks or []
-        plugins = settings.plugins or []
+        plugins, checkpoint_io = settings.plugins or [], AtomicCheckpointIO()
         try:
             trainer = super().instantiate_trainer(
                 logger=loggers or False,
                 callbacks=[*callbacks, *(given if isinstance(given, list) else [given])],
-                plugins=[AtomicCheckpointIO(), *(plugins if isinstance(plugins, list) else [plugins])],
+                plugins=[checkpoint_io, *(plugins if isinstance(plugins, list) else [plugins])],
                 val_check_interval=self.config_init.validate_every_n_steps * settings.accumulate_grad_batches,
                 check_val_every_n_epoch=None,
                 default_root_dir=self.run.directory,  # where, under SLURM, Lightning looks for checkpoints of its own
                 **kwargs,
             )
+            # What goes on to a GPU need not be copied in the host's memory first, by each process of it.
+            checkpoint_io.mapped = trainer.strategy.root_device.type == "cuda"
             _check_processes(trainer.strategy)
         except (MisconfigurationException, ValueError) as error:
             message = " ".join(str(error).split()).rstrip(".")

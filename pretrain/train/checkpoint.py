@@ -28,7 +28,13 @@ _ZIP_END_SIZE = 22  # of the record that ends an archive without a comment
 
 
 class AtomicCheckpointIO(CheckpointIO):
-    """Writes beside, syncs, renames: a killed process or a full disk leaves the previous file as it was."""
+    """Writes beside, syncs, renames: a killed process or a full disk leaves the previous file as it was.
+
+    Attributes:
+        mapped: Whether what is loaded stays in the file, rather than in this process's memory.
+    """
+
+    mapped = False
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
@@ -54,7 +60,7 @@ class AtomicCheckpointIO(CheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        return cast(dict[str, Any], whole(read_checkpoint(Path(path), mapped=False)))
+        return cast(dict[str, Any], whole(read_checkpoint(Path(path), self.mapped)))
 
     @override
     def remove_checkpoint(self, path: str | Path) -> None:

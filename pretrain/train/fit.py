@@ -1,5 +1,6 @@
 """`pretrain fit`: from config files and overrides to a trained run; the same command again continues it."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -73,6 +74,8 @@ def complete(build: Callable[[Sequence[str]], FitCLI], arguments: Sequence[str])
             if isinstance(launcher, _SubprocessScriptLauncher):
                 launcher.kill(signal.SIGKILL)  # who would wait for this process
             raise
+        del cli
+        gc.collect()  # module and optimizer leave the GPU before they are built again
 
 
 def _fit(cli: FitCLI) -> int:

@@ -34,7 +34,12 @@ def check_hardware(trainer: pl.Trainer, module: StepModule, data: PackedDataModu
             f"trainer.precision is {trainer.precision}; weights are kept in float32: give bf16-mixed, or 32-true (CPU)"
         )
     device = trainer.strategy.root_device
-    if device.type != "cuda":
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(
+            f"the accelerator is {device.type}, which has neither attention over packs nor float64; give "
+            "--trainer.accelerator cpu, or train on an NVIDIA GPU"
+        )
+    if device.type == "cpu":
         if module.flash_attention != "FA2":
             raise UserError(
                 f"model.flash_attention is {module.flash_attention}, whose kernels are for GPUs; leave it out on a CPU"

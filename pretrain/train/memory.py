@@ -101,7 +101,7 @@ class TrainingMemory:
         # Final norm, dense layer, GELU and norm of the head, then the logits' log-softmax; the loss takes many logits
         # in parts, and computes them again.
         head = targets * (2 * _WEIGHT * width + 3 * compute * width + 4 * _NORM_STATISTICS)
-        head += 4 * min(targets * config.vocab_size, MAX_LOGITS) + 16 * targets  # and positions, targets
+        head += 4 * min(targets * config.vocab_size, MAX_LOGITS["cuda"]) + 16 * targets  # and positions, targets
         return ids_and_angles + blocks + head
 
     def _block(self, tokens: float, rows: float) -> float:
@@ -137,7 +137,8 @@ class TrainingMemory:
             # feed-forward layer's gradients are. Its own input is counted already; the last block's has gone.
             temporary = max(feed_forward / 2, attention - feed_forward)
             block = tokens * (temporary - _WEIGHT * width) + matrix + self._block(tokens, tokens)
-        logits = min(self.target_share * tokens * config.vocab_size, MAX_LOGITS) * (8 + 2 * compute)
+        logits = min(self.target_share * tokens * config.vocab_size, MAX_LOGITS["cuda"]) * (8 + 2 * compute)
+        logits += width * config.vocab_size * (compute + _WEIGHT)  # the embedding's gradient, before it is added
         return max(block, logits)
 
     def _autocast_copies(self) -> float:

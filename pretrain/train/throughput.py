@@ -1,5 +1,6 @@
 """How fast a run is: real tokens a second, model FLOPs utilisation, and the share of time spent waiting for data."""
 
+import re
 import statistics
 import time
 from functools import lru_cache
@@ -31,6 +32,7 @@ class GPU(NamedTuple):
 GPUS = {
     "GB200": GPU(2500e12, 185.0),
     "B200": GPU(2250e12, 179.0),
+    "H200 NVL": GPU(836e12, 140.4),
     "H200": GPU(989e12, 140.4),
     "H100 PCIe": GPU(756e12, 79.6),
     "H100 NVL": GPU(835e12, 93.6),
@@ -39,12 +41,25 @@ GPUS = {
     "A100-PCIE-40GB": GPU(312e12, 40.0),
     "A100": GPU(312e12, 80.0),
     "L40S": GPU(362e12, 45.0),
+    "L40": GPU(181e12, 45.0),
     "L4": GPU(121e12, 22.5),
+    "A10G": GPU(70e12, 22.5),
     "A10": GPU(125e12, 22.5),
     "RTX 4090": GPU(165e12, 24.0),
     "RTX 3090": GPU(71e12, 24.0),
 }
-"""GPUs by a part of their name, the more special first."""
+"""GPUs by words of their names, the more special first."""
+
+
+def known_gpu(name: str) -> str | None:
+    """The key in `GPUS` of a GPU, by the name that the driver gives it; None for others, and for parts of one.
+
+    Args:
+        name: Such as ``NVIDIA H100 80GB HBM3``.
+    """
+    if re.search(r"\b(MIG|Laptop)\b", name):
+        return None
+    return next((part for part in GPUS if re.search(rf"\b{part}\b", name)), None)
 
 
 @lru_cache
@@ -53,11 +68,8 @@ def peak_flops(device: torch.device) -> tuple[float, str]:
 
     A GPU in the table counts with its datasheet's rate; anything else with a matrix product measured here and now.
     """
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for part, gpu in GPUS.items():
-            if part in name:
-                return gpu.bf16_flops, f"datasheet rate of {part}"
+    if device.type == "cuda" and (known := known_gpu(torch.cuda.get_device_name(device))):
+        return GPUS[known].bf16_flops, f"datasheet rate of {known}"
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     return matmul_rate(device, dtype), f"measured {str(dtype).removeprefix('torch.')} matrix products"
 

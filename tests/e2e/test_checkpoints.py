@@ -49,6 +49,18 @@ def test_a_flipped_bit_is_noticed_wherever_it_is(tmp_path: Path) -> None:
             read_checkpoint(path)
 
 
+@pytest.mark.parametrize("mapped", [False, True])
+def test_what_is_loaded_is_the_same_in_memory_and_in_the_file(mapped: bool, tmp_path: Path) -> None:
+    checkpoint_io, path = AtomicCheckpointIO(), tmp_path / "step-000000001.ckpt"
+    weights = torch.arange(100_000.0)
+    checkpoint_io.save_checkpoint({"state_dict": {"weights": weights}, "global_step": 1}, path)
+    checkpoint_io.mapped = mapped
+    loaded = checkpoint_io.load_checkpoint(path)
+    assert (str(path) in Path("/proc/self/maps").read_text()) == mapped
+    path.unlink()  # as one that is surplus
+    assert loaded["state_dict"]["weights"].equal(weights)
+
+
 def test_a_checkpoint_is_readable_without_this_project_and_one_of_a_plain_trainer_is_readable_here(
     tmp_path: Path,
 ) -> None:

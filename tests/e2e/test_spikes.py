@@ -4,8 +4,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from test_ledger import audit
@@ -15,8 +18,9 @@ from pretrain.cli import main
 from pretrain.downstream.load import checkpoint_of, load
 from pretrain.errors import UserError
 from pretrain.train.checkpoint import read_checkpoint
+from pretrain.train.fit import complete
 from pretrain.train.fit import fit as fit_here
-from pretrain.train.spikes import LossSpikes, read_skips
+from pretrain.train.spikes import LossSpikes, RewindError, read_skips
 
 STEPS = 30
 PLACE = 160  # in the order; a step of the tiny run takes about a dozen sequences
@@ -174,6 +178,31 @@ def test_two_processes_go_back_together_and_leave_out_what_one_does(
     assert len(skips(tmp_path / "two")) == 1
     assert read_skips(tmp_path / "two") == read_skips(tmp_path / "one")
     assert audit(tmp_path / "two", capsys)[0] == 0
+
+
+def test_the_first_attempts_module_is_gone_when_it_is_built_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU there may not be room for two."""
+
+    class Built:
+        def __init__(self) -> None:
+            self.trainer = SimpleNamespace(strategy=SimpleNamespace(launcher=None), built=self)  # as trainers refer
+
+    earlier: list[weakref.ref[Built]] = []
+
+    def build(_: Sequence[str]) -> Any:
+        assert all(built() is None for built in earlier)
+        built = Built()
+        earlier.append(weakref.ref(built))
+        return built
+
+    def train(_: Any) -> int:
+        if len(earlier) < 3:
+            raise RewindError("a spike")
+        return 0
+
+    monkeypatch.setattr("pretrain.train.fit._fit", train)
+    assert complete(build, []) == 0
+    assert len(earlier) == 3
 
 
 @pytest.mark.slow

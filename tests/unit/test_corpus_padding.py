@@ -25,7 +25,12 @@ def batches(source: Path, *, static: bool, accumulate: int = 2, **options: Any) 
     given = {"max_length": 64, "global_batch_tokens": 1024, "attention_cost": 0.0, "seed": 7, **options}
     data = MLMDataModule(str(source), static_shapes=static, **given)
     data.trainer = SimpleNamespace(  # type: ignore[assignment]
-        global_rank=0, world_size=1, accumulate_grad_batches=accumulate, max_steps=STEPS, global_step=0
+        global_rank=0,
+        world_size=1,
+        accumulate_grad_batches=accumulate,
+        max_steps=STEPS,
+        global_step=0,
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
     )
     data.setup("fit")
     return list(islice(data.train_dataloader(), STEPS * accumulate))

@@ -39,7 +39,12 @@ def attach(
 ) -> MLMDataModule:
     """As a Trainer would: with all that the data module asks of one."""
     data.trainer = SimpleNamespace(  # type: ignore[assignment]
-        global_rank=rank, world_size=world, accumulate_grad_batches=accumulate, max_steps=steps, global_step=taken
+        global_rank=rank,
+        world_size=world,
+        accumulate_grad_batches=accumulate,
+        max_steps=steps,
+        global_step=taken,
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
     )
     data.prepare_data()
     data.setup("fit")

@@ -15,6 +15,7 @@ from pretrain import EncoderConfig, MLMModule
 from pretrain.errors import UserError
 from pretrain.train.fit import fit
 from pretrain.train.hardware import check_hardware, out_of_memory
+from pretrain.train.throughput import known_gpu
 
 
 def check(
@@ -42,6 +43,32 @@ def check(
 def test_a_gpu_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"Tesla V100 has compute capability 7\.0; .* need 8\.0"):
         check("bf16-mixed", (7, 0), monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H200 NVL", "H200 NVL"),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA A100-SXM4-40GB", "A100-SXM4-40GB"),
+        ("NVIDIA GB200", "GB200"),
+        ("NVIDIA L40", "L40"),
+        ("NVIDIA A10G", "A10G"),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+    ],
+)
+def test_a_gpu_is_known_by_whole_words_of_its_name(name: str, known: str | None) -> None:
+    assert known_gpu(name) == known
+
+
+def test_other_accelerators_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer: Any = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("mps")), precision="32-true")
+    module: Any = SimpleNamespace(compile_blocks=False)
+    with pytest.raises(UserError, match=r"the accelerator is mps, .* give --trainer\.accelerator cpu"):
+        check_hardware(trainer, module, SimpleNamespace(static_shapes=False))  # type: ignore[arg-type]
 
 
 def test_single_precision_on_a_gpu_names_the_overlay(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,6 +69,21 @@ def test_the_feed_forward_layer_is_four_times_as_wide_unless_said_otherwise() ->
     assert EncoderConfig(hidden_size=64, num_attention_heads=4, intermediate_size=100).ffn_size == 100
 
 
+def test_a_cast_encoder_still_knows_its_positions() -> None:
+    torch.manual_seed(0)
+    encoder = Encoder(EncoderConfig(64, num_hidden_layers=2, num_attention_heads=2)).eval()
+    for parameter in encoder.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.2)  # so that attention looks at positions
+    input_ids, bounds = torch.randint(4, 24, (1024,)), torch.tensor([0, 1024], dtype=torch.int32)
+    with torch.no_grad():
+        exact = encoder(input_ids, bounds)
+        cast = encoder.bfloat16()(input_ids, bounds)
+    assert encoder.inv_freq.dtype == torch.float32
+    assert (cast.float() - exact).norm() < 0.05 * exact.norm()
+    assert encoder.to("meta").inv_freq.is_meta
+
+
 @pytest.mark.parametrize(
     ("lengths", "targets"),
     [([50], [8]), ([7, 40, 40, 100], [1, 6, 6, 15]), ([30, 20, 20], [4, 0, 3]), ([12, 12], [12, 12])],
