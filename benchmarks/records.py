@@ -29,6 +29,7 @@ from typing import Any
 
 from record_list import RECORDS, Options, Record
 from records_page import write_page
+from results_file import processor
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "records"
@@ -76,7 +77,7 @@ def _train(options: Options, seed: int, directory: Path) -> dict[str, Any]:
         "command": " ".join(["python", *command]),
         "commit": _git("rev-parse", "HEAD") + " and changes" * bool(_git("status", "--porcelain", "pretrain")),
         "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{_processor()}, {os.cpu_count()} cores, {os.environ.get('OMP_NUM_THREADS', 'all')} of them used",
+        "machine": f"{processor()}, {os.cpu_count()} cores, {os.environ.get('OMP_NUM_THREADS', 'all')} of them used",
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("torch", "pytorch-lightning", "transformers", "numpy")},
         "seed": seed,
@@ -120,11 +121,6 @@ def _curves(metrics: Path) -> dict[str, list[list[float]]]:
 
 def _git(*command: str) -> str:
     return subprocess.run(["git", *command], check=True, capture_output=True, text=True).stdout.strip()
-
-
-def _processor() -> str:
-    with open("/proc/cpuinfo") as file:
-        return next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), "CPU")
 
 
 def results(record: Record) -> dict[str, list[dict[str, Any]]]:

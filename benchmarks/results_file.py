@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import platform
 import time
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,17 @@ import torch
 import transformers
 
 
+def processor() -> str:
+    """The name of the CPU, as Linux tells it."""
+    with open("/proc/cpuinfo") as file:
+        return next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), "CPU")
+
+
 def write_results(out: Path, options: argparse.Namespace, results: Any) -> None:
     """Write figures into a JSON file, with the date, the machine, the versions and the options of the command."""
     conditions = {
         "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "machine": f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         **{name: str(value) for name, value in vars(options).items()},
