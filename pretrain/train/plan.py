@@ -287,8 +287,14 @@ def describe(cli: PlanCLI, rates: dict[int, float]) -> str:
         for name, size in split.items()
     ]
     lines[-1] += f"  of {gpu.memory:.1f}"
-    lines += [""]
-    lines += [_verdict(plan)]
+    copy = split["weights"] + split["optimizer state"]
+    whose = "its part" if memory.sharded and gpus > 1 else "the first one's copy" if gpus > 1 else "its copy"
+    lines += [
+        "",
+        f"  host memory  {4 * total / GIB:.2f} GiB for each process, which builds the whole model",
+        f"               {copy / GIB:.2f} GiB for {whose} of a checkpoint that is being written",
+        _verdict(plan),
+    ]
     on_gpu = COMPUTE_SIZES[memory.precision] == 2
     if not on_gpu:
         lines += [

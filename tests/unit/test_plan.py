@@ -196,6 +196,24 @@ def test_help_lists_the_options_of_a_plan_and_of_a_run(capsys: pytest.CaptureFix
     assert "--allow_change" not in printed
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--gpus", "1"], "GiB for its copy of"),
+        (["-c", "ddp", "--gpus", "8"], "GiB for the first one's copy of"),
+        (["-c", "fsdp", "--gpus", "8"], "GiB for its part of"),
+    ],
+)
+def test_the_hosts_memory_is_told(given: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "-c", "esm2_650M", "-c", "gpu", *given]) == 0
+    text = capsys.readouterr().out
+    parameters = float(re.search(r"parameters +([\d.]+) M", text)[1])  # type: ignore[index]
+    built = float(re.search(r"host memory +([\d.]+) GiB for each process", text)[1])  # type: ignore[index]
+    copy = float(re.search(rf"([\d.]+) {said}", text)[1])  # type: ignore[index]
+    assert built == pytest.approx(4 * parameters * 1e6 / 2**30, rel=0.01)
+    assert copy == pytest.approx((3 if "fsdp" not in given else 3 / 8) * built, rel=0.05)
+
+
 def test_what_does_not_fit_has_no_time_and_no_cost(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "-c", "esm2_15B", "-c", "gpu", "--price", "2"]) == 0
     output = capsys.readouterr().out
