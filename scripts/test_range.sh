@@ -19,5 +19,5 @@ environment=build/$1-${PYTHON:-python3.11}
 shift
 
 "$uv" venv --quiet --clear --python "${PYTHON:-python3.11}" "$environment"
-"$uv" pip install --quiet --python "$environment" --resolution "$resolution" ${WHEELS:+--find-links "$WHEELS"} -e '.[dev]'
+"$uv" pip install --quiet --compile-bytecode --python "$environment" --resolution "$resolution" ${WHEELS:+--find-links "$WHEELS"} -e '.[dev]'
 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 "$environment/bin/pytest" -n 2 "$@"
