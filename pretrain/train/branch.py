@@ -54,14 +54,14 @@ class Branch:
             raise UserError(f"branch_from: {source} has no checkpoint yet; train it first")
 
     def create(self) -> None:
-        """Write the new run; nothing, where that was done before.
+        """Write the new run, which was not there before: ``origin`` is known.
 
         Raises:
             UserError: If another process has made the directory meanwhile.
         """
-        if self.origin is None:
-            return
-        origin, checkpoint = self.origin, self.origin.checkpoint
+        origin = self.origin
+        assert origin is not None
+        checkpoint = origin.checkpoint
         assert checkpoint is not None
         partial = self.directory.absolute().with_name(f".{self.directory.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)

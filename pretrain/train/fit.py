@@ -109,7 +109,7 @@ def _fit(cli: FitCLI) -> int:
     if run.checkpoint and trainer.is_global_zero:
         for corpus in data.train_corpus.components:
             _verify_if_younger(corpus, run.checkpoint)
-    if cli.branch:
+    if cli.branch and cli.branch.origin:  # otherwise it is there already
         if trainer.is_global_zero:
             cli.branch.create()
         run.branched()
