@@ -33,6 +33,7 @@ _QUIET = (
     ".*is smaller than the logging interval.*",
     ".*It is recommended to use `self.log.*sync_dist=True.*",  # what is logged has been summed over processes already
     ".*`broadcast_buffers` is deprecated.*",  # its successor is not in the oldest torch that will do
+    "The `srun` command is available on your system but is not used",  # outside a job, as on a login node
     ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
 )
 

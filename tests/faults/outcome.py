@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import sys
 import traceback
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -58,7 +57,6 @@ def _run(arguments: list[str], errors: str, environment: dict[str, str], prepare
         os.dup2(file.fileno(), 2)
         sys.stderr = file
         code = 1
-        warnings.filterwarnings("ignore", "The `srun` command is available")  # where SLURM is installed
         try:
             if prepare:
                 prepare()

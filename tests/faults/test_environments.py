@@ -153,6 +153,19 @@ def test_a_worker_killed_by_the_kernel_for_memory(
     assert_nothing_is_lost(fit, config, run, straight)
 
 
+def test_slurm_installed_but_not_used_is_not_worth_a_word(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    srun = tmp_path / "bin" / "srun"
+    srun.parent.mkdir()
+    srun.write_text("#!/bin/sh\n")
+    srun.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{srun.parent}:{os.environ['PATH']}")
+    ended = outcome(tmp_path / "err", "fit", "-c", tiny(trainer__max_steps=1), "--run", tmp_path / "run")
+    assert ended.code == 0, ended.said
+    assert "srun" not in ended.said
+
+
 DAMAGES = {
     "cut short": (lambda text: text[: len(text) // 2] + "\n - [", "not YAML"),
     "no text": (lambda text: "\udcff\udcfe\x00", "not YAML"),
