@@ -17,21 +17,12 @@ from typing import Any
 
 import pyarrow as pa
 
+from pretrain.corpus.duplicates import deduplicate
+from pretrain.corpus.journal import JOURNAL, Journal, ShardEntry, is_intact, report_file
 from pretrain.corpus.prepare import Settings, finish
 from pretrain.corpus.processes import engine as choose_engine
 from pretrain.corpus.repeat import check_repeated, describe
-from pretrain.corpus.shards import (
-    BLOCK_BYTES,
-    JOURNAL,
-    Filters,
-    Journal,
-    Portion,
-    ShardEntry,
-    deduplicate,
-    is_intact,
-    make_shards,
-    report_file,
-)
+from pretrain.corpus.shards import BLOCK_BYTES, Filters, Portion, make_shards
 from pretrain.corpus.sources import PART, SourceOptions, find_sources
 from pretrain.corpus.split import Split
 from pretrain.corpus.store import FORMAT_VERSION, open_shard

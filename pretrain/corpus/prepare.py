@@ -13,12 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.corpus.clusters import check_table, write_clusters
+from pretrain.corpus.journal import JOURNAL, ShardEntry, report_file
 from pretrain.corpus.processes import Engine
 from pretrain.corpus.processes import engine as choose_engine
 from pretrain.corpus.readers import read_records
 from pretrain.corpus.remote import RemoteCorpus, cache_directory, is_remote
 from pretrain.corpus.repeat import check_repeated, describe
-from pretrain.corpus.shards import JOURNAL, Filters, ShardEntry, make_shards, report_file
+from pretrain.corpus.shards import Filters, make_shards
 from pretrain.corpus.sources import Source, SourceOptions, find_sources, known_kind
 from pretrain.corpus.split import SIDES, Split, split_shards
 from pretrain.corpus.store import CLUSTERS, FORMAT_VERSION, LENGTHS, MANIFEST, REPORT, Corpus, is_corpus

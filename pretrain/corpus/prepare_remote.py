@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 
 from pretrain.corpus.cache import get_file, put_file, remove_file, written_at
+from pretrain.corpus.journal import ShardEntry, report_file
 from pretrain.corpus.prepare import Settings, prepared_record, write_report
 from pretrain.corpus.processes import engine as choose_engine
 from pretrain.corpus.remote import RemoteCorpus, cache_directory
 from pretrain.corpus.repeat import describe
-from pretrain.corpus.shards import Block, Job, ShardEntry, make_shard, make_shards, report_file
+from pretrain.corpus.shards import Block, Job, make_shard, make_shards
 from pretrain.corpus.sources import find_sources
 from pretrain.corpus.store import LENGTHS, MANIFEST, REPORT
 from pretrain.corpus.whole import exclusive

@@ -1,4 +1,4 @@
-"""Pieces to shards, on all cores, with a journal that outlives a killed process.
+"""Pieces to shards, on all cores, continuing what a killed process left.
 
 A shard is made of one block of pieces: a function of the block's bytes and the settings, and of nothing else. So the
 result is the same for any number of processes, and a shard that is there already is good if the block's checksum and
@@ -6,10 +6,8 @@ its own are those of its entry in the journal.
 """
 
 import hashlib
-import itertools
 import json
 import os
-import shutil
 import socket
 import sys
 import time
@@ -18,26 +16,26 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from pretrain.corpus.duplicates import deduplicate
+from pretrain.corpus.journal import Journal, ShardEntry, is_intact, report_file
 from pretrain.corpus.pieces import Piece, cut
 from pretrain.corpus.processes import Engine
 from pretrain.corpus.readers import Flaw, parse
 from pretrain.corpus.sources import Source, SourceOptions
-from pretrain.corpus.store import FORMAT_VERSION, file_checksum, open_shard
+from pretrain.corpus.store import FORMAT_VERSION
 from pretrain.corpus.tokenizer import InvalidSymbolError, Tokenizer
 from pretrain.corpus.windows import into_windows
-from pretrain.corpus.writing import write_rows, write_shard
+from pretrain.corpus.writing import write_shard
 from pretrain.errors import UserError
 
 BLOCK_BYTES = 2**25
 """A block, and so a shard, is at least this many bytes of a source, or what is left: a process holds a few of them."""
-
-JOURNAL = "journal.jsonl"
 
 _NEEDS_TOKENIZER = (
     "correct or remove it, or, if this is text, give its tokenizer: --data.tokenizer FILE (in prepare --tokenizer FILE)"
@@ -73,23 +71,6 @@ class Filters:
             )
         if self.windows is not None and self.windows < 3:
             raise UserError(f"sequences cannot be split into windows of {self.windows} tokens; give at least 3")
-
-
-class ShardEntry(NamedTuple):
-    """One block of the sources and the shard that was made of it."""
-
-    number: int
-    input: str
-    """Checksum of the block."""
-    file: str | None
-    """The shard; None if nothing in the block is kept."""
-    num_sequences: int
-    num_tokens: int
-    sha256: str
-    skipped: dict[str, int]
-    """Records left out, by the reason: ``short``, ``long``, ``bad``, ``duplicate``."""
-    before: str = ""
-    """If duplicates were taken out, a checksum of the blocks before this one, where their first copies are."""
 
 
 class Job(NamedTuple):
@@ -152,42 +133,6 @@ class Portion:
     def layout(self) -> str:
         """How the sources were cut: the same for all portions of the same sources."""
         return self._layout.hexdigest()
-
-
-class Journal:
-    """The shards that are finished, one line each, in the directory where they are made.
-
-    Args:
-        directory: That directory; emptied of what was made with other settings.
-        settings: All that the shards depend on besides the sources.
-    """
-
-    def __init__(self, directory: Path, settings: dict[str, Any]) -> None:
-        self._path = directory / JOURNAL
-        self.entries: dict[int, ShardEntry] = {}
-        head = json.dumps(settings)
-        lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.is_file() else []
-        if lines[:1] == [head]:
-            for line in lines[1:]:
-                try:
-                    entry = ShardEntry(**json.loads(line))
-                except (ValueError, TypeError):  # the line that was being written when the process was killed
-                    break
-                self.entries[entry.number] = entry
-        else:
-            for file in directory.iterdir():
-                shutil.rmtree(file) if file.is_dir() else file.unlink()
-        self._path.write_text("".join(f"{line}\n" for line in [head, *map(_line, self.entries.values())]))
-
-    def add(self, entry: ShardEntry) -> None:
-        """Write down a finished shard."""
-        self.entries[entry.number] = entry
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(f"{_line(entry)}\n")
-
-
-def _line(entry: ShardEntry) -> str:
-    return json.dumps(entry._asdict())
 
 
 def make_shards(
@@ -347,75 +292,9 @@ def make_shard(job: Job, block: Block) -> ShardEntry:
     return ShardEntry(block.number, checksum, file.name, len(ids), num_tokens, sha256, dict(skipped))
 
 
-def report_file(directory: Path, number: int) -> Path:
-    """Where the bad records of a block are listed, if it has any."""
-    return directory / f"skipped-{number:05d}.tsv"
-
-
 def _checksum(pieces: Sequence[Piece]) -> str:
     digest = hashlib.sha256()
     for piece in pieces:
         digest.update(json.dumps([*piece.source, piece.line, piece.columns, len(piece.data)]).encode())
         digest.update(piece.data)
     return digest.hexdigest()
-
-
-def is_intact(directory: Path, entry: ShardEntry) -> bool:
-    """Whether what was made of a block is still there as it was."""
-    if entry.skipped.get("bad") and not report_file(directory, entry.number).is_file():
-        return False
-    file = directory / entry.file if entry.file else None
-    return file is None or (file.is_file() and file_checksum(file) == entry.sha256)
-
-
-# --- duplicates -------------------------------------------------------------------------------------------------------
-
-
-def deduplicate(directory: Path, entries: list[ShardEntry], journal: Journal, engine: Engine) -> list[ShardEntry]:
-    """Take out of the shards what an earlier sequence repeats.
-
-    Shards that have been through this already stay as they are, so it may be killed and repeated at any point.
-    """
-    if not (full := [entry for entry in entries if entry.file]):
-        return entries
-    before, before_each = hashlib.sha256(), dict[int, str]()
-    for entry in entries:
-        before_each[entry.number] = before.hexdigest()
-        before.update(entry.input.encode())
-    hashes = list(engine(partial(_hash_sequences, directory), full))
-    kept = _is_first(np.concatenate(hashes))
-    keeps = np.split(kept, np.cumsum([len(entry) for entry in hashes])[:-1])
-    unique = {entry.number: entry for entry in entries}
-    repeated = [(entry, keep) for entry, keep in zip(full, keeps, strict=True) if not keep.all()]
-    for entry in engine(partial(_take_out, directory), repeated):
-        unique[entry.number] = entry._replace(before=before_each[entry.number])
-        journal.add(unique[entry.number])
-    return list(unique.values())
-
-
-def _hash_sequences(directory: Path, entry: ShardEntry) -> NDArray[np.uint64]:
-    """A hash of 128 bits for each sequence of a shard: two equal ones of different sequences are not to be expected."""
-    shard = open_shard(directory / (entry.file or ""))
-    tokens = shard.tokens.view(np.uint8).data
-    bounds = (shard.offsets * shard.tokens.itemsize).tolist()
-    digests = [hashlib.blake2b(tokens[a:b], digest_size=16).digest() for a, b in itertools.pairwise(bounds)]
-    return np.frombuffer(b"".join(digests), np.uint64).reshape(-1, 2)
-
-
-def _is_first(hashes: NDArray[np.uint64]) -> NDArray[np.bool_]:
-    order = np.lexsort((hashes[:, 1], hashes[:, 0]))  # stable: of equal ones the first in the corpus comes first
-    first = np.ones(len(hashes), np.bool_)
-    first[order[1:]] = (hashes[order[1:]] != hashes[order[:-1]]).any(axis=1)
-    return first
-
-
-def _take_out(directory: Path, task: tuple[ShardEntry, NDArray[np.bool_]]) -> ShardEntry:
-    entry, keep = task
-    file = directory / (entry.file or "")
-    skipped = {**entry.skipped, "duplicate": entry.skipped.get("duplicate", 0) + int((~keep).sum())}
-    if not keep.any():
-        file.unlink()
-        return entry._replace(file=None, num_sequences=0, num_tokens=0, sha256="", skipped=skipped)
-    sha256 = write_rows(file, keep)
-    num_tokens = len(open_shard(file).tokens)
-    return entry._replace(num_sequences=int(keep.sum()), num_tokens=num_tokens, sha256=sha256, skipped=skipped)

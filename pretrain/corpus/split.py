@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from pretrain.corpus.journal import Journal, ShardEntry, is_intact
 from pretrain.corpus.processes import Engine
-from pretrain.corpus.shards import Journal, ShardEntry, is_intact
 from pretrain.corpus.sources import Source, Stream
 from pretrain.corpus.store import open_shard
 from pretrain.corpus.writing import write_rows

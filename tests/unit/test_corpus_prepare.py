@@ -17,8 +17,9 @@ import pytest
 
 from pretrain.cli import main
 from pretrain.corpus import pieces, shards
+from pretrain.corpus.journal import JOURNAL
 from pretrain.corpus.prepare import prepare
-from pretrain.corpus.shards import JOURNAL, Filters
+from pretrain.corpus.shards import Filters
 from pretrain.corpus.sources import SourceOptions
 from pretrain.corpus.store import Corpus, verify
 from pretrain.corpus.tokenizer import ProteinTokenizer, tokenizer_from_string, train_tokenizer

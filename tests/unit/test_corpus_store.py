@@ -16,6 +16,7 @@ import pytest
 
 from pretrain.corpus import pieces, shards, store
 from pretrain.corpus import prepare as prepare_module
+from pretrain.corpus.journal import ShardEntry
 from pretrain.corpus.prepare import open_or_prepare, prepare
 from pretrain.corpus.store import Corpus, is_corpus, verify
 from pretrain.corpus.tokenizer import ProteinTokenizer, train_tokenizer
@@ -295,7 +296,7 @@ def test_a_lock_file_that_its_holder_removed_protects_nothing(
     held = []
     make_shards = shards.make_shards
 
-    def watched(*arguments: Any) -> list[shards.ShardEntry]:
+    def watched(*arguments: Any) -> list[ShardEntry]:
         with (tmp_path / ".corpus.lock").open("w") as other, pytest.raises(BlockingIOError):
             lock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
         held.append(True)
