@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from pretrain.cli import main
-from pretrain.corpus import pieces, shards
+from pretrain.corpus import duplicates, pieces, shards
 from pretrain.corpus.journal import JOURNAL
 from pretrain.corpus.prepare import prepare
 from pretrain.corpus.shards import Filters
@@ -193,7 +193,7 @@ def test_a_prepare_killed_while_duplicates_are_taken_out_is_continued(
 ) -> None:
     whole = content(continued(source, tmp_path / "whole"))
     written.clear()
-    write_rows, calls = shards.write_rows, list[Path]()
+    write_rows, calls = duplicates.write_rows, list[Path]()
 
     def fail_at_the_third(file: Path, *rest: Any) -> str:
         calls.append(file)
@@ -202,7 +202,7 @@ def test_a_prepare_killed_while_duplicates_are_taken_out_is_continued(
         return write_rows(file, *rest)
 
     with monkeypatch.context() as patched:
-        patched.setattr(shards, "write_rows", fail_at_the_third)
+        patched.setattr(duplicates, "write_rows", fail_at_the_third)
         with pytest.raises(KeyboardInterrupt):
             continued(source, tmp_path / "corpus")
     written.clear()
