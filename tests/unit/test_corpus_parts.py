@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pretrain.cli import main
-from pretrain.corpus import parts, pieces, shards
+from pretrain.corpus import duplicates, parts, pieces, shards
 from pretrain.corpus.parts import merge_parts, prepare_part
 from pretrain.corpus.prepare import prepare, prepare_split
 from pretrain.corpus.shards import Filters, Portion
@@ -142,7 +142,7 @@ def test_a_part_and_a_merge_that_were_ended_are_continued(
     small_blocks(monkeypatch)
     made = [tmp_path / "part1", *make(sources, tmp_path, first=2)]
 
-    rows, write_rows = [], shards.write_rows
+    rows, write_rows = [], duplicates.write_rows
 
     def stop_at_the_second(file: Path, *rest: Any) -> str:
         rows.append(file.name)
@@ -150,7 +150,7 @@ def test_a_part_and_a_merge_that_were_ended_are_continued(
             raise KeyboardInterrupt
         return write_rows(file, *rest)
 
-    monkeypatch.setattr(shards, "write_rows", stop_at_the_second)
+    monkeypatch.setattr(duplicates, "write_rows", stop_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         merge_parts(made, tmp_path / "merged", True, workers=1)
     merge_parts(made, tmp_path / "merged", True, workers=1)
