@@ -33,17 +33,6 @@ KEYS = SUMS // VECTORS
 ROOM = 16
 """Keys are filled up to a multiple of this."""
 
-EXP2 = (
-    1.535336188319500e-4,
-    1.339887440266574e-3,
-    9.618437357674640e-3,
-    5.550332471162809e-2,
-    2.402264791363012e-1,
-    6.931472028550421e-1,
-    1.0,
-)
-"""2^x on [-0.5, 0.5] by its powers, highest first (Moshier, Cephes, ``exp2f``)."""
-
 _ROWS = ("query", "key", "value", "attended")
 _GRADIENTS = tuple(f"{name}_gradient" for name in _ROWS[:3])
 _COMMON = (
@@ -151,17 +140,6 @@ def _add_products(sums: list[Array], factor: Expression, factors: list[Expressio
         sum.store(factor.times_plus(other, sum.load(other.value.type)))
 
 
-def _exp2(power: Expression) -> Expression:
-    """2 to the power of a vector of numbers up to 127; 2^-126 where they are smaller."""
-    power = power.max(-126.0)
-    shifted = power + 1.5 * 2**23  # of this size float32 has no places behind the point
-    fraction = power - (shifted - 1.5 * 2**23)
-    series = fraction * EXP2[0] + EXP2[1]
-    for coefficient in EXP2[2:]:
-        series = series.times_plus(fraction, coefficient)
-    return series.shifted_into_exponent(shifted)
-
-
 class Task:
     """One sequence and head: where its rows lie, and memory of its own."""
 
@@ -247,7 +225,7 @@ def _write_forward(kernel: Kernel, task: Task) -> None:
         with kernel.loop(task.keys) as key:
             for v in range(VECTORS):
                 place = weights + key * QUERIES + v * LANES
-                weight = _exp2(place.load(vector(LANES)).times_minus(power, shift[v]))
+                weight = place.load(vector(LANES)).times_minus(power, shift[v]).exp2()
                 place.store(weight)
                 sum[v].store(sum[v].load(vector(LANES)) + weight)
 
@@ -288,7 +266,7 @@ def _write_backward(kernel: Kernel, task: Task) -> None:
             log_sum = kernel.registers(log_sums)
             for place, scores in zip(places, kernel.products(keys + key * d, columns), strict=True):
                 for v in range(VECTORS):
-                    (weights + place[v]).store(_exp2(scores[v].times_minus(power, log_sum[v])))
+                    (weights + place[v]).store(scores[v].times_minus(power, log_sum[v]).exp2())
             mean = kernel.registers(means)
             for place, of_weights in zip(places, kernel.products(values + key * d, gradients), strict=True):
                 for v in range(VECTORS):
