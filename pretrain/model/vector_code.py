@@ -188,6 +188,14 @@ class Array:
         """Write a number or a vector here."""
         self.builder.store(expression.value, self.pointer, align=4)
 
+    def prefetch(self) -> None:
+        """Ask for the cache line here, which need not exist, to be read from later."""
+        module, name = self.builder.module, "llvm.prefetch.p0"
+        signature = ir.FunctionType(ir.VoidType(), [POINTER, I32, I32, I32])
+        function = module.globals.get(name) or ir.Function(module, signature, name)
+        to_be_read, everywhere, data = I32(0), I32(3), I32(1)
+        self.builder.call(function, [self.pointer, to_be_read, everywhere, data])
+
     def load_at(self, places: Expression) -> Expression:
         """A vector's numbers at these places, zero elsewhere; memory is read only there."""
         kind = vector(places.value.type.count)
