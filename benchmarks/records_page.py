@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scaling
 from record_list import Record
-from scaling import describe
 from scipy.stats import t
 
 from pretrain.train.picture import drawing
@@ -26,15 +26,15 @@ COLOURS = ("#1f6fb4", "#e0752d", "#3a9a5b", "#b5458e", "#7a6a58", "#c9a227")
 
 _HEAD = """# Records
 
-Questions about recipes, each answered by runs beside each other: the same data, the same validation (all targets
-`<mask>`), equal tokens, several seeds. This page and its pictures are written by `python benchmarks/records.py`, which
-first runs what is missing; the questions are in `benchmarks/record_list.py`. `benchmarks/records/log` has a file for
-each run: command, commit, machine, versions, seed, final figures and curve.
+Questions about recipes, each answered by runs that are compared: the same data, the same validation (all targets
+`<mask>`), equal tokens. Most have three seeds; those with a single one say so. This page and its pictures are written
+by `python benchmarks/records.py`, which first runs what is missing; the questions are in `benchmarks/record_list.py`.
+`benchmarks/records/log` has a file for each run: command, commit, machine, versions, seed, final figures and curve.
 
-How to read it: loss in nats on the masked validation positions, mean over the seeds. A difference is to the first row,
-seed by seed (the same first weights, data and crops), with a 95 % t-interval: where that does not hold zero, it is
-called better or worse, otherwise nothing was seen. These are small models and short runs on a CPU: what pays here need
-not pay at another size."""
+How to read it: loss is in nats on the masked validation positions, the mean over the seeds. The difference is to the
+first row, seed by seed (the same first weights, data and crops), with a 95 % t-interval. If the interval excludes zero,
+the row is called better or worse; otherwise no difference was seen. These are small models and short runs on a CPU:
+what pays here need not pay at another size."""
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -108,7 +108,7 @@ def section(record: Record, results: Results) -> Iterator[str]:
     complete = len(results) == len(record.arms)
     if len(results) > 1 if len(record.seeds) > 1 else complete and record.fitted:
         yield f"![{record.title}](images/records/{record.name}.png)\n"
-    yield "| | loss | perplexity | of seeds | tokens | difference of loss | |"
+    yield "| | loss | perplexity | perplexity by seed | tokens | difference of loss | a difference? |"
     yield "| --- | --- | --- | --- | --- | --- | --- |"
     comparable = len(record.seeds) > 1 and next(iter(record.arms)) in results
     found = differences(results) if comparable else {}
@@ -136,12 +136,28 @@ def section(record: Record, results: Results) -> Iterator[str]:
         yield record.said
     if record.fitted and complete:
         yield ""
-        yield from describe({arm: runs[0] for arm, runs in results.items()}, PICTURES / f"{record.name}.png")
+        yield law({arm: runs[0] for arm, runs in results.items()}, PICTURES / f"{record.name}.png")
     if record.alone and complete:
         yield f"\n{times(results)}"
     machines = sorted({result["machine"] for arm in results.values() for result in arm})
     commits = sorted({result["commit"][:10] for arm in results.values() for result in arm})
     yield f"\n{one['date']}, {'; '.join(machines)}, torch {one['versions']['torch']}, commit {', '.join(commits)}."
+
+
+def law(runs: dict[str, dict[str, Any]], picture: Path) -> str:
+    """The law fitted to the runs of a ladder, and what it does not say, as Markdown; and a picture of it."""
+    rungs = [scaling.points_of(run) for run in runs.values()]
+    points = np.concatenate(rungs)
+    fitted = scaling.fit(points)
+    log_a, log_b, log_e, a, b = fitted
+    error = np.abs(scaling.predict(fitted, *points.T[:2]) - points[:, 2]).max()
+    scaling.draw(list(runs), rungs, fitted, scaling.other_laws(rungs), picture)
+    return (
+        f"A law fitted to these runs, with N parameters and D tokens: {math.exp(log_e):.3f} + {math.exp(log_a):.3g} / "
+        f"N^{a:.2f} + {math.exp(log_b):.3g} / D^{b:.2f} nats, at most {error:.3f} from what was measured. It holds for "
+        "this text, tokenizer and validation set. It does not say what larger models or longer runs would reach: the "
+        "bands on the right show how far laws disagree there that were fitted to parts of the points."
+    )
 
 
 def verdict(mean: float, half: float) -> str:
