@@ -139,7 +139,7 @@ def prepare(
         UserError: If a source is unreadable or holds something that has no token, or something else is at ``out``.
     """
     settings = Settings(tokenizer, options or SourceOptions(), filters or Filters(), clusters=clusters)
-    _prepare(sources, out, settings, choose_engine(engine, workers))
+    _prepare(find_sources(sources, settings.options), out, settings, choose_engine(engine, workers))
     return Corpus(out)
 
 
@@ -160,7 +160,7 @@ def prepare_split(
         UserError: As `prepare`, or if a list of the split cannot be read, or a side would be empty.
     """
     settings = Settings(tokenizer, options or SourceOptions(), filters or Filters(), split, clusters)
-    _prepare(sources, out, settings, choose_engine(engine, workers))
+    _prepare(find_sources(sources, settings.options), out, settings, choose_engine(engine, workers))
     return open_split(out)
 
 
@@ -175,23 +175,22 @@ def open_split(path: Path) -> tuple[Corpus, Corpus]:
     return train, validation
 
 
-def _prepare(sources: Sequence[str | Path], out: Path, settings: Settings, engine: Engine) -> None:
-    found = find_sources(sources, settings.options)
-    settings.check_files()
-    described, read = describe(found), [source.name for source in found]
-    _prepare_once(found, out, settings, engine, lambda path: settings.is_ready(path, described, read))
-
-
-def _prepare_once(
-    sources: Sequence[Source], out: Path, settings: Settings, engine: Engine, is_made: Callable[[Path], bool]
+def _prepare(
+    sources: Sequence[Source],
+    out: Path,
+    settings: Settings,
+    engine: Engine,
+    is_made: Callable[[Path], bool] | None = None,
 ) -> None:
     """Prepare, or wait for whoever is preparing the same corpus and take theirs."""
+    settings.check_files()
+    described, read = describe(sources), [source.name for source in sources]  # now: they may grow while they are read
 
     def fill(partial: Path) -> Path:
         entries = make_shards(sources, partial, settings.tokenizer, settings.options, settings.filters, engine)
-        return finish(partial, entries, settings, describe(sources), engine)
+        return finish(partial, entries, settings, described, engine)
 
-    make_whole(out, is_made, fill)
+    make_whole(out, is_made or (lambda path: settings.is_ready(path, described, read)), fill)
 
 
 def finish(
@@ -298,7 +297,7 @@ def open_or_prepare(
         if windows and not (was and was <= windows):
             given = f"with --windows {was}" if was else "without --windows"
             raise UserError(
-                f"{corpus.path}: was prepared {given}, data.long_sequences split needs at most {windows} "
+                f"{corpus}: was prepared {given}, data.long_sequences split needs at most {windows} "
                 f"tokens in each; prepare it again with --windows {windows}, or set data.long_sequences to crop"
             )
         return corpus
@@ -317,7 +316,7 @@ def open_or_prepare(
     cached = cache_directory() / key.hexdigest()[:16]
     if not is_corpus(cached):
         settings = Settings(tokenizer, options, Filters(windows=windows))
-        _prepare_once(found, cached, settings, choose_engine(), lambda path: is_corpus(path))
+        _prepare(found, cached, settings, choose_engine(), is_corpus)
     return Corpus(cached)
 
 

@@ -147,7 +147,8 @@ class RemoteCorpus(Corpus):
                     continue
                 except pa.ArrowException as error:
                     raise UserError(
-                        f"{self._files[number].name}: damaged ({error}); remove it from the cache"
+                        f"{self._cache.directory / self._files[number].name}: damaged ({error}); delete this file and "
+                        "give the same command again"
                     ) from error
             else:
                 raise UserError(

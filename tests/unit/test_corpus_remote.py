@@ -337,6 +337,21 @@ def test_a_lack_of_rights_here_is_not_told_as_one_at_the_address(
         assert "check the address and your rights there" in str(caught.value)
 
 
+def test_a_damaged_copy_is_told_by_its_place(server: Server, own_cache: Path) -> None:
+    RemoteCorpus(server.url, 10**9).tokens(0)
+    (copy,) = own_cache.rglob("*.arrow")
+    copy.write_bytes(bytes(copy.stat().st_size))
+    with pytest.raises(UserError) as caught:
+        RemoteCorpus(server.url, 10**9).tokens(0)
+    assert str(caught.value).startswith(f"{copy}: damaged (")
+    assert str(caught.value).endswith("); delete this file and give the same command again")
+
+
+def test_a_corpus_that_is_not_cut_into_windows_is_named_by_its_address(server: Server) -> None:
+    with pytest.raises(UserError, match=f"^{server.url}: was prepared without --windows"):
+        open_or_prepare([server.url], ESM, windows=64)
+
+
 def test_a_corpus_that_another_tokenizer_made_is_refused(server: Server) -> None:
     with pytest.raises(UserError, match=f"^{server.url}: made with tokenizer 'esm'"):
         open_or_prepare([server.url], train_tokenizer([], 261))
