@@ -146,7 +146,7 @@ def test_paragraphs_written_are_paragraphs_read(documents: list[list[str]], end:
 
 @given(
     rows=st.lists(st.tuples(fields, fields.filter(bool)), min_size=1, max_size=8),
-    end=st.sampled_from(["\n", "\r\n"]),
+    end=st.sampled_from(["\n", "\r\n", "\r"]),
     gz=gz,
     size=sizes,
     quoting=st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]),
@@ -161,12 +161,12 @@ def test_csv_written_is_csv_read(rows: list[tuple[str, str]], end: str, gz: str,
     assert [(record.id, record.text.decode()) for record in found] == rows
 
 
-@given(body=st.text('a",\r\n'), size=sizes)
-@example(body='a"a\n"a\na\na\n', size=5)
-def test_any_csv_gives_the_same_rows_and_mistakes_wherever_it_is_cut(body: str, size: int) -> None:
+@given(body=st.text('a",\r\n'), end=st.sampled_from(["\n", "\r\n", "\r"]), size=sizes)
+@example(body='a"a\n"a\na\na\n', end="\n", size=5)
+def test_any_csv_gives_the_same_rows_and_mistakes_wherever_it_is_cut(body: str, end: str, size: int) -> None:
     options = SourceOptions(text_column="text")
     with tempfile.TemporaryDirectory() as directory:
-        source = Source(str(written(Path(directory), "x.csv", b"text,other\n" + body.encode())), "csv")
+        source = Source(str(written(Path(directory), "x.csv", f"text,other{end}{body}".encode())), "csv")
         whole = [item for piece in pieces.cut(source, options) for item in parse(piece, options)]
         with cut_at(size):
             parts = [item for piece in pieces.cut(source, options) for item in parse(piece, options)]
