@@ -187,6 +187,23 @@ class TextTokenizer(Tokenizer):
         return self.backend.to_str()
 
 
+def encode_or_refuse(tokenizer: Tokenizer, text: bytes, what: str) -> NDArray[np.unsignedinteger]:
+    """As `Tokenizer.encode`, for a sequence that must have ids; ``what`` is what errors call it.
+
+    Raises:
+        UserError: If a symbol has no id, or nothing is left between ``<cls>`` and ``<eos>``, as of a lone stop.
+    """
+    try:
+        ids = tokenizer.encode(text)
+    except InvalidSymbolError as error:
+        raise UserError(
+            f"{what} has {error.symbol} at position {error.position}; allowed: {error.allowed}; correct or remove it"
+        ) from error
+    if len(ids) < 3:
+        raise UserError(f"{what} has nothing that becomes a token; correct or remove it")
+    return ids
+
+
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     """``esm``, a ``tokenizer.json``, or the directory of a tokenizer that transformers saved, in whichever form.
 
