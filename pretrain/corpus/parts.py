@@ -201,13 +201,12 @@ def merge_parts(
     chosen = choose_engine(engine, workers)
     given = [read_part(path) for path in paths]
     _check_parts(given)
-    if split:
-        split.check_files()
     tokenizer = tokenizer_from_string(given[0].tokenizer, str(given[0].path))
     settings = {name: value for name, value in given[0].settings.items() if name != "block_bytes"}
     options = SourceOptions(**{name: settings.pop(name) for name in asdict(SourceOptions())})
     filters = replace(Filters(**settings), deduplicate=deduplicated)
     wanted = Settings(tokenizer, options, filters, split)
+    wanted.check_lists()
     sources = min(given, key=lambda part: part.number).sources
 
     def fill(partial: Path) -> Path:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.corpus.clusters import check_table, write_clusters
+from pretrain.corpus.clusters import write_clusters
 from pretrain.corpus.journal import JOURNAL, ShardEntry, report_file
 from pretrain.corpus.processes import Engine
 from pretrain.corpus.processes import engine as choose_engine
@@ -20,7 +20,7 @@ from pretrain.corpus.readers import read_records
 from pretrain.corpus.remote import RemoteCorpus, cache_directory, is_remote
 from pretrain.corpus.repeat import check_repeated, describe
 from pretrain.corpus.shards import Filters, make_shards
-from pretrain.corpus.sources import Source, SourceOptions, find_sources, known_kind
+from pretrain.corpus.sources import Source, SourceOptions, Stream, find_sources, known_kind
 from pretrain.corpus.split import SIDES, Split, split_shards
 from pretrain.corpus.store import CLUSTERS, FORMAT_VERSION, LENGTHS, MANIFEST, REPORT, Corpus, is_corpus
 from pretrain.corpus.tokenizer import Tokenizer, TokenizerKind, train_tokenizer
@@ -47,16 +47,21 @@ class Settings:
     split: Split | None = None
     clusters: str | None = None
 
-    def check_files(self) -> None:
+    @property
+    def lists(self) -> list[str]:
+        """The files of names that it refers to."""
+        return [
+            name for name in (self.clusters, self.split and self.split.clusters, self.split and self.split.ids) if name
+        ]
+
+    def check_lists(self) -> None:
         """Make sure that the lists are there, before the hours that reading the sources may take.
 
         Raises:
             UserError: If one cannot be opened.
         """
-        if self.split:
-            self.split.check_files()
-        if self.clusters:
-            check_table(self.clusters)
+        for name in self.lists:
+            Stream(Source(name, "tsv")).close()
 
     def is_ready(self, out: Path, sources: list[dict[str, Any]], read: Sequence[str]) -> bool:
         """Whether the corpus at ``out``, or the two of the split, are what would be made of these sources.
@@ -75,10 +80,8 @@ class Settings:
                 there = "one corpus" if self.split else "two corpora, train and validation"
                 raise UserError(f"{out}: exists already, and holds {there}; choose another place, or remove it first")
             return False
-        lists = [self.clusters, self.split and self.split.clusters, self.split and self.split.ids]
-        files = [*read, *(name for name in lists if name)]
         for path in paths:
-            self.check(out, Corpus(path).manifest, (path / MANIFEST).stat().st_mtime, sources, files)
+            self.check(out, Corpus(path).manifest, (path / MANIFEST).stat().st_mtime, sources, [*read, *self.lists])
         return True
 
     def check(
@@ -183,7 +186,7 @@ def _prepare(
     is_made: Callable[[Path], bool] | None = None,
 ) -> None:
     """Prepare, or wait for whoever is preparing the same corpus and take theirs."""
-    settings.check_files()
+    settings.check_lists()
     described, read = describe(sources), [source.name for source in sources]  # now: they may grow while they are read
 
     def fill(partial: Path) -> Path:
@@ -206,17 +209,16 @@ def finish(
     Raises:
         UserError: If no sequence is left, or none on one side of the split.
     """
-    tokenizer, split = settings.tokenizer, settings.split
-    prepared = prepared_record(entries, settings, sources)
+    split, prepared = settings.split, prepared_record(entries, settings, sources)
     if split is None:
         write_report(directory, directory, entries)
-        _write_corpus(directory, entries, tokenizer, prepared, settings.clusters)
+        _write_corpus(directory, entries, settings, prepared)
         return directory
     into = directory / "split"
     sides = split_shards(directory, into, entries, split, engine, settings.filters.windows is not None)
     for name, side in zip(SIDES, sides, strict=True):
         which = {"split": {"side": name, **asdict(split)}}
-        _write_corpus(into / name, side, tokenizer, {**prepared, **which}, settings.clusters)
+        _write_corpus(into / name, side, settings, {**prepared, **which})
     write_report(directory, into, entries)
     return into
 
@@ -251,15 +253,14 @@ def write_report(directory: Path, to: Path, entries: Sequence[ShardEntry]) -> No
             report.write(report_file(directory, entry.number).read_bytes())
 
 
-def _write_corpus(
-    directory: Path, entries: Sequence[ShardEntry], tokenizer: Tokenizer, prepared: dict[str, Any], clusters: str | None
-) -> None:
+def _write_corpus(directory: Path, entries: Sequence[ShardEntry], settings: Settings, prepared: dict[str, Any]) -> None:
     fields = ("file", "num_sequences", "num_tokens", "sha256")
     shards = [{field: getattr(entry, field) for field in fields} for entry in entries if entry.file]
-    if clusters:
-        prepared = {**prepared, "clusters": write_clusters(directory, [shard["file"] for shard in shards], clusters)}
-    write_manifest(directory, shards, tokenizer, prepared)
-    ours = {REPORT, MANIFEST, LENGTHS, *([CLUSTERS] if clusters else []), *(entry.file for entry in entries)}
+    if settings.clusters:
+        names, windows = [shard["file"] for shard in shards], settings.filters.windows is not None
+        prepared = {**prepared, "clusters": write_clusters(directory, names, settings.clusters, windows)}
+    write_manifest(directory, shards, settings.tokenizer, prepared)
+    ours = {REPORT, MANIFEST, LENGTHS, *([CLUSTERS] if settings.clusters else []), *(entry.file for entry in entries)}
     for file in sorted(directory.iterdir(), key=lambda file: file.name == JOURNAL):  # the journal last
         if file.name not in ours:
             shutil.rmtree(file) if file.is_dir() else file.unlink()

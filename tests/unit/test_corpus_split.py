@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from pretrain.cli import main
+from pretrain.corpus import names as names_module
 from pretrain.corpus import pieces, shards, split
 from pretrain.corpus.prepare import prepare, prepare_split
 from pretrain.corpus.shards import Filters
@@ -26,7 +27,7 @@ ESM = ProteinTokenizer()
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pieces, "PIECE_BYTES", 500)
     monkeypatch.setattr(shards, "BLOCK_BYTES", 2000)
-    monkeypatch.setattr(split, "_READ_BYTES", 100)
+    monkeypatch.setattr(names_module, "_READ_BYTES", 100)
 
 
 def write(path: Path, names: list[str]) -> Path:
@@ -252,7 +253,7 @@ def test_another_split_of_what_is_tokenised_already_begins_anew(
         (
             ["--split_clusters", "TABLE", "--validation_share", "0.5"],
             "".join(f"{cluster}\tb\n" for cluster in range(20)),
-            "TABLE: a member stands in two clusters that go to different sides; give each one cluster",
+            "TABLE: 'b' is in two clusters; a sequence belongs to one",
         ),
         (
             ["--split_clusters", "TABLE", "--validation_share", "0.5"],
