@@ -100,7 +100,7 @@ def _member(table: str, wanted: np.uint64) -> str:
 def write_clusters(directory: Path, shards: Sequence[str], table: str, windows: bool) -> dict[str, Any]:
     """Look up the cluster of each sequence, and write the sequences by cluster beside the shards.
 
-    Needs about 60 bytes of memory a line of the table.
+    Needs about 70 bytes of memory a line of the table.
 
     Args:
         directory: Where the shards are.

@@ -1,4 +1,4 @@
-"""`pretrain prepare`: what its options ask for together, and what it says at the end."""
+"""`pretrain prepare` and `pretrain tokenizer`: what their options ask for together."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -8,12 +8,13 @@ from pretrain.corpus.cache import written_at
 from pretrain.corpus.parts import merge_parts, prepare_part
 from pretrain.corpus.prepare import Settings, open_split, prepare, prepare_split
 from pretrain.corpus.prepare_remote import prepare_remote
+from pretrain.corpus.readers import read_records
 from pretrain.corpus.remote import is_remote
 from pretrain.corpus.shards import Filters, Portion
 from pretrain.corpus.sources import SourceOptions
 from pretrain.corpus.split import Split
 from pretrain.corpus.store import MANIFEST, REPORT, Corpus
-from pretrain.corpus.tokenizer import load_tokenizer
+from pretrain.corpus.tokenizer import Tokenizer, TokenizerAlgorithm, load_tokenizer, train_tokenizer
 from pretrain.errors import UserError
 
 
@@ -101,3 +102,26 @@ def _tell(out: str, corpora: tuple[Corpus, ...], was_there: bool) -> str:
             f"  left out     {'  '.join(f'{why} {count:,}' for why, count in sorted(skipped.items()))}{report}"
         )
     return "\n".join(lines)
+
+
+def train_tokenizer_file(
+    sources: Sequence[str | Path],
+    out: Path,
+    vocab_size: int,
+    algorithm: TokenizerAlgorithm = "bpe",
+    options: SourceOptions | None = None,
+) -> Tokenizer:
+    """Train a tokenizer on the records of sources and write it as a ``tokenizer.json``; see `train_tokenizer`.
+
+    Raises:
+        UserError: If a source is unreadable, ``out`` exists, or ``vocab_size`` is too small.
+    """
+    if out.exists():
+        raise UserError(f"{out}: exists already; choose another name, or remove it first")
+    records = (record for source in sources for record in read_records(source, options))
+    tokenizer = train_tokenizer((record.text.decode("utf-8", "replace") for record in records), vocab_size, algorithm)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.partial")
+    partial.write_text(tokenizer.serialize(), encoding="utf-8")
+    partial.rename(out)
+    return tokenizer

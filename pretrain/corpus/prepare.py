@@ -16,14 +16,13 @@ from pretrain.corpus.clusters import write_clusters
 from pretrain.corpus.journal import JOURNAL, ShardEntry, report_file
 from pretrain.corpus.processes import Engine
 from pretrain.corpus.processes import engine as choose_engine
-from pretrain.corpus.readers import read_records
 from pretrain.corpus.remote import RemoteCorpus, cache_directory, is_remote
 from pretrain.corpus.repeat import check_repeated, describe
 from pretrain.corpus.shards import Filters, make_shards
 from pretrain.corpus.sources import Source, SourceOptions, Stream, find_sources, known_kind
 from pretrain.corpus.split import SIDES, Split, split_shards
 from pretrain.corpus.store import CLUSTERS, FORMAT_VERSION, LENGTHS, MANIFEST, REPORT, Corpus, is_corpus
-from pretrain.corpus.tokenizer import Tokenizer, TokenizerKind, train_tokenizer
+from pretrain.corpus.tokenizer import Tokenizer
 from pretrain.corpus.whole import make_whole
 from pretrain.corpus.writing import write_manifest, write_shard
 from pretrain.errors import UserError
@@ -348,22 +347,3 @@ def open_or_store(ids: Sequence[str], sequences: Sequence[NDArray[np.unsignedint
 
 def _list(skipped: dict[str, int]) -> str:
     return ", ".join(f"{count:,} {reason}" for reason, count in sorted(skipped.items())) or "none was read"
-
-
-def train_tokenizer_file(
-    sources: Sequence[str | Path], out: Path, vocab_size: int, kind: TokenizerKind = "bpe"
-) -> Tokenizer:
-    """Train a tokenizer on the records of source files and write it as a ``tokenizer.json``; see `train_tokenizer`.
-
-    Raises:
-        UserError: If a source is unreadable, ``out`` exists, or ``vocab_size`` is too small.
-    """
-    if out.exists():
-        raise UserError(f"{out}: exists already; choose another name, or remove it first")
-    documents = (record.text.decode("utf-8", "replace") for source in sources for record in read_records(source))
-    tokenizer = train_tokenizer(documents, vocab_size, kind)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial")
-    partial.write_text(tokenizer.serialize(), encoding="utf-8")
-    partial.rename(out)
-    return tokenizer

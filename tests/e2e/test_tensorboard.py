@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 
 from pretrain.corpus.blosum import ORDER, blosum62
-from pretrain.corpus.prepare import train_tokenizer_file
+from pretrain.corpus.command import train_tokenizer_file
 from pretrain.train.substitutions import log_odds, picture
 
 

@@ -15,7 +15,8 @@ import pytest
 
 from pretrain.cli import main
 from pretrain.corpus import pieces
-from pretrain.corpus.prepare import prepare, train_tokenizer_file
+from pretrain.corpus.command import train_tokenizer_file
+from pretrain.corpus.prepare import prepare
 from pretrain.corpus.tokenizer import ProteinTokenizer, train_tokenizer
 from pretrain.errors import UserError
 

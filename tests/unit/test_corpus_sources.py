@@ -25,8 +25,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from pretrain.cli import main
 from pretrain.corpus import pieces
-from pretrain.corpus.prepare import prepare, train_tokenizer_file
+from pretrain.corpus.command import train_tokenizer_file
+from pretrain.corpus.prepare import prepare
 from pretrain.corpus.readers import Flaw, Record, parse, read_records
 from pretrain.corpus.sources import KINDS, Source, SourceOptions, find_sources
 from pretrain.corpus.tokenizer import ProteinTokenizer
@@ -452,6 +454,16 @@ def test_an_address_that_cannot_be_read_to_the_end_is_a_mistake(monkeypatch: pyt
     with pytest.raises(UserError) as caught:
         list(read_records("memory://broken/x.fasta"))
     assert str(caught.value) == "memory://broken/x.fasta: cannot be read (connection lost); try again"
+
+
+def test_a_tokenizer_is_trained_on_what_prepare_reads(tmp_path: Path) -> None:
+    texts = ["the cat sat on the mat"] * 9
+    written(tmp_path, "x.txt", "\n".join(texts).encode())
+    written(tmp_path, "x.dump", "\n".join(["number,body", *(f"1,{text}" for text in texts)]).encode())
+    for name, *options in (["x.txt"], ["x.dump", "--kind", "csv", "--text_column", "body"]):
+        given = ["--vocab_size", "270", "--algorithm", "bpe", *options]
+        assert main(["tokenizer", str(tmp_path / name), "--out", str(tmp_path / f"{name}.json"), *given]) == 0
+    assert (tmp_path / "x.dump.json").read_bytes() == (tmp_path / "x.txt.json").read_bytes()
 
 
 def test_a_trained_tokenizer_never_replaces_a_file(tmp_path: Path) -> None:

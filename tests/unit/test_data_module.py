@@ -15,11 +15,12 @@ import torch
 
 from pretrain.corpus import baselines
 from pretrain.corpus.batch import Batch
+from pretrain.corpus.command import train_tokenizer_file
 from pretrain.corpus.datamodule import MLMDataModule
 from pretrain.corpus.masking import MAX_TOKENS_PER_SEQUENCE
 from pretrain.corpus.order import ORDER_VERSION, Order
 from pretrain.corpus.packing import BatchWarmup
-from pretrain.corpus.prepare import prepare, train_tokenizer_file
+from pretrain.corpus.prepare import prepare
 from pretrain.corpus.store import Corpus
 from pretrain.corpus.tokenizer import ESM_ALPHABET, load_tokenizer
 from pretrain.errors import UserError

@@ -98,13 +98,13 @@ def read_rows(path: str, columns: Columns, labels: str | None = None) -> list[Ro
     return rows
 
 
-def read_pairs(path: str, columns: Columns) -> Iterator[Row]:
-    """The pairs of a table, without labels.
+def read_pairs(path: str, columns: Columns, kind: str | None = None) -> Iterator[Row]:
+    """The pairs of a table, without labels; ``kind`` is what it holds, by default what its name says.
 
     Raises:
         UserError: If there is no such file or column, or a row cannot be read; names file and line.
     """
-    for line, fields in read_fields(path):
+    for line, fields in read_fields(path, kind):
         row = _row(path, line, fields, columns)
         if row.second is None:
             raise UserError(
@@ -181,13 +181,13 @@ def _no_column(path: str, line: int, name: str, fields: dict[str, Any], labels: 
     )
 
 
-def read_fields(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line (or row) and named fields of each record of a file.
+def read_fields(path: str, kind: str | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line (or row) and named fields of each record of a file; ``kind`` is what it holds, by default as named.
 
     Raises:
         UserError: If it cannot be read; names file and line.
     """
-    found = find_sources([path], SourceOptions())
+    found = find_sources([path], SourceOptions(kind))
     if len(found) != 1 or not found[0].is_regular_file or found[0].kind not in _KINDS:
         raise UserError(f"{path}: give one labelled file: {', '.join(_KINDS)} (compressed or not)")
     if found[0].kind == "parquet":
