@@ -15,7 +15,7 @@ import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 from typing_extensions import override
 
-from pretrain.corpus.counter import Stream, below, bits, derive_key
+from pretrain.corpus.counter import RandomStream, below, bits, derive_key
 from pretrain.corpus.names import NameTable, hash_names, read_lines
 from pretrain.corpus.order import Order
 from pretrain.corpus.store import CLUSTERS, Clusters, open_shard
@@ -45,7 +45,7 @@ class ClusterOrder(Order):
         epochs, visited = super().__call__(positions)
         first = self.clusters.offsets[visited]
         sizes = self.clusters.offsets[visited + 1] - first
-        draws = bits(derive_key(self.seed, Stream.CLUSTER_MEMBER, epochs, visited), 0)
+        draws = bits(derive_key(self.seed, RandomStream.CLUSTER_MEMBER, epochs, visited), 0)
         return epochs, self.clusters.members[first + below(draws, sizes)].astype(np.int64)
 
     @override

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from pretrain.corpus.cache import written_at
 from pretrain.corpus.parts import merge_parts, prepare_part
 from pretrain.corpus.prepare import Settings, open_split, prepare, prepare_split
 from pretrain.corpus.prepare_remote import prepare_remote
 from pretrain.corpus.readers import read_records
 from pretrain.corpus.remote import is_remote
+from pretrain.corpus.remote_files import written_at
 from pretrain.corpus.shards import Filters, Portion
 from pretrain.corpus.sources import SourceOptions
 from pretrain.corpus.split import Split

@@ -20,7 +20,7 @@ import pyarrow as pa
 from pretrain.corpus.duplicates import deduplicate
 from pretrain.corpus.journal import JOURNAL, Journal, ShardEntry, is_intact, report_file
 from pretrain.corpus.prepare import Settings, finish
-from pretrain.corpus.processes import engine as choose_engine
+from pretrain.corpus.processes import choose_engine
 from pretrain.corpus.repeat import check_repeated, describe
 from pretrain.corpus.shards import BLOCK_BYTES, Filters, Portion, make_shards
 from pretrain.corpus.sources import PART, SourceOptions, find_sources

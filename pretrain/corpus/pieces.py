@@ -67,7 +67,7 @@ def cut(source: Source, options: SourceOptions) -> Iterator[Piece]:
         yield Piece(source, b"", 0, (), 0)
 
 
-def whole(source: Source) -> Piece:
+def read_whole(source: Source) -> Piece:
     """All of a file as one piece, whatever its columns; of tables only CSV and TSV.
 
     Raises:

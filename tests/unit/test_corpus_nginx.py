@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pretrain.corpus import cache, pieces, shards
+from pretrain.corpus import pieces, remote_files, shards
 from pretrain.corpus.prepare import prepare
 from pretrain.corpus.remote import RemoteCorpus
 from pretrain.corpus.store import Corpus
@@ -154,7 +154,7 @@ def test_a_server_that_is_killed_in_mid_transfer_and_started_again_costs_another
             time.sleep(0.01)
         server.kill()
 
-    monkeypatch.setattr(cache, "_wait", wait)
+    monkeypatch.setattr(remote_files, "_wait", wait)
     killer = threading.Thread(target=kill_in_mid_transfer, daemon=True)
     killer.start()
     assert afar.tokens(0).tolist() == corpus.tokens(0).tolist()
@@ -185,7 +185,7 @@ def test_a_file_that_is_damaged_there_is_fetched_again_until_it_is_whole(
         if len(waits) == 3:
             file.write_bytes(good)
 
-    monkeypatch.setattr(cache, "_wait", wait)
+    monkeypatch.setattr(remote_files, "_wait", wait)
     assert (afar.id(0), afar.tokens(0).tobytes()) == expected
     assert waits == [1.0, 2.0, 4.0]
     afar._cache.evict()

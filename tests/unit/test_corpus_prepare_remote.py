@@ -10,7 +10,7 @@ import fsspec
 import pytest
 
 from pretrain.cli import main
-from pretrain.corpus import cache, pieces, prepare_remote, shards
+from pretrain.corpus import pieces, prepare_remote, remote_files, shards
 from pretrain.corpus.prepare import prepare
 from pretrain.corpus.remote import RemoteCorpus
 from pretrain.corpus.shards import Filters
@@ -105,7 +105,7 @@ def test_a_lost_connection_is_tried_again(
         put(self, local, remote, **options)
 
     monkeypatch.setattr(type(bucket), "put_file", lost)
-    monkeypatch.setattr(cache, "_wait", waits.append)
+    monkeypatch.setattr(remote_files, "_wait", waits.append)
     assert main(COMMAND) == 0
     assert waits == [1.0, 2.0]
     assert f"pretrain: warning: {URL}/shard-00002.arrow: connection lost; again in 1 s" in capsys.readouterr().err

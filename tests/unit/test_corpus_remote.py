@@ -1,4 +1,4 @@
-"""A corpus from afar: the same sequences, fetched once, checked, and no more of it on the disk than is needed."""
+"""A remote corpus: the same sequences, fetched once, checked, and no more of it on the disk than is needed."""
 
 import errno
 import functools
@@ -20,12 +20,13 @@ import numpy as np
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
-from pretrain.corpus import cache, pieces, shards
+from pretrain.corpus import pieces, remote_files, shards
 from pretrain.corpus.groups import GroupOrder
 from pretrain.corpus.masking import Masking
+from pretrain.corpus.opening import open_or_prepare
 from pretrain.corpus.packing import Planner
 from pretrain.corpus.prefetch import PrefetchingOrder, group_size, order_of, prefetch_shards
-from pretrain.corpus.prepare import open_or_prepare, prepare
+from pretrain.corpus.prepare import prepare
 from pretrain.corpus.remote import RemoteCorpus
 from pretrain.corpus.store import Corpus
 from pretrain.corpus.tokenizer import ProteinTokenizer, train_tokenizer
@@ -108,7 +109,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The seconds between attempts, which the tests do not wait."""
     seconds = list[float]()
-    monkeypatch.setattr(cache, "_wait", seconds.append)
+    monkeypatch.setattr(remote_files, "_wait", seconds.append)
     return seconds
 
 
@@ -357,13 +358,12 @@ def test_a_corpus_that_another_tokenizer_made_is_refused(server: Server) -> None
         open_or_prepare([server.url], train_tokenizer([], 261))
 
 
-def test_a_corpus_of_an_older_version_and_a_manifest_that_lies_are_refused(local: Corpus, tmp_path: Path) -> None:
+def test_a_manifest_that_lacks_something_or_lies_is_refused(local: Corpus, tmp_path: Path) -> None:
     manifest = json.loads((local.path / "manifest.json").read_text())
-    older = {**manifest, "shards": [{**entry} for entry in manifest["shards"]]}
-    del older["lengths"]
+    without = {name: value for name, value in manifest.items() if name != "lengths"}
     outside = {**manifest, "shards": [{**entry, "file": f"../{entry['file']}"} for entry in manifest["shards"]]}
     for made, message in (
-        (older, "made by a version that read no corpora from afar; prepare it again, or copy it here"),
+        (without, "damaged corpus (KeyError: 'lengths'); prepare it again"),
         (outside, "manifest.json names a shard outside of the corpus; prepare it again"),
         ({**manifest, "num_sequences": 3}, "lengths.npy does not hold the sequences that manifest.json counts; prepare "
          "it again"),

@@ -166,14 +166,3 @@ def test_sources_in_another_order_and_what_cannot_be_read_again(
             monkeypatch.setattr("sys.stdin", given)
             assert main(["prepare", "-", "--kind", "fasta", "--out", "piped"]) == expected
     assert "piped: exists already, and standard input cannot be read again to compare;" in capsys.readouterr().err
-
-
-def test_a_corpus_of_an_earlier_version_is_not_taken_for_the_same(
-    here: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["prepare", "y.fasta", "--out", "out"]) == 0
-    manifest = here / "out" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"sources"', '"others"'))
-    assert main(["prepare", "y.fasta", "--out", "out"]) == 2
-    told = capsys.readouterr().err
-    assert told == "pretrain: error: out: exists already; choose another place, or remove it first\n"

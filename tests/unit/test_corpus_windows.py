@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from pretrain import MLMDataModule
 from pretrain.corpus.batch import PackDataset
+from pretrain.corpus.opening import open_or_prepare
 from pretrain.corpus.order import Order
 from pretrain.corpus.packing import Planner, Position
-from pretrain.corpus.prepare import open_or_prepare, prepare
+from pretrain.corpus.prepare import prepare
 from pretrain.corpus.shards import Filters
 from pretrain.corpus.store import Corpus
 from pretrain.corpus.tokenizer import ProteinTokenizer, TextTokenizer, train_tokenizer

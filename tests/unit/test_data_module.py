@@ -17,8 +17,8 @@ from pretrain.corpus import baselines
 from pretrain.corpus.batch import Batch
 from pretrain.corpus.command import train_tokenizer_file
 from pretrain.corpus.datamodule import MLMDataModule
-from pretrain.corpus.masking import MAX_TOKENS_PER_SEQUENCE
 from pretrain.corpus.order import ORDER_VERSION, Order
+from pretrain.corpus.packed import MAX_TOKENS_PER_SEQUENCE
 from pretrain.corpus.packing import BatchWarmup
 from pretrain.corpus.prepare import prepare
 from pretrain.corpus.store import Corpus

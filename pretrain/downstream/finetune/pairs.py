@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.corpus.counter import Stream, bits, derive_key
+from pretrain.corpus.counter import RandomStream, bits, derive_key
 from pretrain.corpus.packing import Pack
 from pretrain.corpus.tokenizer import Tokenizer, encode_or_refuse
 from pretrain.downstream.finetune.table import Row
@@ -59,4 +59,4 @@ def cut_pair(tokens: Tokens, length: int, swap: bool) -> Tokens:
 
 def swaps(pack: Pack, seed: int) -> NDArray[np.bool_]:
     """Which pairs of a pack are shown the other way round: each in half of the epochs, whoever asks."""
-    return (bits(derive_key(seed, Stream.PAIR, pack.epochs, pack.indices), 0) >> np.uint64(63)).astype(bool)
+    return (bits(derive_key(seed, RandomStream.PAIR, pack.epochs, pack.indices), 0) >> np.uint64(63)).astype(bool)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from pretrain.corpus.pieces import ID_COLUMNS, TEXT_COLUMNS, Piece, usual_column, whole
+from pretrain.corpus.pieces import ID_COLUMNS, TEXT_COLUMNS, Piece, read_whole, usual_column
 from pretrain.corpus.readers import Flaw, parse, parse_fields
 from pretrain.corpus.sources import Source, SourceOptions, find_sources
 from pretrain.errors import UserError
@@ -193,7 +193,7 @@ def read_fields(path: str, kind: str | None = None) -> Iterator[tuple[int, dict[
     if found[0].kind == "parquet":
         yield from _read_parquet(found[0])
         return
-    piece = whole(found[0])
+    piece = read_whole(found[0])
     if twice := sorted({name for name in piece.columns if piece.columns.count(name) > 1}):
         raise UserError(f"{piece.where(1)}: column '{twice[0]}' stands there twice; rename one")
     for line, fields in _PARSE.get(piece.source.kind, parse_fields)(piece):
