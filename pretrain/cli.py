@@ -284,14 +284,16 @@ def _reading(options: argparse.Namespace) -> "SourceOptions":
 
 def _prepare(options: argparse.Namespace) -> int:
     from pretrain.corpus.command import run_prepare
+    from pretrain.corpus.prepare import Settings
     from pretrain.corpus.shards import Filters
     from pretrain.corpus.split import Split
+    from pretrain.corpus.tokenizer import load_tokenizer
 
-    reading = _reading(options)
     filters = Filters(options.min_length, options.max_length, options.deduplicate, options.skip_bad, options.windows)
     split = Split.of(options.validation_share, options.split_clusters, options.validation_ids)
-    given = (options.sources, options.out, options.tokenizer, reading, filters, split, options.clusters)
-    print(run_prepare(*given, options.shard, options.merge, options.workers, options.engine))
+    settings = Settings(load_tokenizer(options.tokenizer), _reading(options), filters, split, options.clusters)
+    given = options.shard, options.merge, options.workers, options.engine
+    print(run_prepare(options.sources, options.out, settings, *given))
     return 0
 
 

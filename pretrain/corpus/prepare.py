@@ -105,14 +105,7 @@ class Settings:
 
 
 def prepare(
-    sources: Sequence[str | Path],
-    out: Path,
-    tokenizer: Tokenizer,
-    options: SourceOptions | None = None,
-    filters: Filters | None = None,
-    workers: int | None = None,
-    clusters: str | None = None,
-    engine: str = "local",
+    sources: Sequence[str | Path], out: Path, settings: Settings, workers: int | None = None, engine: str = "local"
 ) -> Corpus:
     """Tokenise sources into a corpus at ``out``.
 
@@ -123,38 +116,25 @@ def prepare(
     Args:
         sources: Files, patterns, directories, URLs, ``hf://`` datasets, or ``-`` for standard input.
         out: The directory to make.
-        tokenizer: What makes the ids.
-        options: How the sources are read.
-        filters: Which sequences are kept.
+        settings: What else the corpus depends on; with a split it is for `prepare_split`.
         workers: Blocks at a time; by default one for each core. The corpus does not depend on it.
-        clusters: A table of cluster and member, for an order that visits clusters; see `write_clusters`.
         engine: ``local`` processes, or a ``ray`` cluster whose nodes all see the directory of ``out``.
 
     Raises:
         UserError: If a source is unreadable or holds something that has no token, or something else is at ``out``.
     """
-    settings = Settings(tokenizer, options or SourceOptions(), filters or Filters(), clusters=clusters)
     prepare_found(find_sources(sources, settings.options), out, settings, choose_engine(engine, workers))
     return Corpus(out)
 
 
 def prepare_split(
-    sources: Sequence[str | Path],
-    out: Path,
-    tokenizer: Tokenizer,
-    split: Split,
-    options: SourceOptions | None = None,
-    filters: Filters | None = None,
-    workers: int | None = None,
-    clusters: str | None = None,
-    engine: str = "local",
+    sources: Sequence[str | Path], out: Path, settings: Settings, workers: int | None = None, engine: str = "local"
 ) -> tuple[Corpus, Corpus]:
-    """Tokenise sources into two corpora, ``out/train`` and ``out/validation``; otherwise as `prepare`.
+    """Tokenise sources into two corpora, ``out/train`` and ``out/validation``, by the split; otherwise as `prepare`.
 
     Raises:
         UserError: As `prepare`, or if a list of the split cannot be read, or a side would be empty.
     """
-    settings = Settings(tokenizer, options or SourceOptions(), filters or Filters(), split, clusters)
     prepare_found(find_sources(sources, settings.options), out, settings, choose_engine(engine, workers))
     return open_split(out)
 

@@ -14,7 +14,7 @@ from pretrain.corpus.blosum import RESIDUES, blosum62, nats_given_homologue
 from pretrain.corpus.masking import Masking
 from pretrain.corpus.order import Order
 from pretrain.corpus.packing import Planner
-from pretrain.corpus.prepare import prepare
+from pretrain.corpus.prepare import Settings, prepare
 from pretrain.corpus.store import Corpus
 from pretrain.corpus.tokenizer import ProteinTokenizer, load_tokenizer
 
@@ -25,7 +25,7 @@ MASKING = Masking(0.3, 1.0, 0.0, ESM.mask_token_id, ESM.replacement_ids, 0)
 def corpus(directory: Path, name: str, sequences: list[str]) -> Corpus:
     source = directory / f"{name}.txt"
     source.write_text("\n".join(sequences) + "\n")
-    return prepare([source], directory / name, ESM)
+    return prepare([source], directory / name, Settings(ESM))
 
 
 def random_sequences(number: int, seed: int) -> list[str]:
@@ -111,7 +111,7 @@ def test_a_corpus_of_text_has_no_relatives(tmp_path: Path) -> None:
     tokenizer = load_tokenizer("data/text/tokenizer.json")
     source = tmp_path / "text.jsonl"
     source.write_text('{"text": "the state of the union is strong and so is the state of this test"}\n' * 5)
-    text = prepare([source], tmp_path / "text", tokenizer)
+    text = prepare([source], tmp_path / "text", Settings(tokenizer))
     masking = Masking(0.3, 1.0, 0.0, tokenizer.mask_token_id, tokenizer.replacement_ids, 0)
     planner = Planner(text, Order(len(text), 0), masking, 64)
     pack = planner.describe(np.zeros(len(text), int), np.arange(len(text)))

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pretrain.corpus import pieces, remote_files, shards
-from pretrain.corpus.prepare import prepare
+from pretrain.corpus.prepare import Settings, prepare
 from pretrain.corpus.remote import RemoteCorpus
 from pretrain.corpus.store import Corpus
 from pretrain.corpus.tokenizer import ProteinTokenizer
@@ -96,7 +96,7 @@ def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Corpus:
     source.write_text(
         "".join(f">{n}\n{residues[(place := generator.randint(0, 7000)) : place + 2000]}\n" for n in range(1000))
     )
-    return prepare([source], tmp_path / "served" / "corpus", ESM)
+    return prepare([source], tmp_path / "served" / "corpus", Settings(ESM))
 
 
 @pytest.fixture
@@ -127,12 +127,12 @@ def test_sources_behind_it_are_read_in_ranges_where_their_format_asks_for_it(
     texts = ["".join(ESM.tokens[token] for token in tokens[1:-1]) for _, tokens in rows]
     table = pa.table({"id": [name for name, _ in rows], "sequence": texts, "unused": texts})
     pq.write_table(table, server.root / "x.parquet", row_group_size=100, compression="none", use_dictionary=False)
-    made = prepare([f"{server.url}/x.parquet"], tmp_path / "made", ESM)
+    made = prepare([f"{server.url}/x.parquet"], tmp_path / "made", Settings(ESM))
     assert everything(made) == rows
     assert {status for path, status in server.served() if path == "/x.parquet"} == {206}
     fasta = f"{server.url}/x.fasta"
     shutil.copy(tmp_path / "x.fasta", server.root / "x.fasta")
-    assert prepare([fasta], tmp_path / "again", ESM).fingerprint == corpus.fingerprint
+    assert prepare([fasta], tmp_path / "again", Settings(ESM)).fingerprint == corpus.fingerprint
 
 
 def test_a_server_that_is_killed_in_mid_transfer_and_started_again_costs_another_try(

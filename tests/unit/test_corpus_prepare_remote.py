@@ -11,7 +11,7 @@ import pytest
 
 from pretrain.cli import main
 from pretrain.corpus import pieces, prepare_remote, remote_files, shards
-from pretrain.corpus.prepare import prepare
+from pretrain.corpus.prepare import Settings, prepare
 from pretrain.corpus.remote import RemoteCorpus
 from pretrain.corpus.shards import Filters
 from pretrain.corpus.tokenizer import ProteinTokenizer
@@ -48,7 +48,7 @@ def there(files: Any, path: str = "/bucket/corpora/x") -> dict[str, bytes]:
 
 
 def here(tmp_path: Path) -> dict[str, bytes]:
-    whole = prepare(["x.fasta"], tmp_path / "whole", ESM, filters=Filters(skip_bad=True)).path
+    whole = prepare(["x.fasta"], tmp_path / "whole", Settings(ESM, filters=Filters(skip_bad=True))).path
     return {file.name: file.read_bytes() for file in whole.iterdir()}
 
 

@@ -26,7 +26,7 @@ from pretrain.corpus.masking import Masking
 from pretrain.corpus.opening import open_or_prepare
 from pretrain.corpus.packing import Planner
 from pretrain.corpus.prefetch import PrefetchingOrder, group_size, order_of, prefetch_shards
-from pretrain.corpus.prepare import prepare
+from pretrain.corpus.prepare import Settings, prepare
 from pretrain.corpus.remote import RemoteCorpus
 from pretrain.corpus.store import Corpus
 from pretrain.corpus.tokenizer import ProteinTokenizer, train_tokenizer
@@ -86,7 +86,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(pieces, "PIECE_BYTES", 250)
         monkeypatch.setattr(shards, "BLOCK_BYTES", 500)
-        corpus = prepare([source], directory / "corpus", ESM)
+        corpus = prepare([source], directory / "corpus", Settings(ESM))
     assert len(corpus.shards) >= SHARDS
     return corpus
 

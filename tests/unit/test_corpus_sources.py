@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from pretrain.cli import main
 from pretrain.corpus import pieces
 from pretrain.corpus.command import train_tokenizer_file
-from pretrain.corpus.prepare import prepare
+from pretrain.corpus.prepare import Settings, prepare
 from pretrain.corpus.readers import Flaw, Record, parse, read_records
 from pretrain.corpus.sources import KINDS, Source, SourceOptions, find_sources
 from pretrain.corpus.tokenizer import ProteinTokenizer
@@ -262,7 +262,9 @@ def test_a_fasta_header_may_lack_a_name_and_names_may_repeat() -> None:
 
 
 def test_lower_case_gaps_stops_and_rare_letters_of_fasta_become_tokens(tmp_path: Path) -> None:
-    corpus = prepare([written(tmp_path, "x.fasta", b">a\nmk-.\nBJOUXZ*\n")], tmp_path / "corpus", ProteinTokenizer())
+    corpus = prepare(
+        [written(tmp_path, "x.fasta", b">a\nmk-.\nBJOUXZ*\n")], tmp_path / "corpus", Settings(ProteinTokenizer())
+    )
     assert "".join(corpus.tokenizer.tokens[i] for i in corpus.tokens(0)) == "<cls>MK-.BXOUXZ<eos>"
 
 

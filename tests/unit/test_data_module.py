@@ -20,7 +20,7 @@ from pretrain.corpus.datamodule import MLMDataModule
 from pretrain.corpus.order import ORDER_VERSION, Order
 from pretrain.corpus.packed import MAX_TOKENS_PER_SEQUENCE
 from pretrain.corpus.packing import BatchWarmup
-from pretrain.corpus.prepare import prepare
+from pretrain.corpus.prepare import Settings, prepare
 from pretrain.corpus.store import Corpus
 from pretrain.corpus.tokenizer import ESM_ALPHABET, load_tokenizer
 from pretrain.errors import UserError
@@ -139,7 +139,7 @@ def test_several_sources_make_one_corpus(proteins: Path, tmp_path: Path) -> None
 
 
 def test_a_prepared_corpus_trains_as_its_sources_do(proteins: Path, tmp_path: Path) -> None:
-    corpus = prepare([proteins], tmp_path / "corpus", load_tokenizer("esm")).path
+    corpus = prepare([proteins], tmp_path / "corpus", Settings(load_tokenizer("esm"))).path
     for one, other in zip(*(attach(make(source)).train_dataloader() for source in (proteins, corpus)), strict=True):
         assert content(one) == content(other)
 
