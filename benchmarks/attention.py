@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from results_file import write_results
 
-from pretrain.corpus.prepare import open_or_prepare
+from pretrain.corpus.opening import open_or_prepare
 from pretrain.corpus.tokenizer import load_tokenizer
 from pretrain.model.attention import Layout, variable_length_attention
 from pretrain.model.cpu_kernels import require_llvm

@@ -29,7 +29,7 @@ from pretrain.corpus.masking import Masking
 from pretrain.corpus.order import Order
 from pretrain.corpus.packing import Pack, Planner, Position, share_out
 from pretrain.corpus.padding import PaddedDataset, static_shapes
-from pretrain.corpus.prepare import prepare
+from pretrain.corpus.prepare import Settings, prepare
 from pretrain.corpus.store import Corpus
 from pretrain.corpus.tokenizer import ESM_ALPHABET, ProteinTokenizer, TextTokenizer, load_tokenizer
 from pretrain.shipped import shipped
@@ -53,7 +53,7 @@ def rates(work: float, *contenders: Callable[[], object], rounds: int = ROUNDS) 
 
 def masking(folder: Path) -> Iterator[str]:
     """Gather, crop and mask, in one process, beside transformers' collator."""
-    corpus = prepare([str(shipped("data/proteins/train.fasta.gz"))], folder / "proteins", ProteinTokenizer())
+    corpus = prepare([str(shipped("data/proteins/train.fasta.gz"))], folder / "proteins", Settings(ProteinTokenizer()))
 
     def packs_of(masking: Masking, corpus: Corpus) -> list[Pack]:
         plan = Planner(corpus, Order(len(corpus), 0), masking, 1024).step(Position(), TOKENS)
@@ -108,7 +108,7 @@ def masking(folder: Path) -> Iterator[str]:
 
 def prepare_text(folder: Path, name: str = "text") -> Corpus:
     tokenizer = load_tokenizer("data/text/tokenizer.json")
-    return prepare([str(shipped("data/text/train.jsonl.gz"))], folder / name, tokenizer, workers=1)
+    return prepare([str(shipped("data/text/train.jsonl.gz"))], folder / name, Settings(tokenizer), workers=1)
 
 
 def text(folder: Path) -> Iterator[str]:
@@ -147,7 +147,7 @@ def proteins(folder: Path) -> Iterator[str]:
     names = iter(range(100))
 
     def ours(source: Path) -> Callable[[], None]:
-        return lambda: prepare([source], folder / f"made-{next(names)}", ProteinTokenizer(), workers=1)  # type: ignore
+        return lambda: prepare([source], folder / f"made-{next(names)}", Settings(ProteinTokenizer()), workers=1)  # type: ignore
 
     some = records[:: len(records) // 1000]  # the rival's share of the work, since it takes so much longer
     share = sum(map(len, some)) / (10 * len(sample))
@@ -172,7 +172,7 @@ def proteins(folder: Path) -> Iterator[str]:
 
 def static(folder: Path) -> Iterator[str]:
     """How much of packs of a static size is filled."""
-    corpus = prepare([str(shipped("data/proteins/train.fasta.gz"))], folder / "proteins", ProteinTokenizer())
+    corpus = prepare([str(shipped("data/proteins/train.fasta.gz"))], folder / "proteins", Settings(ProteinTokenizer()))
     tokenizer, size, per_step = corpus.tokenizer, 2**14, 16
     masking = Masking(0.15, 0.8, 0.1, tokenizer.mask_token_id, tokenizer.replacement_ids, 0)
     planner = Planner(corpus, Order(len(corpus), 0), masking, 1024)

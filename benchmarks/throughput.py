@@ -44,9 +44,9 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from pretrain import EncoderConfig, MLMModule
 from pretrain.corpus.batch import PackDataset
 from pretrain.corpus.masking import Masking
+from pretrain.corpus.opening import open_or_prepare
 from pretrain.corpus.order import Order
 from pretrain.corpus.packing import Pack, Planner, share_out
-from pretrain.corpus.prepare import open_or_prepare
 from pretrain.corpus.store import Corpus
 from pretrain.corpus.tokenizer import load_tokenizer
 from pretrain.model.allocator import keep_freed_memory

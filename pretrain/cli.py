@@ -6,9 +6,13 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pretrain import __version__
 from pretrain.errors import CrashError, UserError
+
+if TYPE_CHECKING:
+    from pretrain.corpus.sources import SourceOptions
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -139,7 +143,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("sources", nargs="+", metavar="SOURCE", help="the text, as for prepare")
     command.add_argument("--out", required=True, type=Path, metavar="FILE", help="the tokenizer.json to write")
     command.add_argument("--vocab_size", type=int, default=8192, help="number of ids (default 8192)")
-    command.add_argument("--kind", default="bpe", help="bpe (default), wordpiece or unigram, all on bytes")
+    command.add_argument("--algorithm", default="bpe", help="bpe (default), wordpiece or unigram, all on bytes")
+    _add_reading(command)
     command.set_defaults(command=_tokenizer)
 
     command = commands.add_parser("recipes", help="list the recipes and overlays that ship, for -c")
@@ -174,14 +179,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("source", metavar="FILE", help="sequences: FASTA, CSV, Parquet, ..., as for prepare")
     command.add_argument("--out", required=True, type=Path, metavar="FILE", help="the .csv or .parquet to write")
     command.add_argument(
-        "--text_column", metavar="NAME", help="column with the sequences (default: text, sequence, ...)"
-    )
-    command.add_argument("--id_column", metavar="NAME", help="column with their names (default: id, if there is one)")
-    command.add_argument(
         "--pair_column", metavar="NAME", help="of a model of pairs: column with the other sequence (sequence_b, ...)"
     )
     command.add_argument("--pack_tokens", type=int, default=16_384, metavar="N", help="tokens in a forward pass")
     command.add_argument("--device", choices=["cpu", "cuda"], help="default: the GPU, where there is one")
+    _add_reading(command)
     command.set_defaults(command=_predict)
 
     command = commands.add_parser("export", help="write a directory that transformers loads")
@@ -274,24 +276,32 @@ def _add_reading(command: argparse.ArgumentParser) -> None:
     group.add_argument("--id_column", metavar="NAME", help="column with their names (default: id, if there is one)")
 
 
+def _reading(options: argparse.Namespace) -> "SourceOptions":
+    from pretrain.corpus.sources import SourceOptions
+
+    return SourceOptions(options.kind, options.document, options.text_column, options.id_column)
+
+
 def _prepare(options: argparse.Namespace) -> int:
     from pretrain.corpus.command import run_prepare
+    from pretrain.corpus.prepare import Settings
     from pretrain.corpus.shards import Filters
-    from pretrain.corpus.sources import SourceOptions
     from pretrain.corpus.split import Split
+    from pretrain.corpus.tokenizer import load_tokenizer
 
-    reading = SourceOptions(options.kind, options.document, options.text_column, options.id_column)
     filters = Filters(options.min_length, options.max_length, options.deduplicate, options.skip_bad, options.windows)
     split = Split.of(options.validation_share, options.split_clusters, options.validation_ids)
-    given = (options.sources, options.out, options.tokenizer, reading, filters, split, options.clusters)
-    print(run_prepare(*given, options.shard, options.merge, options.workers, options.engine))
+    settings = Settings(load_tokenizer(options.tokenizer), _reading(options), filters, split, options.clusters)
+    given = options.shard, options.merge, options.workers, options.engine
+    print(run_prepare(options.sources, options.out, settings, *given))
     return 0
 
 
 def _tokenizer(options: argparse.Namespace) -> int:
-    from pretrain.corpus.prepare import train_tokenizer_file
+    from pretrain.corpus.command import train_tokenizer_file
 
-    tokenizer = train_tokenizer_file(options.sources, options.out, options.vocab_size, options.kind)
+    given = options.vocab_size, options.algorithm, _reading(options)
+    tokenizer = train_tokenizer_file(options.sources, options.out, *given)
     print(f"{options.out}: {tokenizer.vocab_size:,} ids")
     return 0
 
@@ -342,45 +352,37 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _predict(options: argparse.Namespace) -> int:
-    from pretrain.corpus.sources import SourceOptions
     from pretrain.downstream.finetune.predict import predict
 
-    columns = SourceOptions(text_column=options.text_column, id_column=options.id_column)
     given = options.pack_tokens, options.device, options.pair_column
-    print(predict(options.run, options.source, options.out, columns, *given))
+    print(predict(options.run, options.source, options.out, _reading(options), *given))
     return 0
 
 
 def _embed(options: argparse.Namespace) -> int:
-    from pretrain.corpus.sources import SourceOptions
     from pretrain.downstream.embed import EmbedOptions, embed
 
     what = EmbedOptions(
         options.per, options.pooling, tuple(options.layers), options.max_length, options.long_sequences, options.dtype
     )
-    reading = SourceOptions(options.kind, options.document, options.text_column, options.id_column)
-    print(embed(options.model, options.sources, options.out, what, reading, options.device))
+    print(embed(options.model, options.sources, options.out, what, _reading(options), options.device))
     return 0
 
 
 def _fill(options: argparse.Namespace) -> int:
-    from pretrain.corpus.sources import SourceOptions
     from pretrain.downstream.fill import fill
 
-    reading = SourceOptions(options.kind, options.document, options.text_column, options.id_column)
-    given = options.texts, options.file, options.top, options.out, reading, options.device
+    given = options.texts, options.file, options.top, options.out, _reading(options), options.device
     for line in fill(options.model, *given):
         print(line)
     return 0
 
 
 def _contacts(options: argparse.Namespace) -> int:
-    from pretrain.corpus.sources import SourceOptions
     from pretrain.downstream.contacts import contacts
 
-    reading = SourceOptions(options.kind, options.document, options.text_column, options.id_column)
     regression = options.fit, options.regression, options.save_regression
-    given = options.out, options.structures, *regression, options.picture, reading, options.device
+    given = options.out, options.structures, *regression, options.picture, _reading(options), options.device
     print(contacts(options.model, options.sources, *given))
     return 0
 

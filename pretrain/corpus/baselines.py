@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.corpus.batch import PackDataset
-from pretrain.corpus.blosum import ORDER, nats_given_relative
+from pretrain.corpus.blosum import RESIDUES, nats_given_homologue
 from pretrain.corpus.order import AnyOrder
 from pretrain.corpus.packing import Pack
 from pretrain.corpus.store import Corpus
@@ -28,9 +28,10 @@ class Baselines(NamedTuple):
     """Perplexities on the validation targets.
 
     Attributes:
-        unigram: Of who knows how frequent each token is.
-        bigram: Of who is told the token before, too.
-        blosum62: Of proteins: of who is told the residue that a relative has there; see `nats_given_relative`.
+        unigram: Perplexity of a predictor that knows only the token frequencies.
+        bigram: Perplexity of one that also sees the preceding token.
+        blosum62: For proteins, perplexity of one that is told the residue at the aligned position of a homologue; see
+            `nats_given_homologue`.
     """
 
     unigram: float
@@ -79,8 +80,8 @@ def perplexities(train: Corpus, validation: PackDataset, packs: Iterable[Pack], 
     told = None
     if isinstance(train.tokenizer, ProteinTokenizer):
         nats = -np.log(single / single.sum())  # for what is none of the twenty
-        places = [train.tokenizer.tokens.index(residue) for residue in ORDER]
-        nats[places] = nats_given_relative(single[places] / single[places].sum())
+        places = [train.tokenizer.tokens.index(residue) for residue in RESIDUES]
+        nats[places] = nats_given_homologue(single[places] / single[places].sum())
         told = float(np.exp(nats[target].mean()))
     return Baselines(_perplexity(unigram), _perplexity(bigram), told)
 

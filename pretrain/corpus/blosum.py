@@ -1,9 +1,9 @@
-"""BLOSUM62: how much oftener one residue stands where a relative has another, and what that tells of a residue."""
+"""BLOSUM62: how much more often than by chance residues are aligned in homologues, and what one tells of the other."""
 
 import numpy as np
 from numpy.typing import NDArray
 
-ORDER = "AVILMCFWYHKRDENQSTGP"
+RESIDUES = "AVILMCFWYHKRDENQSTGP"
 """The twenty residues, similar ones side by side."""
 
 _BLOSUM62 = """
@@ -32,23 +32,23 @@ V  0 -3 -3 -3 -1 -2 -2 -3 -3  3  1 -2  1 -1 -2 -2  0 -3 -1  4
 
 
 def blosum62() -> NDArray[np.float64]:
-    """Henikoff and Henikoff 1992, in half-bits; rows and columns in `ORDER`."""
+    """Henikoff and Henikoff 1992, in half-bits; rows and columns in `RESIDUES`."""
     names, *rows = _BLOSUM62.split("\n")[1:-1]
     table = np.array([[float(value) for value in row.split()[1:]] for row in rows])
-    places = [names.split().index(residue) for residue in ORDER]
+    places = [names.split().index(residue) for residue in RESIDUES]
     return table[np.ix_(places, places)]
 
 
-def nats_given_relative(frequencies: NDArray[np.float64]) -> NDArray[np.float64]:
-    """What is left to guess of each residue, in nats, by who is told which one an aligned relative has in its place.
+def nats_given_homologue(frequencies: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Expected -log p of each residue, in nats, given the aligned residue of a homologue.
 
     The joint distribution of the two is p(a) p(b) 2^(s(a, b) / 2), as BLOSUM62 was made, and the mean is over the
-    relatives' residues.
+    homologue's residues.
 
     Args:
-        frequencies: Of the residues in `ORDER`.
+        frequencies: Of the residues in `RESIDUES`.
     """
     joint = np.outer(frequencies, frequencies) * 2 ** (blosum62() / 2)
-    given = joint / joint.sum(0)  # of the residue of a row, where the relative has that of the column
+    given = joint / joint.sum(0)  # of the residue of a row, where the homologue has that of the column
     nats: NDArray[np.float64] = -(joint * np.log(given)).sum(1) / joint.sum(1)
     return nats

@@ -1,31 +1,30 @@
-"""Files from afar in a local directory: each fetched once, checked, kept while it is used, and then evicted.
+"""Remote files in a local directory: each fetched once, checked, kept while it is used, and then evicted.
 
 The directory may be shared by any processes of one host. A file is downloaded under an exclusive lock; a process that
 needs it for longer holds a shared lock on it, and only what nobody holds is evicted. The kernel releases the locks of a
 process that ends, however it ends.
 """
 
-import errno
 import fcntl
-import math
 import os
 import queue
-import sys
 import threading
-import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from pathlib import Path, PurePosixPath
-from typing import IO, Any, NamedTuple
+from pathlib import Path
+from typing import IO, NamedTuple
 
+from pretrain.corpus.remote_files import file_system, with_retries
 from pretrain.corpus.store import file_checksum
 from pretrain.corpus.whole import exclusive
-from pretrain.errors import UserError, disk_is_full
-
-ATTEMPTS = 9
-"""Downloads of one file before giving up: about four minutes, with what `_wait` waits in between."""
 
 _THREADS = 4
+
+
+def cache_directory() -> Path:
+    """Where prepared sources and copies of remote corpora are kept."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("PRETRAIN_CACHE") or home / "pretrain")
 
 
 class RemoteFile(NamedTuple):
@@ -58,7 +57,7 @@ class Cache:
         self._queue: queue.SimpleQueue[tuple[Future[None], RemoteFile]] | None = None
         self._process = os.getpid()
 
-    def fetch(self, file: RemoteFile, attempts: int = ATTEMPTS) -> Path:
+    def fetch(self, file: RemoteFile) -> Path:
         """The local copy of a file, downloaded if it is not there.
 
         Raises:
@@ -70,7 +69,7 @@ class Cache:
             self.directory.mkdir(parents=True, exist_ok=True)
             with exclusive(self.directory / f".{file.name}.lock"):
                 if not _is_there(path, file):  # another process may have been faster
-                    self._download(file, path, attempts)
+                    self._download(file, path)
         return path
 
     def bring(
@@ -149,7 +148,7 @@ class Cache:
         self._queue.put((future, file))
         return future
 
-    def _download(self, file: RemoteFile, path: Path, attempts: int) -> None:
+    def _download(self, file: RemoteFile, path: Path) -> None:
         partial = self.directory / f".{file.name}.partial"
         url = f"{self.url}/{file.name}"
 
@@ -160,7 +159,7 @@ class Cache:
                 raise _CorruptError(f"checksum {found[:12]}... instead of {file.sha256[:12]}...")
 
         try:
-            with_retries(url, attempt, attempts)
+            with_retries(url, attempt)
             partial.replace(path)
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(path)) from error
@@ -170,144 +169,6 @@ class Cache:
 
 class _CorruptError(Exception):
     """What came is not what was sent."""
-
-
-def with_retries(url: str, attempt: Callable[[], None], attempts: int = ATTEMPTS, action: str = "read") -> None:
-    """Try something with an address until it succeeds, waiting longer each time; each failure is told on stderr.
-
-    Raises:
-        UserError: If there is no such file, or the last attempt fails.
-        OSError: If the local disk is full, or not to be written to.
-    """
-    for number in range(1, attempts + 1):
-        try:
-            return attempt()
-        except (FileNotFoundError, PermissionError) as error:
-            if error.errno == errno.EACCES and error.filename and str(error.filename) not in url:  # a file of ours
-                raise
-            raise UserError(f"{url}: {_said(error)}; check the address and your rights there") from error
-        except ImportError as error:
-            raise UserError(f"{url}: {_said(error)}; s3:// needs `pip install 'pretrain-mlm[s3]'`") from error
-        except Exception as error:  # each protocol's library has exceptions of its own
-            if isinstance(error, OSError) and (disk_is_full(error) or error.errno == errno.EROFS):
-                raise
-            if number == attempts:
-                raise UserError(
-                    f"{url}: cannot be {action} ({_said(error)}) in {attempts} attempts; check the address and the "
-                    "network, and give the same command again"
-                ) from error
-            seconds = min(2.0 ** (number - 1), 60.0)
-            print(f"pretrain: warning: {url}: {_said(error)}; again in {seconds:.0f} s", file=sys.stderr, flush=True)
-            _wait(seconds)
-
-
-def _wait(seconds: float) -> None:
-    time.sleep(seconds)
-
-
-def _said(error: BaseException) -> str:
-    said = " ".join(str(error).split())
-    return said[:300] or type(error).__name__
-
-
-def file_system(url: str) -> tuple[Any, str]:
-    """What reads and writes an address, and the path there."""
-    import fsspec
-
-    files, path = fsspec.core.url_to_fs(url)
-    files.invalidate_cache()  # a listing of before must not say that the file is missing
-    return files, path
-
-
-_BUCKETS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci"}
-"""Where there are no directories to make, and a mistyped bucket should not come to be."""
-
-
-def put_file(file: Path, url: str, attempts: int = ATTEMPTS) -> None:
-    """Copy a local file to an address, in several attempts if need be.
-
-    Raises:
-        UserError: If it cannot be written there.
-    """
-
-    def attempt() -> None:
-        files, remote = file_system(url)
-        size = file.stat().st_size  # a file of lines may grow meanwhile
-        if not _BUCKETS.intersection([files.protocol] if isinstance(files.protocol, str) else files.protocol):
-            files.makedirs(str(PurePosixPath(remote).parent), exist_ok=True)
-        files.put_file(str(file), remote)
-        files.invalidate_cache()
-        if (stored := files.size(remote)) < size:
-            raise OSError(f"{stored} of {size} bytes are there")
-
-    with_retries(url, attempt, attempts, "written")
-
-
-def get_file(url: str, file: Path) -> bool:
-    """Copy a file from an address, in several attempts if need be; False if there is none.
-
-    Raises:
-        UserError: If it cannot be read.
-    """
-
-    def attempt() -> None:
-        files, remote = file_system(url)
-        if files.exists(remote):
-            files.get_file(remote, str(file))
-
-    with_retries(url, attempt)
-    return file.is_file()
-
-
-def remove_file(url: str) -> None:
-    """Remove a file at an address, if it is there."""
-
-    def attempt() -> None:
-        files, remote = file_system(url)
-        if files.exists(remote):
-            files.rm_file(remote)
-
-    with_retries(url, attempt, action="removed")
-
-
-def written_at(url: str) -> float | None:
-    """When a file at an address was written, in seconds since 1970 (0 if that is not told); None if there is none.
-
-    Object stores tell whole seconds, rounded down: it is the end of that second, before which it was surely written.
-
-    Raises:
-        UserError: If that cannot be found out.
-    """
-    found: list[float | None] = []
-
-    def attempt() -> None:
-        files, remote = file_system(url)
-        if not files.exists(remote):
-            found.append(None)
-            return
-        try:
-            found.append(math.floor(files.modified(remote).timestamp()) + 1.0)
-        except NotImplementedError:
-            found.append(0.0)
-
-    with_retries(url, attempt, 3)
-    return found[0]
-
-
-def read_remote(url: str, attempts: int = 3) -> bytes:
-    """A small file from afar.
-
-    Raises:
-        UserError: If it is not there, or cannot be had in so many attempts.
-    """
-    content: list[bytes] = []
-
-    def attempt() -> None:
-        files, path = file_system(url)
-        content.append(files.cat_file(path))
-
-    with_retries(url, attempt, attempts)
-    return content[0]
 
 
 def _is_there(path: Path, file: RemoteFile) -> bool:

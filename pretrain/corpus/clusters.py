@@ -8,26 +8,21 @@ model", supplement A.1.1). So large families do not dominate, and their diversit
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.csv
 from numpy.typing import ArrayLike, NDArray
 from typing_extensions import override
 
-from pretrain.corpus.counter import Stream as Randomness
-from pretrain.corpus.counter import below, bits, derive_key
+from pretrain.corpus.counter import RandomStream, below, bits, derive_key
+from pretrain.corpus.names import NameTable, hash_names, read_lines
 from pretrain.corpus.order import Order
-from pretrain.corpus.sources import Source, Stream
 from pretrain.corpus.store import CLUSTERS, Clusters, open_shard
 from pretrain.corpus.writing import write_batch
 from pretrain.errors import UserError
 
 Int64 = NDArray[np.int64]
-
-_BARS = r"^[^|]*\|([^|]+)(\|.*)?$"  # sp|P12345|NAME, which mmseqs calls P12345
 
 
 class ClusterOrder(Order):
@@ -50,7 +45,7 @@ class ClusterOrder(Order):
         epochs, visited = super().__call__(positions)
         first = self.clusters.offsets[visited]
         sizes = self.clusters.offsets[visited + 1] - first
-        draws = bits(derive_key(self.seed, Randomness.CLUSTER_MEMBER, epochs, visited), 0)
+        draws = bits(derive_key(self.seed, RandomStream.CLUSTER_MEMBER, epochs, visited), 0)
         return epochs, self.clusters.members[first + below(draws, sizes)].astype(np.int64)
 
     @override
@@ -66,57 +61,74 @@ class ClusterOrder(Order):
         return cluster_of
 
 
-class _Table(NamedTuple):
-    """A cluster table: the names of the sequences, each once, and the number of each one's cluster."""
+def read_clusters(table: str) -> NameTable:
+    """A table of clusters: its members, and of each the hash of its cluster's name.
 
-    names: pa.Array
-    clusters: Int64
-
-
-def check_table(table: str) -> None:
-    """Make sure that a table is there, before the hours that reading the sources may take.
+    Args:
+        table: Lines of a cluster's name, a tab, and the id of one of its sequences, as ``mmseqs createtsv`` writes
+            them; it may be compressed.
 
     Raises:
-        UserError: If it cannot be opened.
+        UserError: If it is unreadable, is empty, or holds a sequence in two clusters.
     """
-    Stream(Source(table, "tsv")).close()
+    members, clusters = [np.zeros(0, np.uint64)], [np.zeros(0, np.uint64)]
+    for first, lines in read_lines(table):
+        rows = [line.split(b"\t") for line in lines]
+        for line, row in enumerate(rows, first):
+            if len(row) != 2 and row != [b""]:
+                raise UserError(f"{table}:{line}: {len(row)} columns; a cluster, a tab and a member of it are expected")
+        members.append(hash_names(row[1] for row in rows if len(row) == 2))
+        clusters.append(hash_names(row[0] for row in rows if len(row) == 2))
+    hashes = np.concatenate(members)
+    if not len(hashes):
+        raise UserError(f"{table}: is empty; lines of a cluster, a tab and a member are expected")
+    order = np.argsort(hashes)
+    found = NameTable(hashes[order], np.concatenate(clusters)[order])
+    twice = (found.hashes[1:] == found.hashes[:-1]) & (found.values[1:] != found.values[:-1])
+    if twice.any():
+        name = _member(table, found.hashes[1:][twice][0])
+        raise UserError(f"{table}: '{name}' is in two clusters; a sequence belongs to one")
+    return found
 
 
-def write_clusters(directory: Path, shards: Sequence[str], table: str) -> dict[str, Any]:
+def _member(table: str, wanted: np.uint64) -> str:
+    """The member that has a hash."""
+    members = (line.partition(b"\t")[2] for _, lines in read_lines(table) for line in lines)
+    return next(member.decode("utf-8", "replace") for member in members if hash_names([member])[0] == wanted)
+
+
+def write_clusters(directory: Path, shards: Sequence[str], table: str, windows: bool) -> dict[str, Any]:
     """Look up the cluster of each sequence, and write the sequences by cluster beside the shards.
 
-    Needs about 200 bytes of memory a line of the table.
+    Needs about 70 bytes of memory a line of the table.
 
     Args:
         directory: Where the shards are.
         shards: Their names.
-        table: Lines of a cluster's name, a tab, and the id of one of its sequences, as ``mmseqs`` writes them; it may
-            be compressed, and may name sequences that the corpus does not hold.
+        table: As `read_clusters` takes it; it may name sequences that the corpus does not hold.
+        windows: Whether long sequences were cut; the windows are then members of their sequence's cluster.
 
     Returns:
         What the manifest records.
 
     Raises:
-        UserError: If the table is unreadable, holds a sequence in two clusters, or leaves one of the corpus out.
+        UserError: As `read_clusters`, or if the table leaves a sequence of the corpus out.
     """
-    names, clusters = _read_table(table)
-    ids = pa.chunked_array([open_shard(directory / shard).ids for shard in shards])
-    rows = pc.index_in(ids, value_set=names)
-    if rows.null_count:
-        accessions = pc.replace_substring_regex(ids, _BARS, r"\1")
-        rows = pc.coalesce(rows, pc.index_in(accessions, value_set=names))
-    if rows.null_count:  # windows of a long one, name#1, name#2, ..., are members of its cluster
-        whole = pc.replace_substring_regex(ids, r"#[0-9]+$", "")
-        rows = pc.coalesce(rows, pc.index_in(whole, value_set=names))
-    if rows.null_count:
-        missing = ids.filter(pc.is_null(rows))
+    known, clusters = read_clusters(table), list[NDArray[np.uint64]]()
+    missing, first_missing = 0, ""
+    for shard in shards:
+        names = open_shard(directory / shard).ids.to_pylist()
+        found, place = known.find(names, windows)
+        clusters.append(known.values[place])
+        first_missing = first_missing if missing or found.all() else names[int(np.argmin(found))]
+        missing += int((~found).sum())
+    if missing:
         raise UserError(
-            f"{table}: {len(missing):,} of {len(ids):,} sequences are in no cluster, the first is '{missing[0]}'; add "
-            "lines CLUSTER<TAB>ID, with its own id as the cluster of one that stands alone"
+            f"{table}: {missing:,} of {sum(map(len, clusters)):,} sequences are in no cluster, the first is "
+            f"'{first_missing}'; add lines CLUSTER<TAB>ID, with its own id as the cluster of one that stands alone"
         )
-    found = clusters[rows.to_numpy()]
-    # Numbered as they first come in the corpus: so the order depends on who is with whom, not on the table's lines.
-    _, first, numbers = np.unique(found, return_index=True, return_inverse=True)
+    # Numbered as they first come in the corpus: so the order depends on who is with whom, not on their names.
+    _, first, numbers = np.unique(np.concatenate(clusters), return_index=True, return_inverse=True)
     renumbered = np.empty_like(first)
     renumbered[np.argsort(first)] = np.arange(len(first))
     cluster_of = renumbered[numbers]
@@ -125,32 +137,3 @@ def write_clusters(directory: Path, shards: Sequence[str], table: str) -> dict[s
     column = pa.LargeListArray.from_arrays(offsets, members.astype(np.min_scalar_type(len(members))))
     checksum = write_batch(directory / CLUSTERS, pa.record_batch({"members": column}))
     return {"table": table, "num_clusters": len(first), "sha256": checksum}
-
-
-def _read_table(table: str) -> _Table:
-    flaws = []
-
-    def note(row: Any) -> str:
-        flaws.append(row)
-        return "error"
-
-    with Stream(Source(table, "tsv")) as stream:
-        try:
-            rows = pa.csv.read_csv(
-                pa.PythonFile(stream, mode="r"),
-                pa.csv.ReadOptions(column_names=["cluster", "member"], use_threads=False),
-                pa.csv.ParseOptions(delimiter="\t", quote_char=False, invalid_row_handler=note),
-                pa.csv.ConvertOptions(column_types={"cluster": pa.large_string(), "member": pa.large_string()}),
-            )
-        except pa.ArrowInvalid as error:
-            where = f"line {flaws[0].number} has {flaws[0].actual_columns} columns" if flaws else str(error).rstrip(".")
-            raise UserError(f"{table}: {where}; a cluster table has two: CLUSTER<TAB>MEMBER") from error
-    clusters = rows["cluster"].combine_chunks().dictionary_encode().indices.to_numpy().astype(np.int64)
-    members = rows["member"].combine_chunks().dictionary_encode()
-    numbers = members.indices.to_numpy()
-    cluster_of = np.empty(len(members.dictionary), np.int64)
-    cluster_of[numbers] = clusters
-    twice = np.flatnonzero(cluster_of[numbers] != clusters)
-    if len(twice):
-        raise UserError(f"{table}: '{rows['member'][twice[0]]}' is in two clusters; a sequence belongs to one")
-    return _Table(members.dictionary, cluster_of)

@@ -19,7 +19,7 @@ _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
 
 
-class Stream(IntEnum):
+class RandomStream(IntEnum):
     """What the bits are for. Two streams of one seed are independent."""
 
     ORDER = 1
@@ -50,7 +50,7 @@ def bits(key: ArrayLike, counter: ArrayLike) -> U64:
     return _mix(key + (counter + np.uint64(1)) * _GOLDEN)  # uint64 arithmetic wraps, as it should
 
 
-def derive_key(seed: int, stream: Stream, *counters: ArrayLike) -> U64:
+def derive_key(seed: int, stream: RandomStream, *counters: ArrayLike) -> U64:
     """A key for ``stream`` that depends on the seed and on every counter (for example epoch and sequence index)."""
     key = bits(np.uint64(seed % 2**64), np.uint64(stream))
     for counter in counters:

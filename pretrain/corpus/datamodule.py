@@ -10,12 +10,12 @@ from pretrain.corpus.baselines import Baselines, perplexities
 from pretrain.corpus.batch import Batch, PackDataset
 from pretrain.corpus.masking import MaskDraws, Masking, MaskUnit
 from pretrain.corpus.mixture import JoinedCorpus, draws_of_a_block, mixture_of
+from pretrain.corpus.opening import open_or_prepare
 from pretrain.corpus.order import AnyOrder, Order
 from pretrain.corpus.packed import PackedDataModule
 from pretrain.corpus.packing import BatchWarmup, Planner, StepPlanner, validation_packs
 from pretrain.corpus.padding import PaddedDataset, static_shapes
 from pretrain.corpus.prefetch import group_size, order_of, prefetch_shards
-from pretrain.corpus.prepare import open_or_prepare
 from pretrain.corpus.remote import RemoteCorpus
 from pretrain.corpus.store import Corpus
 from pretrain.corpus.tokenizer import ProteinTokenizer
@@ -55,8 +55,8 @@ class MLMDataModule(PackedDataModule):
         static_shapes: Pad packs to one of a few sizes, for compiled code; they are then made equal in tokens, not cost.
         num_workers: Processes that load ahead of training.
         group_shards: Shards of the corpus that are shuffled together: a number, or ``all``. By default all, and 32 of a
-            corpus from afar, of which only a group, the next one and the one before are needed at a time.
-        cache_gb: How much of a corpus from afar to keep on the local disk; by default what is in use.
+            remote corpus, of which only a group, the next one and the one before are needed at a time.
+        cache_gb: How much of a remote corpus to keep on the local disk; by default what is in use.
         seed: Seed of order, crops and masks.
 
     Raises:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pretrain.corpus.counter import Stream, bits, derive_key
+from pretrain.corpus.counter import RandomStream, bits, derive_key
 from pretrain.corpus.order import Order
 
 Int64 = NDArray[np.int64]
@@ -86,7 +86,7 @@ class GroupOrder:
         begin, end = group * self.group_shards, min((group + 1) * self.group_shards, len(shards))
         start = int(ends[begin - 1]) if begin else 0
         # Two groups of the same size and epoch have permutations of their own, as have two epochs of one group.
-        seed = int(derive_key(self.seed, Stream.GROUP, epoch, group)[0])
+        seed = int(derive_key(self.seed, RandomStream.GROUP, epoch, group)[0])
         _, shuffled = Order(int(ends[end - 1]) - start, seed)(places - start)
         shard = np.searchsorted(ends[begin:end], shuffled + start, side="right") + begin
         before = np.where(shard > 0, ends[shard - 1], 0)
@@ -94,7 +94,7 @@ class GroupOrder:
 
     def _epoch(self, epoch: int) -> _Epoch:
         if epoch not in self._epochs:
-            key = derive_key(self.seed, Stream.SHARDS, epoch)
+            key = derive_key(self.seed, RandomStream.SHARDS, epoch)
             shards = np.argsort(bits(key, np.arange(len(self._sizes))), kind="stable")
             if len(self._epochs) > 2:  # a step reaches from one epoch into the next, seldom further
                 self._epochs.clear()

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.corpus.counter import U64, Stream, below, bits, derive_key, uniform
+from pretrain.corpus.counter import U64, RandomStream, below, bits, derive_key, uniform
 from pretrain.errors import UserError
 
 Int64 = NDArray[np.int64]
@@ -15,9 +15,6 @@ Bool = NDArray[np.bool_]
 
 MaskUnit = Literal["token", "span", "word"]
 MaskDraws = Literal["fixed", "independent"]
-
-MAX_TOKENS_PER_SEQUENCE = 2**18
-"""Far more than one sequence of a pack can be."""
 
 _MEAN_SPAN_LENGTH = 3.0
 
@@ -146,7 +143,7 @@ class Masking:
         for words and independent draws. A step's loss is divided by the planned number, which is the same however the
         step is shared out.
         """
-        chance = uniform(bits(derive_key(self.seed, Stream.MASK_COUNT, epochs, indices), 0))
+        chance = uniform(bits(derive_key(self.seed, RandomStream.MASK_COUNT, epochs, indices), 0))
         return np.floor(self._shares(epochs, indices) * maskable + chance).astype(np.int64)
 
     def apply(
@@ -174,7 +171,7 @@ class Masking:
         bounds = np.append(np.searchsorted(positions, crops.first), len(positions))
         owner = np.repeat(np.arange(len(crops.first)), np.diff(bounds))
         place = positions - crops.first[owner]
-        action = bits(self._keys(Stream.MASK_ACTION, crops)[owner], place)
+        action = bits(self._keys(RandomStream.MASK_ACTION, crops)[owner], place)
         targets = tokens[positions].astype(np.int64)
         share = uniform(action)
         # The choice of a random token takes fresh bits: those of `action` already decided that there is one.
@@ -188,14 +185,14 @@ class Masking:
 
     def _shares(self, epochs: Int64, indices: Int64) -> NDArray[np.float64]:
         low, high = self.range
-        return low + (high - low) * uniform(bits(derive_key(self.seed, Stream.MASK_SHARE, epochs, indices), 0))
+        return low + (high - low) * uniform(bits(derive_key(self.seed, RandomStream.MASK_SHARE, epochs, indices), 0))
 
-    def _keys(self, stream: Stream, crops: Crops) -> U64:
+    def _keys(self, stream: RandomStream, crops: Crops) -> U64:
         return derive_key(self.seed, stream, crops.epochs, crops.indices)
 
     def _tokens(self, crops: Crops) -> tuple[Int64, Int64]:
         """Whose each target is, and its place among that sequence's maskable tokens."""
-        return _without_replacement(self._keys(Stream.MASK_POSITION, crops), crops.maskable, crops.counts)
+        return _without_replacement(self._keys(RandomStream.MASK_POSITION, crops), crops.maskable, crops.counts)
 
     def _spans(self, crops: Crops) -> tuple[Int64, Int64]:
         """The same for spans.
@@ -207,17 +204,17 @@ class Masking:
         rows = np.arange(len(crops.first))
         owner = np.repeat(rows, crops.counts)
         number = _within(crops.counts)
-        draws = bits(self._keys(Stream.MASK_SPAN, crops)[owner], number)
+        draws = bits(self._keys(RandomStream.MASK_SPAN, crops)[owner], number)
         lengths = 1 + np.searchsorted(_geometric(self.mean_span_length or _MEAN_SPAN_LENGTH), uniform(draws), "right")
         lengths = np.minimum(lengths, crops.counts[owner] - _before(lengths, crops.counts))
         owner, lengths = owner[lengths > 0], lengths[lengths > 0]
         spans = np.bincount(owner, minlength=len(rows))
 
         slots = crops.maskable - crops.counts + spans
-        _, slot = _without_replacement(self._keys(Stream.MASK_POSITION, crops), slots, spans)
+        _, slot = _without_replacement(self._keys(RandomStream.MASK_POSITION, crops), slots, spans)
         begins = slot + _before(lengths - 1, spans)
         owner = np.repeat(owner, lengths)
-        turn = below(bits(self._keys(Stream.MASK_TURN, crops), 0), crops.maskable)
+        turn = below(bits(self._keys(RandomStream.MASK_TURN, crops), 0), crops.maskable)
         return owner, (np.repeat(begins, lengths) + _within(lengths) + turn[owner]) % crops.maskable[owner]
 
     def _units(self, crops: Crops, word_starts: Bool | None) -> Int64:
@@ -232,7 +229,7 @@ class Masking:
             begins = np.arange(len(places))
         lengths = np.diff(begins, append=len(places))
         owner = sequence[begins]
-        draws = bits(self._keys(Stream.MASK_POSITION, crops)[owner], offset[begins])
+        draws = bits(self._keys(RandomStream.MASK_POSITION, crops)[owner], offset[begins])
         if self.draws == "independent":
             chosen = uniform(draws) < self._shares(crops.epochs, crops.indices)[owner]
         else:
@@ -240,7 +237,7 @@ class Masking:
             # as the planned number. So every unit, however long, has the same chance, and the expectation is exact.
             order = np.argsort(owner.astype(np.uint64) << np.uint64(44) | draws >> np.uint64(20))
             around = _before(lengths[order], np.bincount(owner, minlength=len(crops.first)))
-            turn = below(bits(self._keys(Stream.MASK_TURN, crops), 0), crops.maskable)
+            turn = below(bits(self._keys(RandomStream.MASK_TURN, crops), 0), crops.maskable)
             chosen = np.empty(len(begins), np.bool_)
             chosen[order] = (around + turn[owner]) % crops.maskable[owner] < crops.counts[owner]
         return places[np.repeat(chosen, lengths)]

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from typing_extensions import override
 
 from pretrain.corpus.clusters import ClusterOrder
-from pretrain.corpus.counter import Stream, derive_key
+from pretrain.corpus.counter import RandomStream, derive_key
 from pretrain.corpus.order import AnyOrder, Order
 from pretrain.corpus.store import Corpus, Shard
 from pretrain.errors import UserError
@@ -37,7 +37,7 @@ class JoinedCorpus(Corpus):
         self.tokenizer = corpora[0].tokenizer
         self.num_sequences = sum(corpus.num_sequences for corpus in corpora)
         self.num_tokens = sum(corpus.num_tokens for corpus in corpora)
-        self.manifest = {}
+        self.manifest, self.prepared = {}, {}
         self.fingerprint = hashlib.sha256(" ".join(corpus.fingerprint for corpus in corpora).encode()).hexdigest()[:16]
         self.first = np.cumsum([0, *(corpus.num_sequences for corpus in corpora)])
 
@@ -48,7 +48,7 @@ class JoinedCorpus(Corpus):
     @property
     @override
     def shards(self) -> Iterable[Shard]:  # type: ignore[override]
-        """The shards, one after the other; those of a corpus from afar come when their turn does."""
+        """The shards, one after the other; those of a remote corpus come when their turn does."""
         return chain.from_iterable(corpus.shards for corpus in self.corpora)
 
     @property
@@ -177,7 +177,7 @@ def whole_order(corpus: Corpus, seed: int) -> AnyOrder:
 def mixture_of(corpus: JoinedCorpus, counts: Int64, seed: int) -> MixtureOrder:
     """The order of several corpora that come ``counts`` times in a block; see `MixtureOrder`."""
     # Seeds of their own, so that corpora of one size are not shuffled alike.
-    seeds = [int(derive_key(seed, Stream.COMPONENT, number)[0]) for number in range(len(counts))]
+    seeds = [int(derive_key(seed, RandomStream.COMPONENT, number)[0]) for number in range(len(counts))]
     orders = [whole_order(component, own) for component, own in zip(corpus.corpora, seeds, strict=True)]
     return MixtureOrder(orders, corpus.first[:-1], counts, seed)
 

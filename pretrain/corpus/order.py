@@ -5,7 +5,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pretrain.corpus.counter import Stream, bits, derive_key
+from pretrain.corpus.counter import RandomStream, bits, derive_key
 
 ORDER_VERSION = 2
 """Written into checkpoints. Any change of which sequences, crops or masks a seed gives must raise it."""
@@ -60,7 +60,7 @@ class Order:
         """Where the order stands at ``positions`` (any n >= 0): the epoch n // N and the sequence's index in [0, N)."""
         n = np.atleast_1d(np.asarray(positions, np.int64))
         epochs, place = np.divmod(n, self.num_sequences)
-        keys = derive_key(self.seed, Stream.ORDER, epochs)
+        keys = derive_key(self.seed, RandomStream.ORDER, epochs)
         indices = self._permute(place.astype(np.uint64), keys)
         outside = np.flatnonzero(indices >= self.num_sequences)
         while outside.size:

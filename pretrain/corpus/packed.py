@@ -11,13 +11,15 @@ from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
 from pretrain.corpus.batch import Batch
-from pretrain.corpus.masking import MAX_TOKENS_PER_SEQUENCE
 from pretrain.corpus.order import ORDER_VERSION
 from pretrain.corpus.packing import BatchWarmup, FixedSampler, PackSampler, Position, StepPlanner, validation_packs
 from pretrain.corpus.processes import end_with_parent
 from pretrain.corpus.store import Corpus
 from pretrain.corpus.tokenizer import load_tokenizer
 from pretrain.errors import UserError
+
+MAX_TOKENS_PER_SEQUENCE = 2**18
+"""The longest that is tested; attention, whose time grows with the square, would hardly end on longer ones."""
 
 
 class PackedDataModule(pl.LightningDataModule):

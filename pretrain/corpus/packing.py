@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DistributedSampler
 from typing_extensions import override
 
-from pretrain.corpus.counter import Stream, below, bits, derive_key
+from pretrain.corpus.counter import RandomStream, below, bits, derive_key
 from pretrain.corpus.masking import Masking
 from pretrain.corpus.order import AnyOrder
 from pretrain.corpus.store import Corpus
@@ -25,7 +25,8 @@ from pretrain.errors import UserError
 Int64 = NDArray[np.int64]
 
 _SAMPLE = 1024
-"""Crops that a planner looks at to know about how long they are: for how far it looks ahead, and how steps grow."""
+"""Number of crops sampled to estimate their mean length, which sets how far the planner looks ahead and how fast the
+batch warmup grows."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ class StepPlanner(ABC):
 
     def crop_starts(self, epochs: Int64, indices: Int64, room: Int64) -> Int64:
         """First token of each crop, from 0 to ``room``: a random window, a new one in each epoch."""
-        draws = bits(derive_key(self.order.seed, Stream.CROP, epochs, indices), 0)
+        draws = bits(derive_key(self.order.seed, RandomStream.CROP, epochs, indices), 0)
         return below(draws, room + 1)
 
     @abstractmethod

@@ -15,7 +15,7 @@ from pretrain.corpus.batch import Batch, PackDataset
 from pretrain.corpus.packing import Pack
 
 IGNORED = -100
-"""Target of a padded row: `torch.nn.functional.cross_entropy` leaves it out of the sum."""
+"""Target of padding, or of a residue without a label: `torch.nn.functional.cross_entropy` leaves it out of the sum."""
 
 _SPARE = 1.01  # room for packs that are not quite equal: they differ by about 0.2 %
 _MULTIPLE = 128  # of tokens and targets: whole tiles of a GPU's matrix products

@@ -20,15 +20,17 @@ import pyarrow as pa
 from pretrain.corpus.duplicates import deduplicate
 from pretrain.corpus.journal import JOURNAL, Journal, ShardEntry, is_intact, report_file
 from pretrain.corpus.prepare import Settings, finish
-from pretrain.corpus.processes import engine as choose_engine
+from pretrain.corpus.processes import choose_engine
 from pretrain.corpus.repeat import check_repeated, describe
 from pretrain.corpus.shards import BLOCK_BYTES, Filters, Portion, make_shards
 from pretrain.corpus.sources import PART, SourceOptions, find_sources
 from pretrain.corpus.split import Split
 from pretrain.corpus.store import FORMAT_VERSION, open_shard
-from pretrain.corpus.tokenizer import Tokenizer, tokenizer_from_string
+from pretrain.corpus.tokenizer import tokenizer_from_string
 from pretrain.corpus.whole import make_whole
 from pretrain.errors import UserError
+
+NO_CLUSTERS = "--clusters goes with neither --shard nor --merge; prepare the sources in one call"
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,8 @@ class Part:
 def prepare_part(
     sources: Sequence[str | Path],
     out: Path,
-    tokenizer: Tokenizer,
+    settings: Settings,
     portion: Portion,
-    options: SourceOptions | None = None,
-    filters: Filters | None = None,
     workers: int | None = None,
     engine: str = "local",
 ) -> Part:
@@ -77,26 +77,39 @@ def prepare_part(
 
     One that is there already has nothing to do when it is repeated, as by a scheduler that starts a job again.
 
+    Args:
+        sources: As for `prepare`.
+        out: The directory to make.
+        settings: What else the part depends on; nothing that needs the whole corpus.
+        portion: Which blocks to make.
+        workers: Blocks at a time.
+        engine: What maps over them.
+
     Raises:
-        UserError: As `prepare`; or if duplicates are to be taken out, which is for `merge_parts`.
+        UserError: As `prepare`; or if duplicates are to be taken out, which is for `merge_parts`, as a split is; or if
+            there is a table of clusters.
     """
-    options, filters = options or SourceOptions(), filters or Filters()
+    tokenizer, options, filters = settings.tokenizer, settings.options, settings.filters
     if filters.deduplicate:
         raise UserError(
             "--deduplicate compares all sequences, and a part has only its own; prepare the parts without it, and give "
             "it with --merge"
         )
+    if settings.split:
+        raise UserError("a split is made when the parts are joined; give its options with --merge")
+    if settings.clusters:
+        raise UserError(NO_CLUSTERS)
     chosen = choose_engine(engine, workers)
     found = find_sources(sources, options)
     described = describe(found)
-    settings = {"block_bytes": BLOCK_BYTES, **asdict(options), **asdict(filters)}
+    common = {"block_bytes": BLOCK_BYTES, **asdict(options), **asdict(filters)}
 
     def is_ready(path: Path) -> bool:
         if not is_part(path):
             return False
         part = read_part(path)
         made = {**part.settings, "part": f"{part.number}/{part.of}", "sources": part.sources}
-        wanted = {**settings, "part": f"{portion.number}/{portion.of}", "sources": described}
+        wanted = {**common, "part": f"{portion.number}/{portion.of}", "sources": described}
         made["tokenizer"], wanted["tokenizer"] = _fingerprint(part), tokenizer.fingerprint
         check_repeated(out, (path / PART).stat().st_mtime, made, wanted, [source["name"] for source in described])
         return True
@@ -110,7 +123,7 @@ def prepare_part(
             "num_blocks": portion.num_blocks,
             "layout": portion.layout,
             "tokenizer": tokenizer.serialize(),
-            "settings": settings,
+            "settings": common,
             "sources": described,
             "entries": [entry._asdict() for entry in entries],
         }
@@ -201,13 +214,12 @@ def merge_parts(
     chosen = choose_engine(engine, workers)
     given = [read_part(path) for path in paths]
     _check_parts(given)
-    if split:
-        split.check_files()
     tokenizer = tokenizer_from_string(given[0].tokenizer, str(given[0].path))
     settings = {name: value for name, value in given[0].settings.items() if name != "block_bytes"}
     options = SourceOptions(**{name: settings.pop(name) for name in asdict(SourceOptions())})
     filters = replace(Filters(**settings), deduplicate=deduplicated)
     wanted = Settings(tokenizer, options, filters, split)
+    wanted.check_lists()
     sources = min(given, key=lambda part: part.number).sources
 
     def fill(partial: Path) -> Path:

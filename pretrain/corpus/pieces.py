@@ -67,14 +67,14 @@ def cut(source: Source, options: SourceOptions) -> Iterator[Piece]:
         yield Piece(source, b"", 0, (), 0)
 
 
-def whole(source: Source) -> Piece:
+def read_whole(source: Source) -> Piece:
     """All of a file as one piece, whatever its columns; of tables only CSV and TSV.
 
     Raises:
         UserError: If it cannot be read or decompressed.
     """
     with Stream(source) as stream:
-        columns = _header(source, stream.first_line()) if source.kind in ("csv", "tsv") else ()
+        columns = _header(source, stream) if source.kind in ("csv", "tsv") else ()
         return Piece(source, stream.read(sys.maxsize), 2 if columns else 1, columns, stream.position)
 
 
@@ -83,10 +83,9 @@ def _cut_bytes(source: Source, options: SourceOptions) -> Iterator[Piece]:
     with Stream(source) as stream:
         line, columns = 1, tuple[str, ...]()
         if source.kind in ("csv", "tsv"):
-            header = stream.first_line()
-            if not header.strip() and not stream.peek(1):
+            columns = _header(source, stream)
+            if not "".join(columns).strip() and not stream.peek(1):
                 return
-            columns = _header(source, header)
             find_column(source, columns, options.text_column, TEXT_COLUMNS)  # a wrong name shows at once
             line = 2
         data, wanted = b"", PIECE_BYTES
@@ -127,7 +126,7 @@ def _no_end(data: bytes) -> int:
 
 
 def _last_csv_end(data: bytes) -> int:
-    end = data.rfind(b"\n") + 1
+    end = data.rfind(b"\n") + 1 or data.rfind(b"\r", 0, -1) + 1  # one at the end may be half of a line end
     if data.find(b'"', 0, end) < 0:
         return end
     # Only the parser's own reader knows what a quote means, where it opens a field and where it is a mistake.
@@ -159,11 +158,9 @@ _LAST_END: dict[str, Callable[[bytes], int]] = {
 }
 
 
-def _header(source: Source, line: bytes) -> tuple[str, ...]:
-    text = line.decode("utf-8", "replace").rstrip("\r")
-    if source.kind == "tsv":
-        return tuple(text.split("\t"))
-    return tuple(next(csv.reader([text]), ()))
+def _header(source: Source, stream: Stream) -> tuple[str, ...]:
+    line = stream.first_line(r"\r?\n" if source.kind == "tsv" else r"\r\n?|\n").decode("utf-8", "replace")
+    return tuple(line.split("\t") if source.kind == "tsv" else next(csv.reader([line]), ()))
 
 
 def find_column(source: Source, columns: Sequence[str], wanted: str | None, usual: Sequence[str]) -> str | None:

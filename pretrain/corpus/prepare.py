@@ -1,7 +1,5 @@
 """Preparing: sources to a corpus, which appears at its place when it is complete."""
 
-import hashlib
-import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -9,23 +7,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from pretrain.corpus.clusters import check_table, write_clusters
+from pretrain.corpus.clusters import write_clusters
 from pretrain.corpus.journal import JOURNAL, ShardEntry, report_file
-from pretrain.corpus.processes import Engine
-from pretrain.corpus.processes import engine as choose_engine
-from pretrain.corpus.readers import read_records
-from pretrain.corpus.remote import RemoteCorpus, cache_directory, is_remote
+from pretrain.corpus.processes import Engine, choose_engine
 from pretrain.corpus.repeat import check_repeated, describe
 from pretrain.corpus.shards import Filters, make_shards
-from pretrain.corpus.sources import Source, SourceOptions, find_sources, known_kind
+from pretrain.corpus.sources import Source, SourceOptions, Stream, find_sources
 from pretrain.corpus.split import SIDES, Split, split_shards
-from pretrain.corpus.store import CLUSTERS, FORMAT_VERSION, LENGTHS, MANIFEST, REPORT, Corpus, is_corpus
-from pretrain.corpus.tokenizer import Tokenizer, TokenizerKind, train_tokenizer
+from pretrain.corpus.store import CLUSTERS, LENGTHS, MANIFEST, REPORT, Corpus, is_corpus
+from pretrain.corpus.tokenizer import Tokenizer
 from pretrain.corpus.whole import make_whole
-from pretrain.corpus.writing import write_manifest, write_shard
+from pretrain.corpus.writing import write_manifest
 from pretrain.errors import UserError
 
 
@@ -47,16 +39,21 @@ class Settings:
     split: Split | None = None
     clusters: str | None = None
 
-    def check_files(self) -> None:
+    @property
+    def lists(self) -> list[str]:
+        """The files of names that it refers to."""
+        return [
+            name for name in (self.clusters, self.split and self.split.clusters, self.split and self.split.ids) if name
+        ]
+
+    def check_lists(self) -> None:
         """Make sure that the lists are there, before the hours that reading the sources may take.
 
         Raises:
             UserError: If one cannot be opened.
         """
-        if self.split:
-            self.split.check_files()
-        if self.clusters:
-            check_table(self.clusters)
+        for name in self.lists:
+            Stream(Source(name, "tsv")).close()
 
     def is_ready(self, out: Path, sources: list[dict[str, Any]], read: Sequence[str]) -> bool:
         """Whether the corpus at ``out``, or the two of the split, are what would be made of these sources.
@@ -75,10 +72,8 @@ class Settings:
                 there = "one corpus" if self.split else "two corpora, train and validation"
                 raise UserError(f"{out}: exists already, and holds {there}; choose another place, or remove it first")
             return False
-        lists = [self.clusters, self.split and self.split.clusters, self.split and self.split.ids]
-        files = [*read, *(name for name in lists if name)]
         for path in paths:
-            self.check(out, Corpus(path).manifest, (path / MANIFEST).stat().st_mtime, sources, files)
+            self.check(out, Corpus(path).manifest, (path / MANIFEST).stat().st_mtime, sources, [*read, *self.lists])
         return True
 
     def check(
@@ -94,7 +89,7 @@ class Settings:
         Raises:
             UserError: If not; names the difference.
         """
-        made = {**manifest.get("prepared", {}), "tokenizer": manifest["tokenizer"]["fingerprint"]}
+        made = {**manifest["prepared"], "tokenizer": manifest["tokenizer"]["fingerprint"]}
         made["clusters"] = made.get("clusters") and made["clusters"]["table"]
         if made.setdefault("split", None):
             made["split"] = {name: value for name, value in made["split"].items() if name != "side"}
@@ -110,14 +105,7 @@ class Settings:
 
 
 def prepare(
-    sources: Sequence[str | Path],
-    out: Path,
-    tokenizer: Tokenizer,
-    options: SourceOptions | None = None,
-    filters: Filters | None = None,
-    workers: int | None = None,
-    clusters: str | None = None,
-    engine: str = "local",
+    sources: Sequence[str | Path], out: Path, settings: Settings, workers: int | None = None, engine: str = "local"
 ) -> Corpus:
     """Tokenise sources into a corpus at ``out``.
 
@@ -128,39 +116,26 @@ def prepare(
     Args:
         sources: Files, patterns, directories, URLs, ``hf://`` datasets, or ``-`` for standard input.
         out: The directory to make.
-        tokenizer: What makes the ids.
-        options: How the sources are read.
-        filters: Which sequences are kept.
+        settings: What else the corpus depends on; with a split it is for `prepare_split`.
         workers: Blocks at a time; by default one for each core. The corpus does not depend on it.
-        clusters: A table of cluster and member, for an order that visits clusters; see `write_clusters`.
         engine: ``local`` processes, or a ``ray`` cluster whose nodes all see the directory of ``out``.
 
     Raises:
         UserError: If a source is unreadable or holds something that has no token, or something else is at ``out``.
     """
-    settings = Settings(tokenizer, options or SourceOptions(), filters or Filters(), clusters=clusters)
-    _prepare(sources, out, settings, choose_engine(engine, workers))
+    prepare_found(find_sources(sources, settings.options), out, settings, choose_engine(engine, workers))
     return Corpus(out)
 
 
 def prepare_split(
-    sources: Sequence[str | Path],
-    out: Path,
-    tokenizer: Tokenizer,
-    split: Split,
-    options: SourceOptions | None = None,
-    filters: Filters | None = None,
-    workers: int | None = None,
-    clusters: str | None = None,
-    engine: str = "local",
+    sources: Sequence[str | Path], out: Path, settings: Settings, workers: int | None = None, engine: str = "local"
 ) -> tuple[Corpus, Corpus]:
-    """Tokenise sources into two corpora, ``out/train`` and ``out/validation``; otherwise as `prepare`.
+    """Tokenise sources into two corpora, ``out/train`` and ``out/validation``, by the split; otherwise as `prepare`.
 
     Raises:
         UserError: As `prepare`, or if a list of the split cannot be read, or a side would be empty.
     """
-    settings = Settings(tokenizer, options or SourceOptions(), filters or Filters(), split, clusters)
-    _prepare(sources, out, settings, choose_engine(engine, workers))
+    prepare_found(find_sources(sources, settings.options), out, settings, choose_engine(engine, workers))
     return open_split(out)
 
 
@@ -175,23 +150,22 @@ def open_split(path: Path) -> tuple[Corpus, Corpus]:
     return train, validation
 
 
-def _prepare(sources: Sequence[str | Path], out: Path, settings: Settings, engine: Engine) -> None:
-    found = find_sources(sources, settings.options)
-    settings.check_files()
-    described, read = describe(found), [source.name for source in found]
-    _prepare_once(found, out, settings, engine, lambda path: settings.is_ready(path, described, read))
-
-
-def _prepare_once(
-    sources: Sequence[Source], out: Path, settings: Settings, engine: Engine, is_made: Callable[[Path], bool]
+def prepare_found(
+    sources: Sequence[Source],
+    out: Path,
+    settings: Settings,
+    engine: Engine,
+    is_made: Callable[[Path], bool] | None = None,
 ) -> None:
     """Prepare, or wait for whoever is preparing the same corpus and take theirs."""
+    settings.check_lists()
+    described, read = describe(sources), [source.name for source in sources]  # now: they may grow while they are read
 
     def fill(partial: Path) -> Path:
         entries = make_shards(sources, partial, settings.tokenizer, settings.options, settings.filters, engine)
-        return finish(partial, entries, settings, describe(sources), engine)
+        return finish(partial, entries, settings, described, engine)
 
-    make_whole(out, is_made, fill)
+    make_whole(out, is_made or (lambda path: settings.is_ready(path, described, read)), fill)
 
 
 def finish(
@@ -207,17 +181,16 @@ def finish(
     Raises:
         UserError: If no sequence is left, or none on one side of the split.
     """
-    tokenizer, split = settings.tokenizer, settings.split
-    prepared = prepared_record(entries, settings, sources)
+    split, prepared = settings.split, prepared_record(entries, settings, sources)
     if split is None:
         write_report(directory, directory, entries)
-        _write_corpus(directory, entries, tokenizer, prepared, settings.clusters)
+        _write_corpus(directory, entries, settings, prepared)
         return directory
     into = directory / "split"
     sides = split_shards(directory, into, entries, split, engine, settings.filters.windows is not None)
     for name, side in zip(SIDES, sides, strict=True):
         which = {"split": {"side": name, **asdict(split)}}
-        _write_corpus(into / name, side, tokenizer, {**prepared, **which}, settings.clusters)
+        _write_corpus(into / name, side, settings, {**prepared, **which})
     write_report(directory, into, entries)
     return into
 
@@ -252,118 +225,18 @@ def write_report(directory: Path, to: Path, entries: Sequence[ShardEntry]) -> No
             report.write(report_file(directory, entry.number).read_bytes())
 
 
-def _write_corpus(
-    directory: Path, entries: Sequence[ShardEntry], tokenizer: Tokenizer, prepared: dict[str, Any], clusters: str | None
-) -> None:
+def _write_corpus(directory: Path, entries: Sequence[ShardEntry], settings: Settings, prepared: dict[str, Any]) -> None:
     fields = ("file", "num_sequences", "num_tokens", "sha256")
     shards = [{field: getattr(entry, field) for field in fields} for entry in entries if entry.file]
-    if clusters:
-        prepared = {**prepared, "clusters": write_clusters(directory, [shard["file"] for shard in shards], clusters)}
-    write_manifest(directory, shards, tokenizer, prepared)
-    ours = {REPORT, MANIFEST, LENGTHS, *([CLUSTERS] if clusters else []), *(entry.file for entry in entries)}
+    if settings.clusters:
+        names, windows = [shard["file"] for shard in shards], settings.filters.windows is not None
+        prepared = {**prepared, "clusters": write_clusters(directory, names, settings.clusters, windows)}
+    write_manifest(directory, shards, settings.tokenizer, prepared)
+    ours = {REPORT, MANIFEST, LENGTHS, *([CLUSTERS] if settings.clusters else []), *(entry.file for entry in entries)}
     for file in sorted(directory.iterdir(), key=lambda file: file.name == JOURNAL):  # the journal last
         if file.name not in ours:
             shutil.rmtree(file) if file.is_dir() else file.unlink()
 
 
-def open_or_prepare(
-    sources: Sequence[str | Path], tokenizer: Tokenizer, windows: int | None = None, cache_bytes: int | None = None
-) -> Corpus:
-    """Open a corpus, or prepare raw sources into the cache: once for each content and tokenizer.
-
-    The cache is ``$PRETRAIN_CACHE``, or ``pretrain`` in ``$XDG_CACHE_HOME`` (``~/.cache``).
-
-    Args:
-        sources: Raw sources, or one corpus.
-        tokenizer: What makes the ids.
-        windows: Tokens that longer sequences are cut into, at most; None leaves them whole.
-        cache_bytes: Most bytes of a corpus from afar that are kept here; None for as many as are in use.
-
-    Raises:
-        UserError: If a corpus was made with another tokenizer than ``tokenizer``, or not cut as ``windows`` says.
-    """
-    corpus: Corpus | None = None
-    if len(sources) == 1 and is_remote(sources[0]) and not known_kind(str(sources[0])):
-        corpus = RemoteCorpus(str(sources[0]), cache_bytes)
-    elif len(sources) == 1 and is_corpus(sources[0]):
-        corpus = Corpus(sources[0])
-    if corpus is not None:
-        if corpus.tokenizer.fingerprint != tokenizer.fingerprint:
-            raise UserError(
-                f"{corpus}: made with tokenizer '{corpus.tokenizer.name}' ({corpus.tokenizer.vocab_size} ids, "
-                f"{corpus.tokenizer.fingerprint}), the config asks for '{tokenizer.name}' ({tokenizer.vocab_size} ids, "
-                f"{tokenizer.fingerprint}); set data.tokenizer to the corpus's, or prepare the sources again"
-            )
-        was = corpus.manifest.get("prepared", {}).get("windows")
-        if windows and not (was and was <= windows):
-            given = f"with --windows {was}" if was else "without --windows"
-            raise UserError(
-                f"{corpus.path}: was prepared {given}, data.long_sequences split needs at most {windows} "
-                f"tokens in each; prepare it again with --windows {windows}, or set data.long_sequences to crop"
-            )
-        return corpus
-    key = hashlib.sha256(json.dumps([FORMAT_VERSION, tokenizer.fingerprint, windows]).encode())
-    options = SourceOptions()
-    found = find_sources(sources, options)
-    for source in found:
-        if not source.is_regular_file:
-            raise UserError(
-                f"{source}: only files are prepared into the cache; run `pretrain prepare '{source.name}' --out DIR` "
-                "once, and give DIR"
-            )
-        key.update(source.kind.encode())  # the same bytes make another corpus as .txt than as .jsonl
-        with Path(source.name).open("rb") as file:
-            key.update(hashlib.file_digest(file, "sha256").digest())
-    cached = cache_directory() / key.hexdigest()[:16]
-    if not is_corpus(cached):
-        settings = Settings(tokenizer, options, Filters(windows=windows))
-        _prepare_once(found, cached, settings, choose_engine(), lambda path: is_corpus(path))
-    return Corpus(cached)
-
-
-def open_or_store(ids: Sequence[str], sequences: Sequence[NDArray[np.unsignedinteger]], tokenizer: Tokenizer) -> Corpus:
-    """A corpus of sequences that are tokenised already, in the cache: once for each content.
-
-    Args:
-        ids: Their names.
-        sequences: Their ids, with ``<cls>`` and ``<eos>``.
-        tokenizer: What made the ids.
-    """
-    key = hashlib.sha256(json.dumps([FORMAT_VERSION, tokenizer.fingerprint, list(ids)]).encode())
-    for sequence in sequences:
-        key.update(hashlib.sha256(sequence.tobytes()).digest())
-    cached = cache_directory() / key.hexdigest()[:16]
-
-    def fill(partial: Path) -> Path:
-        file = partial / "shard-00000.arrow"
-        checksum = write_shard(file, ids, sequences, tokenizer.dtype)
-        tokens = sum(map(len, sequences))
-        shard = {"file": file.name, "num_sequences": len(ids), "num_tokens": tokens, "sha256": checksum}
-        write_manifest(partial, [shard], tokenizer, {})
-        return partial
-
-    make_whole(cached, is_corpus, fill)
-    return Corpus(cached)
-
-
 def _list(skipped: dict[str, int]) -> str:
     return ", ".join(f"{count:,} {reason}" for reason, count in sorted(skipped.items())) or "none was read"
-
-
-def train_tokenizer_file(
-    sources: Sequence[str | Path], out: Path, vocab_size: int, kind: TokenizerKind = "bpe"
-) -> Tokenizer:
-    """Train a tokenizer on the records of source files and write it as a ``tokenizer.json``; see `train_tokenizer`.
-
-    Raises:
-        UserError: If a source is unreadable, ``out`` exists, or ``vocab_size`` is too small.
-    """
-    if out.exists():
-        raise UserError(f"{out}: exists already; choose another name, or remove it first")
-    documents = (record.text.decode("utf-8", "replace") for source in sources for record in read_records(source))
-    tokenizer = train_tokenizer(documents, vocab_size, kind)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial")
-    partial.write_text(tokenizer.serialize(), encoding="utf-8")
-    partial.rename(out)
-    return tokenizer

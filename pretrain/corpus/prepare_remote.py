@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from pretrain.corpus.cache import get_file, put_file, remove_file, written_at
+from pretrain.corpus.cache import cache_directory
 from pretrain.corpus.journal import ShardEntry, report_file
 from pretrain.corpus.prepare import Settings, prepared_record, write_report
-from pretrain.corpus.processes import engine as choose_engine
-from pretrain.corpus.remote import RemoteCorpus, cache_directory
+from pretrain.corpus.processes import choose_engine
+from pretrain.corpus.remote import RemoteCorpus
+from pretrain.corpus.remote_files import get_file, put_file, remove_file, written_at
 from pretrain.corpus.repeat import describe
 from pretrain.corpus.shards import Block, Job, make_shard, make_shards
 from pretrain.corpus.sources import find_sources

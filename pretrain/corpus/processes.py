@@ -31,7 +31,7 @@ class Engine(Protocol):
 ENGINES = ("local", "ray")
 
 
-def engine(name: str = "local", workers: int | None = None) -> Engine:
+def choose_engine(name: str = "local", workers: int | None = None) -> Engine:
     """What maps over this machine's processes, or over a Ray cluster.
 
     Args:
@@ -89,7 +89,7 @@ def in_processes(function: Callable[[Task], Result], tasks: Iterable[Task], work
             yield waiting.popleft().result()
     except BrokenProcessPool as error:
         raise UserError(
-            "a worker process was killed, perhaps for want of memory; give the same command again, with fewer --workers"
+            "a worker process was killed, probably out of memory; give the same command again, with fewer --workers"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)

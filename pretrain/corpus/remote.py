@@ -1,6 +1,5 @@
-"""A corpus from afar: its manifest and lengths first, its shards when they are needed."""
+"""A remote corpus: its manifest and lengths first, its shards when they are needed."""
 
-import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -10,16 +9,17 @@ import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 from typing_extensions import override
 
-from pretrain.corpus.cache import Cache, RemoteFile, read_remote
+from pretrain.corpus.cache import Cache, RemoteFile, cache_directory
 from pretrain.corpus.groups import GroupOrder
-from pretrain.corpus.store import LENGTHS, MANIFEST, Clusters, Corpus, Shard, open_shard, parse_manifest
+from pretrain.corpus.remote_files import read_remote
+from pretrain.corpus.store import LENGTHS, MANIFEST, Clusters, Corpus, Shard, damaged, open_shard, parse_manifest
 from pretrain.errors import UserError
 
 Int64 = NDArray[np.int64]
 
 
 def is_remote(name: str | Path) -> bool:
-    """Whether a name is the address of a file or corpus from afar, and no Hub dataset."""
+    """Whether a name is the address of a remote file or corpus, and no Hub dataset."""
     return "://" in str(name) and not str(name).startswith("hf://")
 
 
@@ -41,7 +41,7 @@ class RemoteCorpus(Corpus):
         self.url, self.cache_bytes = url.rstrip("/"), cache_bytes
         self.path = Path(self.url)
         content = read_remote(f"{self.url}/{MANIFEST}")
-        self.read(parse_manifest(content, self.url), self.url)
+        self._take_manifest(parse_manifest(content, self.url), self.url)
         try:
             self._files = [
                 RemoteFile(shard["file"], shard["sha256"], shard["num_bytes"]) for shard in self.manifest["shards"]
@@ -50,9 +50,7 @@ class RemoteCorpus(Corpus):
             entry = self.manifest["lengths"]
             lengths = RemoteFile(LENGTHS, entry["sha256"], entry["num_bytes"])
         except KeyError as error:
-            raise UserError(
-                f"{self.url}: made by a version that read no corpora from afar; prepare it again, or copy it here"
-            ) from error
+            raise damaged(self.url, error) from error
         if any(Path(file.name).name != file.name for file in self._files):
             raise UserError(f"{self.url}: {MANIFEST} names a shard outside of the corpus; prepare it again")
         self._first = np.cumsum([0, *self._sizes])
@@ -147,7 +145,8 @@ class RemoteCorpus(Corpus):
                     continue
                 except pa.ArrowException as error:
                     raise UserError(
-                        f"{self._files[number].name}: damaged ({error}); remove it from the cache"
+                        f"{self._cache.directory / self._files[number].name}: damaged ({error}); delete this file and "
+                        "give the same command again"
                     ) from error
             else:
                 raise UserError(
@@ -172,9 +171,3 @@ class _Shards:
 
     def __iter__(self) -> Iterator[Shard]:
         return map(self._corpus._shard, range(len(self)))
-
-
-def cache_directory() -> Path:
-    """Where prepared sources and copies of corpora from afar are kept."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("PRETRAIN_CACHE") or home / "pretrain")

@@ -37,8 +37,6 @@ def check_repeated(
     def refuse(difference: str) -> UserError:
         return UserError(f"{out}: exists already{difference}; choose another place, or remove it first")
 
-    if "sources" not in made:  # by an earlier version
-        raise refuse("")
     if made["tokenizer"] != wanted["tokenizer"]:
         raise refuse(f", prepared with another tokenizer ({made['tokenizer']} instead of {wanted['tokenizer']})")
     for name, value in wanted.items():

@@ -4,6 +4,7 @@ import glob
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -279,9 +280,10 @@ class Stream(io.RawIOBase):
         self._ahead = data + self._ahead
         return data
 
-    def first_line(self) -> bytes:
-        """The bytes up to the first line end, or a million of them."""
-        line, _, self._ahead = self.read(2**20).partition(b"\n")
+    def first_line(self, end: str) -> bytes:
+        """The bytes up to the first line end, as a regular expression gives it, or a million of them."""
+        line, *rest = re.split(end.encode(), self.read(2**20), maxsplit=1)
+        self._ahead = b"".join(rest)
         return line
 
     def _next(self, size: int) -> bytes:

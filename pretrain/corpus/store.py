@@ -58,7 +58,7 @@ class Corpus:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.read(_read_manifest(self.path), str(self.path))
+        self._take_manifest(_read_manifest(self.path), str(self.path))
         try:
             self.shards = [open_shard(file) for file in _shard_files(self.path, self.manifest)]
             sizes = [len(shard.offsets) - 1 for shard in self.shards]
@@ -71,19 +71,20 @@ class Corpus:
         except (KeyError, TypeError, ValueError, pa.ArrowException) as error:
             if isinstance(error, UserError):
                 raise
-            raise _damaged(self.path, error) from error
+            raise damaged(self.path, error) from error
         self._first = np.cumsum([0, *sizes])
 
-    def read(self, manifest: dict[str, Any], where: str) -> None:
+    def _take_manifest(self, manifest: dict[str, Any], where: str) -> None:
         """Take from the manifest what it says about the whole corpus; ``where`` names it in messages."""
         try:
             self.manifest = manifest
             self.fingerprint: str = manifest["fingerprint"]
             self.num_sequences: int = manifest["num_sequences"]
             self.num_tokens: int = manifest["num_tokens"]
+            self.prepared: dict[str, Any] = manifest["prepared"]
             self.tokenizer: Tokenizer = tokenizer_from_string(manifest["tokenizer"]["serialized"], where)
         except (KeyError, TypeError) as error:
-            raise _damaged(where, error) from error
+            raise damaged(where, error) from error
 
     def __reduce__(self) -> tuple[type["Corpus"], tuple[Path]]:
         return Corpus, (self.path,)
@@ -97,7 +98,7 @@ class Corpus:
     @property
     def skipped(self) -> dict[str, int]:
         """Records that `prepare` left out, by the reason: ``short``, ``long``, ``bad``, ``duplicate``."""
-        skipped: dict[str, int] = self.manifest.get("prepared", {}).get("skipped", {})
+        skipped: dict[str, int] = self.prepared.get("skipped", {})
         return skipped
 
     @property
@@ -117,7 +118,7 @@ class Corpus:
 
     @property
     def _clusters(self) -> dict[str, Any] | None:
-        recorded: dict[str, Any] | None = self.manifest.get("prepared", {}).get("clusters")
+        recorded: dict[str, Any] | None = self.prepared.get("clusters")
         return recorded
 
     def clusters(self) -> Clusters:
@@ -129,10 +130,10 @@ class Corpus:
         try:
             column = _open_batch(self.path / CLUSTERS).column("members")
         except (FileNotFoundError, pa.ArrowException) as error:
-            raise _damaged(self.path, error) from error
+            raise damaged(self.path, error) from error
         offsets, members = (part.to_numpy(zero_copy_only=True) for part in (column.offsets, column.values))
         if len(members) != self.num_sequences:
-            raise _damaged(self.path, ValueError(f"{CLUSTERS} holds {len(members)} of {self.num_sequences} sequences"))
+            raise damaged(self.path, ValueError(f"{CLUSTERS} holds {len(members)} of {self.num_sequences} sequences"))
         return Clusters(offsets, members)
 
     def lengths(self, indices: ArrayLike) -> NDArray[np.int64]:
@@ -204,12 +205,11 @@ def verify(path: Path) -> int:
                 f"{fingerprint}; restore it, or prepare it again"
             )
         expected = dict(zip(_shard_files(path, manifest), checksums, strict=True))
-        if "lengths" in manifest:  # older corpora have none
-            expected[path / LENGTHS] = manifest["lengths"]["sha256"]
-        if clusters := manifest.get("prepared", {}).get("clusters"):
+        expected[path / LENGTHS] = manifest["lengths"]["sha256"]
+        if clusters := manifest["prepared"].get("clusters"):
             expected[path / CLUSTERS] = clusters["sha256"]
     except (KeyError, TypeError) as error:
-        raise _damaged(path, error) from error
+        raise damaged(path, error) from error
     broken = []
     for file, checksum in expected.items():
         if not file.is_file():
@@ -239,7 +239,8 @@ def fingerprint_of(tokenizer: str, checksums: Sequence[str]) -> str:
 _WHAT_IT_IS = "a corpus is a directory that `pretrain prepare` made"
 
 
-def _damaged(path: str | Path, error: Exception) -> UserError:
+def damaged(path: str | Path, error: Exception) -> UserError:
+    """What is raised of a corpus that is not as it was written."""
     return UserError(f"{path}: damaged corpus ({type(error).__name__}: {error}); prepare it again")
 
 
@@ -261,7 +262,7 @@ def parse_manifest(content: bytes, where: str | Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads(content)
         version = manifest["format_version"]
     except (KeyError, TypeError, ValueError) as error:
-        raise _damaged(where, error) from error
+        raise damaged(where, error) from error
     if version != FORMAT_VERSION:
         raise UserError(f"{where}: corpus format {version}, this version reads {FORMAT_VERSION}; prepare it again")
     return manifest

@@ -24,7 +24,7 @@ SPECIAL_TOKENS = ("<cls>", "<pad>", "<eos>", "<unk>")
 ESM_ALPHABET = (*SPECIAL_TOKENS, *"LAGVSERTIDPKQNFYMHWCXBUZO.-", "<null_1>", "<mask>")
 """The 33 tokens of ESM-1b and ESM-2, in their order (facebookresearch/esm, `esm/data.py`, "ESM-1b")."""
 
-TokenizerKind = Literal["bpe", "wordpiece", "unigram"]
+TokenizerAlgorithm = Literal["bpe", "wordpiece", "unigram"]
 
 _WORDPIECE_WORD = 100
 """Bytes: longer words are cut, since matching the longest piece takes the square of a word's length."""
@@ -187,6 +187,23 @@ class TextTokenizer(Tokenizer):
         return self.backend.to_str()
 
 
+def encode_or_refuse(tokenizer: Tokenizer, text: bytes, what: str) -> NDArray[np.unsignedinteger]:
+    """As `Tokenizer.encode`, for a sequence that must have ids; ``what`` is what errors call it.
+
+    Raises:
+        UserError: If a symbol has no id, or nothing is left between ``<cls>`` and ``<eos>``, as of a lone stop.
+    """
+    try:
+        ids = tokenizer.encode(text)
+    except InvalidSymbolError as error:
+        raise UserError(
+            f"{what} has {error.symbol} at position {error.position}; allowed: {error.allowed}; correct or remove it"
+        ) from error
+    if len(ids) < 3:
+        raise UserError(f"{what} has nothing that becomes a token; correct or remove it")
+    return ids
+
+
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     """``esm``, a ``tokenizer.json``, or the directory of a tokenizer that transformers saved, in whichever form.
 
@@ -240,32 +257,32 @@ def tokenizer_from_string(serialized: str, source: str) -> Tokenizer:
     return TextTokenizer(serialized, source)
 
 
-def train_tokenizer(documents: Iterable[str], vocab_size: int, kind: TokenizerKind = "bpe") -> TextTokenizer:
+def train_tokenizer(documents: Iterable[str], vocab_size: int, algorithm: TokenizerAlgorithm = "bpe") -> TextTokenizer:
     """Train a tokenizer on the bytes of text: any input can be encoded, nothing is unknown, and decoding gives it back.
 
     Text is first cut into words with the space before them, as GPT-2 does (Radford et al. 2019, section 2.2), and each
     of their bytes is a symbol; all 256 are in the vocabulary. Special tokens take the same first ids as in ESM's
-    alphabet. ``kind="bpe"`` with ``vocab_size=261`` gives a plain byte tokenizer.
+    alphabet. ``algorithm="bpe"`` with ``vocab_size=261`` gives a plain byte tokenizer.
 
     Args:
         documents: The training text.
         vocab_size: Number of ids in all, at most; at least 261 (256 bytes and 5 special tokens), for WordPiece 516.
-        kind: ``bpe`` (Sennrich et al. 2016), ``wordpiece`` (Schuster and Nakajima 2012; the longest piece that fits,
-            ``##`` before those that continue a word) or ``unigram`` (Kudo 2018).
+        algorithm: ``bpe`` (Sennrich et al. 2016), ``wordpiece`` (Schuster and Nakajima 2012; the longest piece that
+            fits, ``##`` before those that continue a word) or ``unigram`` (Kudo 2018).
 
     Raises:
-        UserError: If ``vocab_size`` is too small, or ``kind`` is none of these.
+        UserError: If ``vocab_size`` is too small, or ``algorithm`` is none of these.
     """
     from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Backend
 
-    if kind not in get_args(TokenizerKind):
-        raise UserError(f"tokenizer kind is '{kind}'; give one of {', '.join(get_args(TokenizerKind))}")
+    if algorithm not in get_args(TokenizerAlgorithm):
+        raise UserError(f"algorithm is '{algorithm}'; give one of {', '.join(get_args(TokenizerAlgorithm))}")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     # A mask in a text takes the place of a word together with the space before it, as in training.
     special = [*map(AddedToken, SPECIAL_TOKENS), AddedToken("<mask>", lstrip=True)]
     # A "#" is a word of its own, so it never continues one.
-    inner = [f"##{symbol}" for symbol in alphabet if symbol != "#"] if kind == "wordpiece" else []
+    inner = [f"##{symbol}" for symbol in alphabet if symbol != "#"] if algorithm == "wordpiece" else []
     smallest = len(alphabet) + len(inner) + len(special)
     if vocab_size < smallest:
         parts = f"{len(alphabet)} bytes{', again within words' if inner else ''} and {len(special)} special"
@@ -273,23 +290,23 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, kind: TokenizerKi
     settings: dict[str, Any] = {"special_tokens": special, "initial_alphabet": alphabet, "show_progress": False}
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer: Any
-    if kind == "bpe":
+    if algorithm == "bpe":
         backend = Backend(models.BPE())
         trainer = trainers.BpeTrainer(vocab_size=vocab_size, **settings)
-    elif kind == "unigram":
+    elif algorithm == "unigram":
         backend = Backend(models.Unigram())
         trainer = trainers.UnigramTrainer(vocab_size=vocab_size, unk_token="<unk>", **settings)
     else:
         backend = Backend(models.WordPiece(unk_token="<unk>", max_input_chars_per_word=_WORDPIECE_WORD))
         trainer = trainers.WordPieceTrainer(vocab_size=vocab_size - len(inner), **settings)
     backend.pre_tokenizer, backend.decoder = byte_level, decoders.ByteLevel()
-    if kind == "wordpiece":
+    if algorithm == "wordpiece":
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Split("#", "isolated"), byte_level, pre_tokenizers.FixedLength(_WORDPIECE_WORD)]
         )
         backend.decoder = decoders.Sequence([decoders.Replace(Regex("^##"), ""), decoders.ByteLevel()])
     backend.train_from_iterator(documents, trainer)
-    if kind == "wordpiece":  # the trainer knows only the symbols that it saw within words
+    if algorithm == "wordpiece":  # the trainer knows only the symbols that it saw within words
         vocabulary = backend.get_vocab()
         vocabulary |= {piece: len(vocabulary) + n for n, piece in enumerate(p for p in inner if p not in vocabulary)}
         backend.model = models.WordPiece(vocabulary, unk_token="<unk>", max_input_chars_per_word=_WORDPIECE_WORD)

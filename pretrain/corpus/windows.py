@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from pretrain.corpus.names import window_name
+
 Int = NDArray[np.unsignedinteger]
 Bool = NDArray[np.bool_]
 
@@ -31,4 +33,4 @@ def into_windows(
     bounds = 1 + np.arange(windows + 1) * inside // windows
     for number, (begin, end) in enumerate(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True), 1):
         places = np.r_[0, begin:end, len(tokens) - 1]
-        yield f"{name}#{number}", tokens[places], None if word_starts is None else word_starts[places]
+        yield window_name(name, number), tokens[places], None if word_starts is None else word_starts[places]

@@ -161,11 +161,11 @@ def _chart(lines: list[tuple[str, Points, bool]], cut: bool) -> str:
     return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">{"".join(parts)}</svg>'
 
 
-def _ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers that cover a range."""
+def _ticks(low: float, high: float) -> list[float]:
+    """About five round numbers that cover a range."""
     span = (high - low) or abs(high) or 1.0
-    power = 10.0 ** math.floor(math.log10(span / about))
-    step = min((power * factor for factor in (1, 2, 5, 10)), key=lambda step: abs(span / step - about))
+    power = 10.0 ** math.floor(math.log10(span / 5))
+    step = min((power * factor for factor in (1, 2, 5, 10)), key=lambda step: abs(span / step - 5))
     first = math.floor(low / step + 1e-9)
     return [step * i for i in range(first, math.ceil(high / step - 1e-9) + 1)]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 from typing_extensions import override
 
-from pretrain.corpus.tokenizer import InvalidSymbolError, Tokenizer
+from pretrain.corpus.tokenizer import Tokenizer, encode_or_refuse
 from pretrain.errors import UserError
 from pretrain.model.attention import Layout
 from pretrain.model.config import EncoderConfig
@@ -130,15 +130,7 @@ class PretrainedEncoder(Encoder):
         Raises:
             UserError: If it is empty, or has a symbol without an id.
         """
-        try:
-            ids = self.tokenizer.encode(sequence.encode())
-        except InvalidSymbolError as error:
-            raise UserError(
-                f"{name} has {error.symbol} at position {error.position}; allowed: {error.allowed}"
-            ) from error
-        if len(ids) < 3:  # nothing between <cls> and <eos>
-            raise UserError(f"{name} is empty; at least one residue or word is needed")
-        return ids
+        return encode_or_refuse(self.tokenizer, sequence.encode(), name)
 
     def resolve_layers(self, layers: Sequence[int]) -> list[int]:
         """Layers as numbers from 0 (the embedding) on; negative ones count from the last.

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from pretrain.corpus.pieces import cut
 from pretrain.corpus.readers import Flaw, parse
 from pretrain.corpus.sources import Source, SourceOptions
-from pretrain.corpus.tokenizer import InvalidSymbolError, Tokenizer
+from pretrain.corpus.tokenizer import Tokenizer, encode_or_refuse
 from pretrain.errors import UserError
 
 
@@ -47,22 +47,10 @@ def read_tokens(
             for record in parse(piece, options):
                 if isinstance(record, Flaw):
                     raise UserError(f"{piece.where(record.line)}: {record.reason}")
-                ids = _encode(tokenizer, record.text, f"{piece.where(record.line)}: record '{record.id}'")
+                ids = encode_or_refuse(tokenizer, record.text, f"{piece.where(record.line)}: record '{record.id}'")
                 if max_length is not None and len(ids) > max_length and not crop:
                     raise UserError(
                         f"{piece.where(record.line)}: record '{record.id}' has {len(ids):,} tokens, more than "
                         f"{max_length:,}; give --long_sequences crop or whole, or another --max_length"
                     )
                 yield Tokens(record.id, ids[:max_length] if crop else ids, len(ids))
-
-
-def _encode(tokenizer: Tokenizer, text: bytes, name: str) -> NDArray[np.unsignedinteger]:
-    try:
-        ids = tokenizer.encode(text)
-    except InvalidSymbolError as error:
-        raise UserError(
-            f"{name} has {error.symbol} at position {error.position}; allowed: {error.allowed}; correct or remove it"
-        ) from error
-    if len(ids) < 3:  # nothing between <cls> and <eos>, such as a lone stop
-        raise UserError(f"{name} has no residue; correct or remove it")
-    return ids

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from pretrain.corpus.readers import read_records
-from pretrain.corpus.tokenizer import InvalidSymbolError, ProteinTokenizer
+from pretrain.corpus.tokenizer import ProteinTokenizer, encode_or_refuse
 from pretrain.errors import UserError
 
 _WILD_TYPE_COLUMNS = ("target_seq", "wildtype_sequence", "wild_type", "wt_sequence")
@@ -111,7 +111,7 @@ class _Reader:
             raise self.fail(f"nothing in '{self.columns.mutated_sequence}'; fill it in or remove the row")
         given = self.get(row, self.columns.wild_type)
         if given is not None:
-            wild_type = self.residues(given, str(self.columns.wild_type))
+            wild_type = self.residues(given, str(self.columns.wild_type)) if given else ""
         else:
             if self.wild_type is None and changes is not None and mutated:
                 self.wild_type = self.revert(mutated, changes)
@@ -186,11 +186,7 @@ class _Reader:
 
 
 def _residues(text: str, what: str) -> str:
-    try:
-        ids = _TOKENIZER.encode(text.encode())
-    except InvalidSymbolError as error:
-        raise UserError(f"{what} has {error.symbol} at position {error.position}; allowed: {error.allowed}") from error
-    return "".join(_TOKENIZER.tokens[i] for i in ids[1:-1])
+    return "".join(_TOKENIZER.tokens[i] for i in encode_or_refuse(_TOKENIZER, text.encode(), what)[1:-1])
 
 
 def read_variants(
@@ -218,7 +214,17 @@ def read_variants(
         reason = "no such file" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())[:200]
         raise UserError(f"{path}: cannot be read ({reason}); a CSV file is expected") from error
     lines = csv.reader(io.StringIO(text, newline=""), strict=True)
-    header = next(lines, [])
+
+    def next_row() -> list[str] | None:
+        line = lines.line_num + 1
+        try:
+            return next(lines, None)
+        except csv.Error as error:
+            raise UserError(
+                f"{path}:{line}: not CSV ({error}); a field with a comma, a quote or a line end must stand in quotes"
+            ) from error
+
+    header = next_row() or []
     if columns.mutant not in header and columns.mutated_sequence not in header:
         raise UserError(
             f"{path}: no column '{columns.mutant}' or '{columns.mutated_sequence}'; its columns are "
@@ -234,10 +240,7 @@ def read_variants(
     rows = []
     while True:
         reader.line = lines.line_num + 1
-        try:
-            row = next(lines, None)
-        except csv.Error as error:
-            raise reader.fail(f"not CSV ({error})") from error
+        row = next_row()
         if row is None:
             break
         if not row:

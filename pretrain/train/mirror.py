@@ -12,8 +12,8 @@ import threading
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
-from pretrain.corpus.cache import ATTEMPTS, file_system, put_file, with_retries
 from pretrain.corpus.remote import is_remote
+from pretrain.corpus.remote_files import ATTEMPTS, file_system, put_file, with_retries
 from pretrain.corpus.whole import exclusive
 from pretrain.errors import UserError
 from pretrain.train.divided import parts_of

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from typing_extensions import override
 
 from pretrain.corpus.batch import Batch
-from pretrain.corpus.counter import Stream, derive_key
+from pretrain.corpus.counter import RandomStream, derive_key
 from pretrain.corpus.packed import PackedDataModule
 from pretrain.corpus.packing import Pack
 from pretrain.model.attention import activate_flash_attention
@@ -160,7 +160,7 @@ class StepModule(pl.LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         seed = data.seed if isinstance(data, PackedDataModule) else 0
         place = self.trainer.global_step, self.trainer.global_rank, batch_idx % self.trainer.accumulate_grad_batches
-        torch.manual_seed(int(derive_key(seed, Stream.DROPOUT, *place)[0]))
+        torch.manual_seed(int(derive_key(seed, RandomStream.DROPOUT, *place)[0]))
 
     def configure_gradient_clipping(
         self,

@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from pretrain.corpus.blosum import ORDER, blosum62
+from pretrain.corpus.blosum import RESIDUES, blosum62
 
 _CELL, _MARGIN, _HEAD = 20, 26, 44
 _PRIOR = 5.0  # observations and expectations added, so that what is hardly ever seen says nothing
@@ -26,9 +26,9 @@ def picture(confusion: NDArray[np.float64]) -> NDArray[np.uint8]:
     """The log-odds of a confusion matrix beside BLOSUM62, [height, width, 3].
 
     Args:
-        confusion: Counts by true residue and prediction, rows and columns in `ORDER`.
+        confusion: Counts by true residue and prediction, rows and columns in `RESIDUES`.
     """
-    size = _CELL * len(ORDER)
+    size = _CELL * len(RESIDUES)
     image = Image.new("RGB", (2 * (size + 2 * _MARGIN), size + _HEAD + _MARGIN), "white")
     draw = ImageDraw.Draw(image)
     font = ImageFont.load_default(13)
@@ -37,11 +37,11 @@ def picture(confusion: NDArray[np.float64]) -> NDArray[np.uint8]:
         (size + 3 * _MARGIN, "BLOSUM62", blosum62()),
     ):
         draw.text((left, 4), title, fill="black", font=font)
-        for i, residue in enumerate(ORDER):
+        for i, residue in enumerate(RESIDUES):
             middle = _CELL * i + _CELL // 2
             draw.text((left + middle, _HEAD - 10), residue, fill="black", font=font, anchor="mm")
             draw.text((left - 12, _HEAD + middle), residue, fill="black", font=font, anchor="mm")
-            for j in range(len(ORDER)):
+            for j in range(len(RESIDUES)):
                 x, y = left + _CELL * j, _HEAD + _CELL * i
                 draw.rectangle((x, y, x + _CELL - 2, y + _CELL - 2), fill=_colour(values[i, j]))
     draw.text(

@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
-from pretrain.corpus.blosum import ORDER
+from pretrain.corpus.blosum import RESIDUES
 from pretrain.corpus.datamodule import MLMDataModule
 from pretrain.corpus.tokenizer import ProteinTokenizer, TextTokenizer
 from pretrain.errors import UserError
@@ -56,7 +56,7 @@ class TensorBoardPages(pl.Callback):
         step = max(0, trainer.global_step - 1)  # where Lightning logs the validation's figures
         if isinstance(data.tokenizer, ProteinTokenizer):
             found = next(iter(pl_module.findings.values()))
-            places = [data.tokenizer.tokens.index(residue) for residue in ORDER]
+            places = [data.tokenizer.tokens.index(residue) for residue in RESIDUES]
             image = substitutions.picture(found.confusion.numpy()[np.ix_(places, places)])
             events.show(step, lambda writer: writer.add_image("val/substitutions", image, step, dataformats="HWC"))
         elif isinstance(data.tokenizer, TextTokenizer):

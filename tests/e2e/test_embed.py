@@ -124,7 +124,7 @@ def test_a_model_without_a_tokenizer_is_an_encoder_still(protein_model: Path, tm
     [
         ({"sequences": "MKT"}, "list of strings"),
         ({"sequences": ["MKT", "M1T"]}, "sequence 1 has '1' at position 2; allowed"),
-        ({"sequences": ["MKT", ""]}, "sequence 1 is empty"),
+        ({"sequences": ["MKT", ""]}, "sequence 1 has nothing that becomes a token"),
         ({"sequences": ["MKT"], "layers": 4}, "layer 4 does not exist; this model has 0 .* to 3"),
         ({"sequences": ["MKT"], "layers": []}, "no layer"),
         ({"sequences": ["MKT"], "layers": [0, -1, 3]}, "layer 3 is named twice"),
@@ -311,7 +311,7 @@ def test_half_precision_is_rounded_once(protein_model: Path, proteins: Path, tmp
     ("arguments", "said"),
     [
         (["{model}", "{bad}", "--out", "{out}.npz"], "bad.fasta:3: record 'b' has '1' at position 2; allowed"),
-        (["{model}", "{stop}", "--out", "{out}.npz"], "stop.fasta:1: record 'a' has no residue"),
+        (["{model}", "{stop}", "--out", "{out}.npz"], "stop.fasta:1: record 'a' has nothing that becomes a token"),
         (["{model}", "{good}", "--out", "{out}.h5"], "must end in one of .parquet, .safetensors, .npz"),
         (["{model}", "{good}", "--out", "{good}.npz"], "exists already"),
         (["{model}", "{good}", "--out", "{out}.npz", "--layers", "7"], "layer 7 does not exist"),

@@ -15,7 +15,7 @@ from test_ledger import audit
 from test_resume import STEPS, equal, figures, final_state, kill
 
 from pretrain.cli import main
-from pretrain.corpus import cache
+from pretrain.corpus import remote_files
 from pretrain.train.checkpoint import read_checkpoint
 from pretrain.train.mirror import Mirror
 
@@ -24,7 +24,7 @@ from pretrain.train.mirror import Mirror
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The seconds between attempts, which the tests do not wait."""
     seconds = list[float]()
-    monkeypatch.setattr(cache, "_wait", seconds.append)
+    monkeypatch.setattr(remote_files, "_wait", seconds.append)
     return seconds
 
 

@@ -1,4 +1,4 @@
-"""Training on a corpus from afar: the bits of training on it at home, killed and continued or not."""
+"""Training on a remote corpus: the bits of training on it at home, killed and continued or not."""
 
 import functools
 import http.server

@@ -19,8 +19,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 
-from pretrain.corpus.blosum import ORDER, blosum62
-from pretrain.corpus.prepare import train_tokenizer_file
+from pretrain.corpus.blosum import RESIDUES, blosum62
+from pretrain.corpus.command import train_tokenizer_file
 from pretrain.train.substitutions import log_odds, picture
 
 
@@ -87,9 +87,9 @@ def test_blosum62_is_symmetric_and_has_the_published_diagonal() -> None:
     expected = dict(
         zip("ARNDCQEGHILKMFPSTWYV", [4, 5, 6, 6, 9, 5, 5, 6, 8, 4, 4, 5, 5, 6, 7, 4, 5, 11, 7, 4], strict=True)
     )
-    assert dict(zip(ORDER, table.diagonal(), strict=True)) == expected
-    assert table[ORDER.index("I"), ORDER.index("V")] == 3
-    assert table[ORDER.index("W"), ORDER.index("D")] == -4
+    assert dict(zip(RESIDUES, table.diagonal(), strict=True)) == expected
+    assert table[RESIDUES.index("I"), RESIDUES.index("V")] == 3
+    assert table[RESIDUES.index("W"), RESIDUES.index("D")] == -4
 
 
 def test_what_is_predicted_as_often_as_by_chance_is_white_and_more_is_blue() -> None:

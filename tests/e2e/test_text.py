@@ -56,9 +56,10 @@ def test_the_tokenizer_that_ships_is_what_its_command_makes(tmp_path: Path) -> N
     assert out.read_bytes() == (HOME / "data/text/tokenizer.json").read_bytes()
 
 
-@pytest.mark.parametrize("kind", ["wordpiece", "unigram"])
-def test_any_kind_of_tokenizer_prepares_text(kind: str, documents: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("algorithm", ["wordpiece", "unigram"])
+def test_a_tokenizer_of_any_algorithm_prepares_text(algorithm: str, documents: Path, tmp_path: Path) -> None:
     tokenizer = tmp_path / "tokenizer.json"
-    assert main(["tokenizer", str(documents), "--kind", kind, "--vocab_size", "600", "--out", str(tokenizer)]) == 0
+    given = ["--algorithm", algorithm, "--vocab_size", "600", "--out", str(tokenizer)]
+    assert main(["tokenizer", str(documents), *given]) == 0
     options = ["--tokenizer", str(tokenizer), "--windows", "64", "--out", str(tmp_path / "corpus")]
     assert main(["prepare", str(documents), *options]) == 0

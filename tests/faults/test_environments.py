@@ -243,10 +243,10 @@ def test_a_checkpoint_of_another_run_put_into_this_one(
 @pytest.fixture
 def corpus(proteins: Path, tmp_path: Path) -> Iterator[Path]:
     """A prepared corpus of its own."""
-    from pretrain.corpus.prepare import prepare
+    from pretrain.corpus.prepare import Settings, prepare
     from pretrain.corpus.tokenizer import load_tokenizer
 
-    prepare([str(proteins)], tmp_path / "corpus", load_tokenizer("esm"))
+    prepare([str(proteins)], tmp_path / "corpus", Settings(load_tokenizer("esm")))
     return tmp_path / "corpus"
 
 

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from pretrain.corpus.masking import MAX_TOKENS_PER_SEQUENCE, Crops, Masking
+from pretrain.corpus.masking import Crops, Masking
+from pretrain.corpus.packed import MAX_TOKENS_PER_SEQUENCE
 from pretrain.corpus.tokenizer import ProteinTokenizer
 from pretrain.errors import UserError
 

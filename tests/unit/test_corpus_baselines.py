@@ -10,11 +10,11 @@ import pytest
 
 from pretrain.corpus import baselines
 from pretrain.corpus.batch import PackDataset
-from pretrain.corpus.blosum import ORDER, blosum62, nats_given_relative
+from pretrain.corpus.blosum import RESIDUES, blosum62, nats_given_homologue
 from pretrain.corpus.masking import Masking
 from pretrain.corpus.order import Order
 from pretrain.corpus.packing import Planner
-from pretrain.corpus.prepare import prepare
+from pretrain.corpus.prepare import Settings, prepare
 from pretrain.corpus.store import Corpus
 from pretrain.corpus.tokenizer import ProteinTokenizer, load_tokenizer
 
@@ -25,7 +25,7 @@ MASKING = Masking(0.3, 1.0, 0.0, ESM.mask_token_id, ESM.replacement_ids, 0)
 def corpus(directory: Path, name: str, sequences: list[str]) -> Corpus:
     source = directory / f"{name}.txt"
     source.write_text("\n".join(sequences) + "\n")
-    return prepare([source], directory / name, ESM)
+    return prepare([source], directory / name, Settings(ESM))
 
 
 def random_sequences(number: int, seed: int) -> list[str]:
@@ -86,7 +86,7 @@ def test_uniform_residues_have_a_perplexity_of_twenty(tmp_path: Path) -> None:
 def test_told_a_relatives_residue_is_bayes_rule_written_out() -> None:
     frequencies = np.random.default_rng(0).dirichlet(np.ones(20))
     odds = 2 ** (blosum62() / 2)
-    found = nats_given_relative(frequencies)
+    found = nats_given_homologue(frequencies)
     for a in range(20):
         weights = [frequencies[b] * odds[a, b] for b in range(20)]  # which residue the relative has, where this has a
         left = [
@@ -100,10 +100,10 @@ def test_blosum62_tells_about_as_much_of_a_residue_as_was_published() -> None:
     """0.698 bits (Henikoff and Henikoff 1992), here with scores rounded to half-bits and other frequencies."""
     percent = dict(zip("ARNDCQEGHILKMFPSTWYV", [7.4, 5.2, 4.5, 5.4, 2.5, 3.4, 5.4, 7.4, 2.6, 6.8, 9.9, 5.8, 2.5, 4.7,
                                                 3.9, 5.7, 5.1, 1.3, 3.2, 7.3], strict=True))  # fmt: skip
-    frequencies = np.array([percent[residue] for residue in ORDER])
+    frequencies = np.array([percent[residue] for residue in RESIDUES])
     frequencies /= frequencies.sum()
     entropy = -float((frequencies * np.log2(frequencies)).sum())
-    left = float((frequencies * nats_given_relative(frequencies)).sum()) / math.log(2)
+    left = float((frequencies * nats_given_homologue(frequencies)).sum()) / math.log(2)
     assert entropy - left == pytest.approx(0.698, abs=0.05)
 
 
@@ -111,7 +111,7 @@ def test_a_corpus_of_text_has_no_relatives(tmp_path: Path) -> None:
     tokenizer = load_tokenizer("data/text/tokenizer.json")
     source = tmp_path / "text.jsonl"
     source.write_text('{"text": "the state of the union is strong and so is the state of this test"}\n' * 5)
-    text = prepare([source], tmp_path / "text", tokenizer)
+    text = prepare([source], tmp_path / "text", Settings(tokenizer))
     masking = Masking(0.3, 1.0, 0.0, tokenizer.mask_token_id, tokenizer.replacement_ids, 0)
     planner = Planner(text, Order(len(text), 0), masking, 64)
     pack = planner.describe(np.zeros(len(text), int), np.arange(len(text)))

@@ -11,7 +11,7 @@ import scipy.stats
 
 from pretrain.cli import main
 from pretrain.corpus.datamodule import MLMDataModule
-from pretrain.corpus.prepare import prepare
+from pretrain.corpus.prepare import Settings, prepare
 from pretrain.corpus.shards import Filters
 from pretrain.corpus.store import CLUSTERS, Corpus, verify
 from pretrain.corpus.tokenizer import load_tokenizer
@@ -34,7 +34,7 @@ def make(fasta: Path, tmp_path: Path) -> Callable[[str], Corpus]:
     def made(table: str) -> Corpus:
         (tmp_path / "table.tsv").write_text(table)
         out = tmp_path / "corpus"
-        return prepare([fasta], out, load_tokenizer("esm"), clusters=str(tmp_path / "table.tsv"))
+        return prepare([fasta], out, Settings(load_tokenizer("esm"), clusters=str(tmp_path / "table.tsv")))
 
     return made
 
@@ -57,9 +57,7 @@ def test_the_windows_of_a_cut_sequence_are_members_of_its_cluster(tmp_path: Path
     corpus = prepare(
         [tmp_path / "long.fasta"],
         tmp_path / "corpus",
-        load_tokenizer("esm"),
-        filters=Filters(windows=32),
-        clusters=str(tmp_path / "table.tsv"),
+        Settings(load_tokenizer("esm"), filters=Filters(windows=32), clusters=str(tmp_path / "table.tsv")),
     )
     assert groups(corpus) == [["long#1", "long#2"], ["short"]]
 
@@ -70,7 +68,7 @@ def test_the_order_of_the_table_and_its_compression_change_nothing(
     lines = TABLE.splitlines(keepends=True)
     packed = tmp_path / "table.tsv.gz"
     packed.write_bytes(gzip.compress("".join(reversed(lines)).encode()))
-    other = prepare([fasta], tmp_path / "other", load_tokenizer("esm"), clusters=str(packed))
+    other = prepare([fasta], tmp_path / "other", Settings(load_tokenizer("esm"), clusters=str(packed)))
     assert other.clusters_fingerprint == make(TABLE).clusters_fingerprint
 
 
@@ -80,14 +78,14 @@ def test_the_order_of_the_table_and_its_compression_change_nothing(
         (TABLE.replace("P12345\tD\n", ""), "1 of 5 sequences are in no cluster, the first is 'D'; add lines"),
         ("X\tY\n", "5 of 5 sequences are in no cluster, the first is 'UniRef90_A'; add lines"),
         (TABLE + "other\tC\n", "'C' is in two clusters; a sequence belongs to one"),
-        (TABLE + "alone\n", "line 8 has 1 columns; a cluster table has two: CLUSTER<TAB>MEMBER"),
-        ("", "Empty CSV file; a cluster table has two: CLUSTER<TAB>MEMBER"),
+        (TABLE + "alone\n", "table.tsv:8: 1 columns; a cluster, a tab and a member of it are expected"),
+        ("", "is empty; lines of a cluster, a tab and a member are expected"),
     ],
 )
 def test_a_table_that_does_not_fit_is_told_in_one_line(
     make: Callable[[str], Corpus], tmp_path: Path, table: str, message: str
 ) -> None:
-    with pytest.raises(UserError, match=r"table\.tsv: ") as error:
+    with pytest.raises(UserError, match=r"table\.tsv:") as error:
         make(table)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
@@ -96,7 +94,7 @@ def test_a_table_that_does_not_fit_is_told_in_one_line(
 
 def test_a_table_that_is_missing_is_told_before_the_sources_are_read(fasta: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no-such\.tsv: cannot be read"):
-        prepare([fasta], tmp_path / "corpus", load_tokenizer("esm"), clusters=str(tmp_path / "no-such.tsv"))
+        prepare([fasta], tmp_path / "corpus", Settings(load_tokenizer("esm"), clusters=str(tmp_path / "no-such.tsv")))
     assert not list(tmp_path.glob(".corpus*"))
 
 
@@ -136,7 +134,9 @@ def test_over_many_epochs_each_member_of_a_real_cluster_is_drawn_equally_often(t
     table = Path(__file__).parents[1] / "data" / "sample_clusters.tsv.gz"
     with gzip.open(str(shipped("data/proteins/train.fasta.gz"))) as sample:
         (tmp_path / "some.fasta").write_bytes(b"".join(itertools.islice(sample, 4000)))
-    corpus = prepare([tmp_path / "some.fasta"], tmp_path / "corpus", load_tokenizer("esm"), clusters=str(table))
+    corpus = prepare(
+        [tmp_path / "some.fasta"], tmp_path / "corpus", Settings(load_tokenizer("esm"), clusters=str(table))
+    )
     offsets, members = corpus.clusters()
     sizes, epochs = np.diff(offsets), 1000
     assert (len(sizes), sizes.max(), len(members)) == (1467, 7, 2000)

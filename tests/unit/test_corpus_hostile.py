@@ -15,7 +15,8 @@ import pytest
 
 from pretrain.cli import main
 from pretrain.corpus import pieces
-from pretrain.corpus.prepare import prepare, train_tokenizer_file
+from pretrain.corpus.command import train_tokenizer_file
+from pretrain.corpus.prepare import Settings, prepare
 from pretrain.corpus.tokenizer import ProteinTokenizer, train_tokenizer
 from pretrain.errors import UserError
 
@@ -91,7 +92,7 @@ def directory_with(name: str, *, link_to: str | None = None) -> Callable[[Path],
 def make_corpus(path: Path) -> None:
     source = path.with_name("good.fasta")
     source.write_text(">a\nMK\n")
-    prepare([source], path, ESM)
+    prepare([source], path, Settings(ESM))
 
 
 # Of each: the name of the source, what is in it, the message, and further arguments ("text" stands for a tokenizer).

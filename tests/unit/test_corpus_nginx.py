@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pretrain.corpus import cache, pieces, shards
-from pretrain.corpus.prepare import prepare
+from pretrain.corpus import pieces, remote_files, shards
+from pretrain.corpus.prepare import Settings, prepare
 from pretrain.corpus.remote import RemoteCorpus
 from pretrain.corpus.store import Corpus
 from pretrain.corpus.tokenizer import ProteinTokenizer
@@ -96,7 +96,7 @@ def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Corpus:
     source.write_text(
         "".join(f">{n}\n{residues[(place := generator.randint(0, 7000)) : place + 2000]}\n" for n in range(1000))
     )
-    return prepare([source], tmp_path / "served" / "corpus", ESM)
+    return prepare([source], tmp_path / "served" / "corpus", Settings(ESM))
 
 
 @pytest.fixture
@@ -127,12 +127,12 @@ def test_sources_behind_it_are_read_in_ranges_where_their_format_asks_for_it(
     texts = ["".join(ESM.tokens[token] for token in tokens[1:-1]) for _, tokens in rows]
     table = pa.table({"id": [name for name, _ in rows], "sequence": texts, "unused": texts})
     pq.write_table(table, server.root / "x.parquet", row_group_size=100, compression="none", use_dictionary=False)
-    made = prepare([f"{server.url}/x.parquet"], tmp_path / "made", ESM)
+    made = prepare([f"{server.url}/x.parquet"], tmp_path / "made", Settings(ESM))
     assert everything(made) == rows
     assert {status for path, status in server.served() if path == "/x.parquet"} == {206}
     fasta = f"{server.url}/x.fasta"
     shutil.copy(tmp_path / "x.fasta", server.root / "x.fasta")
-    assert prepare([fasta], tmp_path / "again", ESM).fingerprint == corpus.fingerprint
+    assert prepare([fasta], tmp_path / "again", Settings(ESM)).fingerprint == corpus.fingerprint
 
 
 def test_a_server_that_is_killed_in_mid_transfer_and_started_again_costs_another_try(
@@ -154,7 +154,7 @@ def test_a_server_that_is_killed_in_mid_transfer_and_started_again_costs_another
             time.sleep(0.01)
         server.kill()
 
-    monkeypatch.setattr(cache, "_wait", wait)
+    monkeypatch.setattr(remote_files, "_wait", wait)
     killer = threading.Thread(target=kill_in_mid_transfer, daemon=True)
     killer.start()
     assert afar.tokens(0).tolist() == corpus.tokens(0).tolist()
@@ -185,7 +185,7 @@ def test_a_file_that_is_damaged_there_is_fetched_again_until_it_is_whole(
         if len(waits) == 3:
             file.write_bytes(good)
 
-    monkeypatch.setattr(cache, "_wait", wait)
+    monkeypatch.setattr(remote_files, "_wait", wait)
     assert (afar.id(0), afar.tokens(0).tobytes()) == expected
     assert waits == [1.0, 2.0, 4.0]
     afar._cache.evict()

@@ -13,7 +13,7 @@ import pytest
 from pretrain.cli import main
 from pretrain.corpus import duplicates, parts, pieces, shards
 from pretrain.corpus.parts import merge_parts, prepare_part
-from pretrain.corpus.prepare import prepare, prepare_split
+from pretrain.corpus.prepare import Settings, prepare, prepare_split
 from pretrain.corpus.shards import Filters, Portion
 from pretrain.corpus.split import Split
 from pretrain.corpus.store import verify
@@ -55,7 +55,9 @@ SKIP = Filters(min_length=10, skip_bad=True)
 
 def make(sources: list[Path], directory: Path, of: int = 3, first: int = 1) -> list[Path]:
     return [
-        prepare_part(sources, directory / f"part{n}", ESM, Portion(n, of), filters=SKIP, workers=1 + n % 2).path
+        prepare_part(
+            sources, directory / f"part{n}", Settings(ESM, filters=SKIP), Portion(n, of), workers=1 + n % 2
+        ).path
         for n in range(first, of + 1)
     ]
 
@@ -64,7 +66,7 @@ def make(sources: list[Path], directory: Path, of: int = 3, first: int = 1) -> l
 def test_the_parts_of_any_number_of_machines_join_to_the_corpus_of_one(
     of: int, sources: list[Path], tmp_path: Path
 ) -> None:
-    whole = prepare(sources, tmp_path / "whole", ESM, filters=SKIP).path
+    whole = prepare(sources, tmp_path / "whole", Settings(ESM, filters=SKIP)).path
     made = make(sources, tmp_path, of)
     merge_parts(made[::-1], tmp_path / "merged")
     assert len(content(whole)) > 8
@@ -78,9 +80,9 @@ def test_duplicates_and_the_split_are_for_the_merge(
 ) -> None:
     filters = Filters(min_length=10, skip_bad=True, deduplicate=deduplicated)
     if split:
-        prepare_split(sources, tmp_path / "whole", ESM, split, filters=filters)
+        prepare_split(sources, tmp_path / "whole", Settings(ESM, filters=filters, split=split))
     else:
-        prepare(sources, tmp_path / "whole", ESM, filters=filters)
+        prepare(sources, tmp_path / "whole", Settings(ESM, filters=filters))
     made = make(sources, tmp_path)
     before = [content(path) for path in made]
     merge_parts(made, tmp_path / "merged", deduplicated, split)
@@ -116,7 +118,7 @@ def test_each_machine_tokenises_its_own_blocks_only(
     )
     for n in (1, 2, 3):
         written.clear()
-        part = prepare_part(sources, tmp_path / str(n), ESM, Portion(n, 3), filters=SKIP, workers=1)
+        part = prepare_part(sources, tmp_path / str(n), Settings(ESM, filters=SKIP), Portion(n, 3), workers=1)
         assert written == [f"shard-{block:05d}.arrow" for block in range(n - 1, part.num_blocks, 3)]
 
 
@@ -124,7 +126,7 @@ def test_a_part_and_a_merge_that_were_ended_are_continued(
     sources: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     filters = Filters(min_length=10, skip_bad=True, deduplicate=True)
-    whole = prepare(sources, tmp_path / "whole", ESM, filters=filters).path
+    whole = prepare(sources, tmp_path / "whole", Settings(ESM, filters=filters)).path
     written, write_shard = [], shards.write_shard
 
     def stop_at_the_third(file: Path, *rest: Any) -> str:
@@ -135,8 +137,8 @@ def test_a_part_and_a_merge_that_were_ended_are_continued(
 
     monkeypatch.setattr(shards, "write_shard", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):
-        prepare_part(sources, tmp_path / "part1", ESM, Portion(1, 3), filters=SKIP, workers=1)
-    prepare_part(sources, tmp_path / "part1", ESM, Portion(1, 3), filters=SKIP, workers=1)
+        prepare_part(sources, tmp_path / "part1", Settings(ESM, filters=SKIP), Portion(1, 3), workers=1)
+    prepare_part(sources, tmp_path / "part1", Settings(ESM, filters=SKIP), Portion(1, 3), workers=1)
     assert len(written) == len(set(written)) + 1  # the one that was stopped, again
     monkeypatch.undo()
     small_blocks(monkeypatch)
@@ -173,10 +175,12 @@ def test_a_sequence_whose_first_copy_is_gone_when_a_merge_is_continued_is_kept_w
     lines[1:40:4] = ["W" * len(line) for line in lines[1:40:4]]  # other sequences of the same lengths
     sources[0].write_text("\n".join(lines) + "\n")
     shutil.rmtree(made[0])
-    prepare_part(sources, made[0], ESM, Portion(1, 3), filters=SKIP)
+    prepare_part(sources, made[0], Settings(ESM, filters=SKIP), Portion(1, 3))
     merge_parts(made, tmp_path / "merged", True, workers=1)
     filters = Filters(min_length=10, skip_bad=True, deduplicate=True)
-    assert content(tmp_path / "merged") == content(prepare(sources, tmp_path / "whole", ESM, filters=filters).path)
+    assert content(tmp_path / "merged") == content(
+        prepare(sources, tmp_path / "whole", Settings(ESM, filters=filters)).path
+    )
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------
@@ -249,8 +253,8 @@ def test_parts_that_do_not_belong_together_are_told_in_one_line(
 
 
 def test_parts_of_sources_that_differ_do_not_join(sources: list[Path], tmp_path: Path) -> None:
-    one = prepare_part(sources, tmp_path / "1", ESM, Portion(1, 2), filters=SKIP)
-    two = prepare_part(sources[:1], tmp_path / "2", ESM, Portion(2, 2), filters=SKIP)
+    one = prepare_part(sources, tmp_path / "1", Settings(ESM, filters=SKIP), Portion(1, 2))
+    two = prepare_part(sources[:1], tmp_path / "2", Settings(ESM, filters=SKIP), Portion(2, 2))
     with pytest.raises(UserError, match="was made of other sources than"):
         merge_parts([one.path, two.path], tmp_path / "merged")
 

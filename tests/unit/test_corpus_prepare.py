@@ -18,7 +18,7 @@ import pytest
 from pretrain.cli import main
 from pretrain.corpus import duplicates, pieces, shards
 from pretrain.corpus.journal import JOURNAL
-from pretrain.corpus.prepare import prepare
+from pretrain.corpus.prepare import Settings, prepare
 from pretrain.corpus.shards import Filters
 from pretrain.corpus.sources import SourceOptions
 from pretrain.corpus.store import Corpus, verify
@@ -73,7 +73,7 @@ def test_the_corpus_is_the_same_for_any_number_of_processes(filters: Filters, so
     source.write_text(source.read_text().replace("W", "1", 9))
     if not filters.skip_bad:
         source.write_text(source.read_text().replace("1", "W", 9).replace("1", "W"))
-    made = [prepare([source], tmp_path / str(n), ESM, filters=filters, workers=n).path for n in (1, 2, 3)]
+    made = [prepare([source], tmp_path / str(n), Settings(ESM, filters=filters), workers=n).path for n in (1, 2, 3)]
     assert len(content(made[0])) > 8
     assert content(made[0]) == content(made[1]) == content(made[2])
     assert verify(made[0])
@@ -90,7 +90,7 @@ def test_several_processes_take_part(source: Path, tmp_path: Path, monkeypatch: 
         return write_shard(*arguments)
 
     monkeypatch.setattr(shards, "write_shard", watched)
-    corpus = prepare([source], tmp_path / "corpus", ESM, workers=2)
+    corpus = prepare([source], tmp_path / "corpus", Settings(ESM), workers=2)
     processes = written.read_text().split()
     assert len(processes) == len(corpus.shards) >= BLOCKS
     assert len(set(processes)) == 2
@@ -103,9 +103,9 @@ def test_a_pipe_gives_the_corpus_that_a_file_gives(source: Path, tmp_path: Path)
     os.mkfifo(pipe)
     child = multiprocessing.get_context("fork").Process(target=lambda: pipe.write_bytes(source.read_bytes()))
     child.start()
-    made = prepare([pipe], tmp_path / "1", ESM)
+    made = prepare([pipe], tmp_path / "1", Settings(ESM))
     child.join()
-    assert shards_of(made) == shards_of(prepare([source], tmp_path / "2", ESM))
+    assert shards_of(made) == shards_of(prepare([source], tmp_path / "2", Settings(ESM)))
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -116,7 +116,7 @@ def test_the_first_mistake_in_the_order_of_the_sources_is_told(workers: int, sou
     later = tmp_path / "y.fasta"
     later.write_bytes(b"\x1f\x8brubbish, rubbish")
     with pytest.raises(UserError, match="record 'bad' has '1' at position 1"):
-        prepare([source, later], tmp_path / "corpus", ESM, workers=workers)
+        prepare([source, later], tmp_path / "corpus", Settings(ESM), workers=workers)
 
 
 def test_a_worker_that_is_killed_is_a_mistake_that_can_be_mended(
@@ -125,8 +125,8 @@ def test_a_worker_that_is_killed_is_a_mistake_that_can_be_mended(
     with monkeypatch.context() as patched:
         patched.setattr(shards, "write_shard", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
         with pytest.raises(UserError, match=r"^a worker process was killed, .* with fewer --workers$"):
-            prepare([source], tmp_path / "corpus", ESM, workers=2)
-    assert sequences(prepare([source], tmp_path / "corpus", ESM, workers=2)) == records(source)
+            prepare([source], tmp_path / "corpus", Settings(ESM), workers=2)
+    assert sequences(prepare([source], tmp_path / "corpus", Settings(ESM), workers=2)) == records(source)
 
 
 # --- continued where it stopped ---------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ def killed(source: Path, out: Path, number: int, workers: int) -> None:
     def run() -> None:
         parent = os.getpid()
         shards.write_shard = stop_at(number, lambda _: (os.kill(parent, signal.SIGKILL), time.sleep(60)))  # type: ignore
-        prepare([source], out, ESM, filters=Filters(deduplicate=True), workers=workers)
+        prepare([source], out, Settings(ESM, filters=Filters(deduplicate=True)), workers=workers)
 
     child = multiprocessing.get_context("fork").Process(target=run)
     child.start()
@@ -169,7 +169,7 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def continued(source: Path, out: Path) -> Path:
-    return prepare([source], out, ESM, filters=Filters(deduplicate=True), workers=1).path
+    return prepare([source], out, Settings(ESM, filters=Filters(deduplicate=True)), workers=1).path
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -223,7 +223,7 @@ def test_a_sequence_whose_first_copy_is_gone_when_prepare_is_continued_is_kept_w
     out, table = tmp_path / "corpus", tmp_path / "clusters.tsv"
     table.write_text("0\t0\n")
     with pytest.raises(UserError, match="are in no cluster"):  # when all duplicates were taken out
-        prepare([source], out, ESM, filters=Filters(deduplicate=True), clusters=str(table), workers=1)
+        prepare([source], out, Settings(ESM, filters=Filters(deduplicate=True), clusters=str(table)), workers=1)
     change_the_first(source, 20)
     whole = content(continued(source, tmp_path / "whole"))
     assert content(continued(source, out)) == whole
@@ -258,7 +258,7 @@ def test_blocks_that_changed_since_are_made_again(source: Path, tmp_path: Path, 
 
 def test_with_other_settings_everything_is_made_again(source: Path, tmp_path: Path, written: list[str]) -> None:
     killed(source, tmp_path / "corpus", 5, 1)
-    corpus = prepare([source], tmp_path / "corpus", ESM, filters=Filters(min_length=10), workers=1)
+    corpus = prepare([source], tmp_path / "corpus", Settings(ESM, filters=Filters(min_length=10)), workers=1)
     assert len(written) == len(corpus.shards) >= BLOCKS
     assert sequences(corpus) == [(name, text) for name, text in records(source) if len(text) + 2 >= 10]
 
@@ -277,7 +277,7 @@ def test_a_full_disk_is_told_with_the_path_and_what_is_done_stays(
     with monkeypatch.context() as patched:
         patched.setattr(shards, "write_shard", stop_at(7, full))
         with pytest.raises(UserError) as caught:
-            prepare([source], out, ESM, filters=Filters(deduplicate=True), workers=workers)
+            prepare([source], out, Settings(ESM, filters=Filters(deduplicate=True)), workers=workers)
     assert str(caught.value) == (
         f"{tmp_path}/.corpus.partial/shard-00007.arrow: No space left on device; make room and give the same command "
         "again: it continues where it stopped"
@@ -295,7 +295,7 @@ def test_a_disk_that_is_really_full_leaves_no_half_shard(source: Path, tmp_path:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
         with pytest.raises(OSError, match="File too large") as caught:
-            prepare([source], tmp_path / "corpus", ESM, workers=1)
+            prepare([source], tmp_path / "corpus", Settings(ESM), workers=1)
         assert caught.value.filename == str(tmp_path / ".corpus.partial" / "shard-00000.arrow")
         os._exit(7)
 
@@ -311,7 +311,7 @@ def test_a_disk_that_is_really_full_leaves_no_half_shard(source: Path, tmp_path:
 
 def test_sequences_outside_of_the_lengths_are_left_out_and_counted(source: Path, tmp_path: Path) -> None:
     given = records(source)
-    corpus = prepare([source], tmp_path / "corpus", ESM, filters=Filters(12, 42))
+    corpus = prepare([source], tmp_path / "corpus", Settings(ESM, filters=Filters(12, 42)))
     assert sequences(corpus) == [(name, text) for name, text in given if 12 <= len(text) + 2 <= 42]
     assert corpus.skipped == {
         "short": sum(len(text) + 2 < 12 for _, text in given),
@@ -326,7 +326,7 @@ def test_of_equal_sequences_the_first_is_kept(workers: int, source: Path, tmp_pa
     expected: dict[str, str] = {}
     for name, text in given:
         expected.setdefault(text.upper(), name)
-    corpus = prepare([source], tmp_path / "corpus", ESM, filters=Filters(deduplicate=True), workers=workers)
+    corpus = prepare([source], tmp_path / "corpus", Settings(ESM, filters=Filters(deduplicate=True)), workers=workers)
     assert sequences(corpus) == [(name, text) for text, name in expected.items()]
     assert corpus.skipped == {"duplicate": len(given) - len(expected)}
     assert verify(corpus.path) == len(corpus.shards)
@@ -334,13 +334,13 @@ def test_of_equal_sequences_the_first_is_kept(workers: int, source: Path, tmp_pa
 
 def test_duplicates_are_taken_out_of_nothing_too(source: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^no sequence is left \(250 short\); "):
-        prepare([source], tmp_path / "corpus", ESM, filters=Filters(min_length=100, deduplicate=True))
+        prepare([source], tmp_path / "corpus", Settings(ESM, filters=Filters(min_length=100, deduplicate=True)))
 
 
 def test_ids_may_repeat_they_are_names_and_no_keys(source: Path, tmp_path: Path) -> None:
     """As the numbers of lines do, where several files of text make a corpus."""
     source.write_text(">a\nMK\n>a\nMV\n>b\nMK\n>a\nMK\n")
-    assert sequences(prepare([source], tmp_path / "corpus", ESM)) == [
+    assert sequences(prepare([source], tmp_path / "corpus", Settings(ESM))) == [
         ("a", "MK"),
         ("a", "MV"),
         ("b", "MK"),
@@ -349,8 +349,8 @@ def test_ids_may_repeat_they_are_names_and_no_keys(source: Path, tmp_path: Path)
 
 
 def test_a_shard_of_nothing_but_duplicates_is_left_out(source: Path, tmp_path: Path) -> None:
-    twice = prepare([source, source], tmp_path / "twice", ESM, filters=Filters(deduplicate=True))
-    once = prepare([source], tmp_path / "once", ESM, filters=Filters(deduplicate=True))
+    twice = prepare([source, source], tmp_path / "twice", Settings(ESM, filters=Filters(deduplicate=True)))
+    once = prepare([source], tmp_path / "once", Settings(ESM, filters=Filters(deduplicate=True)))
     assert sequences(twice) == sequences(once)
     assert all(len(shard.ids) for shard in twice.shards)
 
@@ -364,7 +364,9 @@ def test_bad_records_are_skipped_counted_and_listed(workers: int, source: Path, 
     line = 2 + 2 * len(given)
     empty = tmp_path / "z.txt"
     empty.touch()
-    corpus = prepare([source, table, empty], tmp_path / "corpus", ESM, filters=Filters(skip_bad=True), workers=workers)
+    corpus = prepare(
+        [source, table, empty], tmp_path / "corpus", Settings(ESM, filters=Filters(skip_bad=True)), workers=workers
+    )
     assert sequences(corpus) == [*given, ("good", "MK"), ("a", "MK")]
     assert corpus.skipped == {"bad": 6}
     allowed = "allowed: the letters A-Z, '-' and '.'; correct or remove it"
@@ -384,7 +386,7 @@ def test_a_text_that_its_tokenizer_makes_nothing_of_is_bad(tmp_path: Path) -> No
     trained["normalizer"] = {"type": "Replace", "pattern": {"String": "-"}, "content": ""}
     tokenizer = tokenizer_from_string(json.dumps(trained), "x")
     (tmp_path / "x.txt").write_text("one\n---\ntwo\n")
-    corpus = prepare([tmp_path / "x.txt"], tmp_path / "corpus", tokenizer, filters=Filters(skip_bad=True))
+    corpus = prepare([tmp_path / "x.txt"], tmp_path / "corpus", Settings(tokenizer, filters=Filters(skip_bad=True)))
     assert [corpus.id(i) for i in range(len(corpus))] == ["1", "3"]
     reason = "record '2' has nothing that becomes a token; correct or remove it"
     assert (corpus.path / "skipped.tsv").read_text().splitlines()[1:] == [f"{tmp_path / 'x.txt'}\t2\t{reason}"]
@@ -394,14 +396,14 @@ def test_what_changes_the_content_changes_the_fingerprint(source: Path, tmp_path
     text = tmp_path / "x.txt"
     text.write_text("MK\n\nLA\nLA\n")
     made = [
-        ([source], SourceOptions(), Filters()),
-        ([source], SourceOptions(), Filters(min_length=10)),
-        ([source], SourceOptions(), Filters(max_length=30)),
-        ([source], SourceOptions(), Filters(deduplicate=True)),
-        ([text], SourceOptions(), Filters()),
-        ([text], SourceOptions(document="paragraph"), Filters(skip_bad=True)),
+        (source, SourceOptions(), Filters()),
+        (source, SourceOptions(), Filters(min_length=10)),
+        (source, SourceOptions(), Filters(max_length=30)),
+        (source, SourceOptions(), Filters(deduplicate=True)),
+        (text, SourceOptions(), Filters()),
+        (text, SourceOptions(document="paragraph"), Filters(skip_bad=True)),
     ]
-    corpora = [prepare(*given[:1], tmp_path / str(n), ESM, *given[1:]) for n, given in enumerate(made)]
+    corpora = [prepare([path], tmp_path / str(n), Settings(ESM, *how)) for n, (path, *how) in enumerate(made)]
     assert len({corpus.fingerprint for corpus in corpora}) == len(made)
     assert corpora[0].manifest["prepared"] == {
         "sources": [{"name": str(source), "kind": "fasta", "num_bytes": source.stat().st_size}],
@@ -423,7 +425,7 @@ def test_progress_is_shown_on_a_terminal_only(source: Path, tmp_path: Path, monk
     shown = {}
     for kind in (Terminal, io.StringIO):
         monkeypatch.setattr(sys, "stderr", kind())
-        prepare([source], tmp_path / kind.__name__, ESM)
+        prepare([source], tmp_path / kind.__name__, Settings(ESM))
         shown[kind] = sys.stderr.getvalue()  # type: ignore[attr-defined]
     last = shown[Terminal].split("\r")[-1]
     assert "100%" in last

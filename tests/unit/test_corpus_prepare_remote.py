@@ -10,8 +10,8 @@ import fsspec
 import pytest
 
 from pretrain.cli import main
-from pretrain.corpus import cache, pieces, prepare_remote, shards
-from pretrain.corpus.prepare import prepare
+from pretrain.corpus import pieces, prepare_remote, remote_files, shards
+from pretrain.corpus.prepare import Settings, prepare
 from pretrain.corpus.remote import RemoteCorpus
 from pretrain.corpus.shards import Filters
 from pretrain.corpus.tokenizer import ProteinTokenizer
@@ -48,7 +48,7 @@ def there(files: Any, path: str = "/bucket/corpora/x") -> dict[str, bytes]:
 
 
 def here(tmp_path: Path) -> dict[str, bytes]:
-    whole = prepare(["x.fasta"], tmp_path / "whole", ESM, filters=Filters(skip_bad=True)).path
+    whole = prepare(["x.fasta"], tmp_path / "whole", Settings(ESM, filters=Filters(skip_bad=True))).path
     return {file.name: file.read_bytes() for file in whole.iterdir()}
 
 
@@ -105,7 +105,7 @@ def test_a_lost_connection_is_tried_again(
         put(self, local, remote, **options)
 
     monkeypatch.setattr(type(bucket), "put_file", lost)
-    monkeypatch.setattr(cache, "_wait", waits.append)
+    monkeypatch.setattr(remote_files, "_wait", waits.append)
     assert main(COMMAND) == 0
     assert waits == [1.0, 2.0]
     assert f"pretrain: warning: {URL}/shard-00002.arrow: connection lost; again in 1 s" in capsys.readouterr().err

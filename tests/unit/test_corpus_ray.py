@@ -17,7 +17,7 @@ from ray.cluster_utils import Cluster
 
 from pretrain.cli import main
 from pretrain.corpus import pieces, shards
-from pretrain.corpus.prepare import prepare
+from pretrain.corpus.prepare import Settings, prepare
 from pretrain.corpus.shards import Filters
 from pretrain.corpus.tokenizer import ProteinTokenizer
 
@@ -60,7 +60,7 @@ def test_a_node_that_is_lost_half_way_changes_nothing(
     cluster: Cluster, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The node is killed while it is in the middle of a block."""
-    whole = prepare([source], tmp_path / "whole", ESM, filters=SOME).path
+    whole = prepare([source], tmp_path / "whole", Settings(ESM, filters=SOME)).path
     half = sum(name.startswith("shard") for name in content(whole)) // 2
     doomed = cluster.add_node(num_cpus=1, object_store_memory=2**27)
     doomed_id, make_shard = doomed.node_id, shards.make_shard
@@ -84,7 +84,7 @@ def test_a_node_that_is_lost_half_way_changes_nothing(
     monkeypatch.setattr(shards, "make_shard", watched)
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
-    made = prepare([source], tmp_path / "corpus", ESM, filters=SOME, engine="ray").path
+    made = prepare([source], tmp_path / "corpus", Settings(ESM, filters=SOME), engine="ray").path
     killer.join(60)
     assert content(made) == content(whole)
     by_node = [file.name.split() for file in nodes.iterdir()]
@@ -103,7 +103,7 @@ def test_the_command_makes_it_too_and_the_first_mistake_is_told_in_one_line(
         "correct or remove it\n"
     )
     assert main([*command, "--skip_bad"]) == 0
-    prepare([source], tmp_path / "whole", ESM, filters=Filters(windows=20, skip_bad=True))
+    prepare([source], tmp_path / "whole", Settings(ESM, filters=Filters(windows=20, skip_bad=True)))
     assert content(tmp_path / "corpus") == content(tmp_path / "whole")
 
 
@@ -117,7 +117,7 @@ def test_nodes_put_their_shards_into_a_bucket(
     s3.put(str(source), "nodes/x.fasta")
     given = ["s3://nodes/x.fasta", "--skip_bad"]
     assert main(["prepare", *given, "--out", "s3://nodes/x", "--engine", "ray"]) == 0
-    whole = prepare(given[:1], tmp_path / "whole", ESM, filters=Filters(skip_bad=True)).path
+    whole = prepare(given[:1], tmp_path / "whole", Settings(ESM, filters=Filters(skip_bad=True))).path
     made = {name.rpartition("/")[2]: s3.cat_file(name) for name in s3.ls("nodes/x", detail=False)}
     assert made == content(whole)
 
@@ -125,7 +125,7 @@ def test_nodes_put_their_shards_into_a_bucket(
 def test_what_another_engine_began_is_continued(
     cluster: Cluster, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = prepare([source], tmp_path / "whole", ESM, filters=SOME).path
+    whole = prepare([source], tmp_path / "whole", Settings(ESM, filters=SOME)).path
     out, write_shard = tmp_path / "corpus", shards.write_shard
 
     def stop(file: Path, *rest: Any) -> str:
@@ -136,7 +136,7 @@ def test_what_another_engine_began_is_continued(
     with monkeypatch.context() as patched:
         patched.setattr(shards, "write_shard", stop)
         with pytest.raises(KeyboardInterrupt):
-            prepare([source], out, ESM, filters=SOME, workers=1)
+            prepare([source], out, Settings(ESM, filters=SOME), workers=1)
     first = tmp_path / ".corpus.partial" / "shard-00000.arrow"
     before = first.stat().st_ino
     make_shard = shards.make_shard
@@ -148,7 +148,7 @@ def test_what_another_engine_began_is_continued(
         return part
 
     monkeypatch.setattr(shards, "make_shard", watched)
-    prepare([source], out, ESM, filters=SOME, engine="ray")
+    prepare([source], out, Settings(ESM, filters=SOME), engine="ray")
     assert content(out) == content(whole)
 
 

@@ -1,4 +1,4 @@
-"""A corpus from afar: the same sequences, fetched once, checked, and no more of it on the disk than is needed."""
+"""A remote corpus: the same sequences, fetched once, checked, and no more of it on the disk than is needed."""
 
 import errno
 import functools
@@ -20,12 +20,13 @@ import numpy as np
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
-from pretrain.corpus import cache, pieces, shards
+from pretrain.corpus import pieces, remote_files, shards
 from pretrain.corpus.groups import GroupOrder
 from pretrain.corpus.masking import Masking
+from pretrain.corpus.opening import open_or_prepare
 from pretrain.corpus.packing import Planner
 from pretrain.corpus.prefetch import PrefetchingOrder, group_size, order_of, prefetch_shards
-from pretrain.corpus.prepare import open_or_prepare, prepare
+from pretrain.corpus.prepare import Settings, prepare
 from pretrain.corpus.remote import RemoteCorpus
 from pretrain.corpus.store import Corpus
 from pretrain.corpus.tokenizer import ProteinTokenizer, train_tokenizer
@@ -85,7 +86,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(pieces, "PIECE_BYTES", 250)
         monkeypatch.setattr(shards, "BLOCK_BYTES", 500)
-        corpus = prepare([source], directory / "corpus", ESM)
+        corpus = prepare([source], directory / "corpus", Settings(ESM))
     assert len(corpus.shards) >= SHARDS
     return corpus
 
@@ -108,7 +109,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The seconds between attempts, which the tests do not wait."""
     seconds = list[float]()
-    monkeypatch.setattr(cache, "_wait", seconds.append)
+    monkeypatch.setattr(remote_files, "_wait", seconds.append)
     return seconds
 
 
@@ -337,18 +338,32 @@ def test_a_lack_of_rights_here_is_not_told_as_one_at_the_address(
         assert "check the address and your rights there" in str(caught.value)
 
 
+def test_a_damaged_copy_is_told_by_its_place(server: Server, own_cache: Path) -> None:
+    RemoteCorpus(server.url, 10**9).tokens(0)
+    (copy,) = own_cache.rglob("*.arrow")
+    copy.write_bytes(bytes(copy.stat().st_size))
+    with pytest.raises(UserError) as caught:
+        RemoteCorpus(server.url, 10**9).tokens(0)
+    assert str(caught.value).startswith(f"{copy}: damaged (")
+    assert str(caught.value).endswith("); delete this file and give the same command again")
+
+
+def test_a_corpus_that_is_not_cut_into_windows_is_named_by_its_address(server: Server) -> None:
+    with pytest.raises(UserError, match=f"^{server.url}: was prepared without --windows"):
+        open_or_prepare([server.url], ESM, windows=64)
+
+
 def test_a_corpus_that_another_tokenizer_made_is_refused(server: Server) -> None:
     with pytest.raises(UserError, match=f"^{server.url}: made with tokenizer 'esm'"):
         open_or_prepare([server.url], train_tokenizer([], 261))
 
 
-def test_a_corpus_of_an_older_version_and_a_manifest_that_lies_are_refused(local: Corpus, tmp_path: Path) -> None:
+def test_a_manifest_that_lacks_something_or_lies_is_refused(local: Corpus, tmp_path: Path) -> None:
     manifest = json.loads((local.path / "manifest.json").read_text())
-    older = {**manifest, "shards": [{**entry} for entry in manifest["shards"]]}
-    del older["lengths"]
+    without = {name: value for name, value in manifest.items() if name != "lengths"}
     outside = {**manifest, "shards": [{**entry, "file": f"../{entry['file']}"} for entry in manifest["shards"]]}
     for made, message in (
-        (older, "made by a version that read no corpora from afar; prepare it again, or copy it here"),
+        (without, "damaged corpus (KeyError: 'lengths'); prepare it again"),
         (outside, "manifest.json names a shard outside of the corpus; prepare it again"),
         ({**manifest, "num_sequences": 3}, "lengths.npy does not hold the sequences that manifest.json counts; prepare "
          "it again"),

@@ -25,8 +25,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from pretrain.cli import main
 from pretrain.corpus import pieces
-from pretrain.corpus.prepare import prepare, train_tokenizer_file
+from pretrain.corpus.command import train_tokenizer_file
+from pretrain.corpus.prepare import Settings, prepare
 from pretrain.corpus.readers import Flaw, Record, parse, read_records
 from pretrain.corpus.sources import KINDS, Source, SourceOptions, find_sources
 from pretrain.corpus.tokenizer import ProteinTokenizer
@@ -146,7 +148,7 @@ def test_paragraphs_written_are_paragraphs_read(documents: list[list[str]], end:
 
 @given(
     rows=st.lists(st.tuples(fields, fields.filter(bool)), min_size=1, max_size=8),
-    end=st.sampled_from(["\n", "\r\n"]),
+    end=st.sampled_from(["\n", "\r\n", "\r"]),
     gz=gz,
     size=sizes,
     quoting=st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]),
@@ -161,12 +163,12 @@ def test_csv_written_is_csv_read(rows: list[tuple[str, str]], end: str, gz: str,
     assert [(record.id, record.text.decode()) for record in found] == rows
 
 
-@given(body=st.text('a",\r\n'), size=sizes)
-@example(body='a"a\n"a\na\na\n', size=5)
-def test_any_csv_gives_the_same_rows_and_mistakes_wherever_it_is_cut(body: str, size: int) -> None:
+@given(body=st.text('a",\r\n'), end=st.sampled_from(["\n", "\r\n", "\r"]), size=sizes)
+@example(body='a"a\n"a\na\na\n', end="\n", size=5)
+def test_any_csv_gives_the_same_rows_and_mistakes_wherever_it_is_cut(body: str, end: str, size: int) -> None:
     options = SourceOptions(text_column="text")
     with tempfile.TemporaryDirectory() as directory:
-        source = Source(str(written(Path(directory), "x.csv", b"text,other\n" + body.encode())), "csv")
+        source = Source(str(written(Path(directory), "x.csv", f"text,other{end}{body}".encode())), "csv")
         whole = [item for piece in pieces.cut(source, options) for item in parse(piece, options)]
         with cut_at(size):
             parts = [item for piece in pieces.cut(source, options) for item in parse(piece, options)]
@@ -260,7 +262,9 @@ def test_a_fasta_header_may_lack_a_name_and_names_may_repeat() -> None:
 
 
 def test_lower_case_gaps_stops_and_rare_letters_of_fasta_become_tokens(tmp_path: Path) -> None:
-    corpus = prepare([written(tmp_path, "x.fasta", b">a\nmk-.\nBJOUXZ*\n")], tmp_path / "corpus", ProteinTokenizer())
+    corpus = prepare(
+        [written(tmp_path, "x.fasta", b">a\nmk-.\nBJOUXZ*\n")], tmp_path / "corpus", Settings(ProteinTokenizer())
+    )
     assert "".join(corpus.tokenizer.tokens[i] for i in corpus.tokens(0)) == "<cls>MK-.BXOUXZ<eos>"
 
 
@@ -452,6 +456,16 @@ def test_an_address_that_cannot_be_read_to_the_end_is_a_mistake(monkeypatch: pyt
     with pytest.raises(UserError) as caught:
         list(read_records("memory://broken/x.fasta"))
     assert str(caught.value) == "memory://broken/x.fasta: cannot be read (connection lost); try again"
+
+
+def test_a_tokenizer_is_trained_on_what_prepare_reads(tmp_path: Path) -> None:
+    texts = ["the cat sat on the mat"] * 9
+    written(tmp_path, "x.txt", "\n".join(texts).encode())
+    written(tmp_path, "x.dump", "\n".join(["number,body", *(f"1,{text}" for text in texts)]).encode())
+    for name, *options in (["x.txt"], ["x.dump", "--kind", "csv", "--text_column", "body"]):
+        given = ["--vocab_size", "270", "--algorithm", "bpe", *options]
+        assert main(["tokenizer", str(tmp_path / name), "--out", str(tmp_path / f"{name}.json"), *given]) == 0
+    assert (tmp_path / "x.dump.json").read_bytes() == (tmp_path / "x.txt.json").read_bytes()
 
 
 def test_a_trained_tokenizer_never_replaces_a_file(tmp_path: Path) -> None:

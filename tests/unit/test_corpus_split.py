@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from pretrain.cli import main
+from pretrain.corpus import names as names_module
 from pretrain.corpus import pieces, shards, split
-from pretrain.corpus.prepare import prepare, prepare_split
+from pretrain.corpus.prepare import Settings, prepare, prepare_split
 from pretrain.corpus.shards import Filters
 from pretrain.corpus.split import Split
 from pretrain.corpus.store import Corpus, verify
@@ -26,7 +27,7 @@ ESM = ProteinTokenizer()
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pieces, "PIECE_BYTES", 500)
     monkeypatch.setattr(shards, "BLOCK_BYTES", 2000)
-    monkeypatch.setattr(split, "_READ_BYTES", 100)
+    monkeypatch.setattr(names_module, "_READ_BYTES", 100)
 
 
 def write(path: Path, names: list[str]) -> Path:
@@ -54,8 +55,8 @@ def content(directory: Path) -> dict[str, bytes]:
 
 
 def test_every_sequence_goes_to_one_side_and_keeps_its_order_and_tokens(source: Path, tmp_path: Path) -> None:
-    whole = prepare([source], tmp_path / "whole", ESM)
-    sides = prepare_split([source], tmp_path / "two", ESM, Split(share=0.2))
+    whole = prepare([source], tmp_path / "whole", Settings(ESM))
+    sides = prepare_split([source], tmp_path / "two", Settings(ESM, split=Split(share=0.2)))
     assert [str(corpus.path) for corpus in sides] == [str(tmp_path / "two" / name) for name in ("train", "validation")]
     train, validation = map(names, sides)
     assert sorted([*train, *validation]) == sorted(NAMES)
@@ -69,17 +70,18 @@ def test_every_sequence_goes_to_one_side_and_keeps_its_order_and_tokens(source: 
 
 
 def test_no_sequence_changes_its_side_when_the_sources_grow_or_are_shuffled(source: Path, tmp_path: Path) -> None:
-    _, before = prepare_split([source], tmp_path / "1", ESM, Split(share=0.2))
+    _, before = prepare_split([source], tmp_path / "1", Settings(ESM, split=Split(share=0.2)))
     more = [*NAMES, *(f"new{number}" for number in range(400))]
     random.Random(2).shuffle(more)
-    _, after = prepare_split([write(tmp_path / "y.fasta", more)], tmp_path / "2", ESM, Split(share=0.2))
+    _, after = prepare_split([write(tmp_path / "y.fasta", more)], tmp_path / "2", Settings(ESM, split=Split(share=0.2)))
     assert set(names(before)) == set(names(after)) & set(NAMES)
     assert set(names(after)) - set(NAMES)
 
 
 def test_with_a_larger_share_no_sequence_leaves_validation(source: Path, tmp_path: Path) -> None:
     small, large = (
-        set(names(prepare_split([source], tmp_path / str(share), ESM, Split(share=share))[1])) for share in (0.1, 0.4)
+        set(names(prepare_split([source], tmp_path / str(share), Settings(ESM, split=Split(share=share)))[1]))
+        for share in (0.1, 0.4)
     )
     assert small < large
 
@@ -92,7 +94,9 @@ def test_whole_clusters_go_to_one_side(packed: bool, source: Path, tmp_path: Pat
     table.write_bytes(gzip.compress(rows) if packed else rows)
     train, validation = (
         set(names(corpus))
-        for corpus in prepare_split([source], tmp_path / "two", ESM, Split(share=0.3, clusters=str(table)))
+        for corpus in prepare_split(
+            [source], tmp_path / "two", Settings(ESM, split=Split(share=0.3, clusters=str(table)))
+        )
     )
     assert train | validation == set(NAMES)
     assert not {cluster[name] for name in train} & {cluster[name] for name in validation}
@@ -104,7 +108,9 @@ def test_the_accession_of_a_uniprot_header_is_found_in_the_table_of_mmseqs(tmp_p
     table = tmp_path / "clusters.tsv"
     table.write_text("".join(f"P{number - number % 3:05}\tP{number:05}\n" for number in range(60)))
     source = write(tmp_path / "x.fasta", headers)
-    train, validation = prepare_split([source], tmp_path / "two", ESM, Split(share=0.4, clusters=str(table)))
+    train, validation = prepare_split(
+        [source], tmp_path / "two", Settings(ESM, split=Split(share=0.4, clusters=str(table)))
+    )
     clusters = [{int(name.split("|")[1][1:]) // 3 for name in names(corpus)} for corpus in (train, validation)]
     assert len(clusters[0]) + len(clusters[1]) == 20
     assert not clusters[0] & clusters[1]
@@ -113,7 +119,7 @@ def test_the_accession_of_a_uniprot_header_is_found_in_the_table_of_mmseqs(tmp_p
 def test_the_names_of_a_list_go_to_validation(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     chosen = tmp_path / "names.txt"
     chosen.write_text("\n".join(["sequence9", "  sequence500\r", "", "sequence77", "sequence9"]))
-    _, validation = prepare_split([source], tmp_path / "two", ESM, Split(ids=str(chosen)))
+    _, validation = prepare_split([source], tmp_path / "two", Settings(ESM, split=Split(ids=str(chosen))))
     assert names(validation) == ["sequence9", "sequence77", "sequence500"]
     assert capsys.readouterr().err == ""
 
@@ -123,7 +129,7 @@ def test_names_of_a_list_that_no_sequence_has_are_told(
 ) -> None:
     chosen = tmp_path / "names.txt"
     chosen.write_text("sequence9\nelsewhere\nsequence77\nnowhere\nelsewhere\n")
-    prepare_split([source], tmp_path / "two", ESM, Split(ids=str(chosen)))
+    prepare_split([source], tmp_path / "two", Settings(ESM, split=Split(ids=str(chosen))))
     assert capsys.readouterr().err == (
         f"pretrain: warning: 2 of 4 names of {chosen} are here; the first missing is 'elsewhere'\n"
     )
@@ -136,7 +142,9 @@ def test_a_name_that_ends_as_a_windows_does_is_found_in_a_list_as_it_stands(
     given = [*(f"a#{number}" for number in range(9)), "b", "sp|C|c#2", "sp|D|d#1", "e"]
     source, chosen = write(tmp_path / "x.fasta", given), tmp_path / "names.txt"
     chosen.write_text("a#7\nb\nsp|C|c#2\nD\n")
-    sides = prepare_split([source], tmp_path / "two", ESM, Split(ids=str(chosen)), filters=Filters(windows=length))
+    sides = prepare_split(
+        [source], tmp_path / "two", Settings(ESM, filters=Filters(windows=length), split=Split(ids=str(chosen)))
+    )
     _, held = ({name if name in given else name.rpartition("#")[0] for name in names(side)} for side in sides)
     assert held == {"a#7", "b", "sp|C|c#2", "sp|D|d#1"}
     assert capsys.readouterr().err == ""
@@ -145,14 +153,18 @@ def test_a_name_that_ends_as_a_windows_does_is_found_in_a_list_as_it_stands(
 def test_duplicates_are_taken_out_before_the_split(source: Path, tmp_path: Path) -> None:
     text = source.read_text()
     source.write_text(text + text.replace("sequence", "again"))
-    sides = prepare_split([source], tmp_path / "two", ESM, Split(share=0.3), filters=Filters(deduplicate=True))
+    sides = prepare_split(
+        [source], tmp_path / "two", Settings(ESM, filters=Filters(deduplicate=True), split=Split(share=0.3))
+    )
     tokens = [bytes(corpus.tokens(i)) for corpus in sides for i in range(len(corpus))]
     assert len(tokens) == len(set(tokens))
     assert sides[0].skipped["duplicate"] >= 600
 
 
 def test_the_windows_of_a_long_sequence_stay_on_one_side(source: Path, tmp_path: Path) -> None:
-    sides = prepare_split([source], tmp_path / "two", ESM, Split(share=0.3), filters=Filters(windows=10))
+    sides = prepare_split(
+        [source], tmp_path / "two", Settings(ESM, filters=Filters(windows=10), split=Split(share=0.3))
+    )
     train, validation = ({name.partition("#")[0] for name in names(corpus)} for corpus in sides)
     assert sum(len(corpus) for corpus in sides) > 2 * len(NAMES)
     assert train | validation == set(NAMES)
@@ -166,7 +178,9 @@ def test_the_two_corpora_are_the_same_for_any_number_of_processes(source: Path, 
     source.write_text(source.read_text() + ">bad\n1\n")
     made = [tmp_path / str(workers) for workers in (1, 2)]
     for workers, out in enumerate(made, 1):
-        prepare_split([source], out, ESM, Split(share=0.2), filters=Filters(skip_bad=True), workers=workers)
+        prepare_split(
+            [source], out, Settings(ESM, filters=Filters(skip_bad=True), split=Split(share=0.2)), workers=workers
+        )
     assert content(made[0]) == content(made[1])
     assert "skipped.tsv" in content(made[0])
     assert len(content(made[0])) > 10
@@ -177,7 +191,7 @@ def test_the_two_corpora_are_the_same_for_any_number_of_processes(source: Path, 
 def test_a_kill_while_the_sides_are_written_loses_nothing(
     workers: int, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepare_split([source], tmp_path / "whole", ESM, Split(share=0.2))
+    prepare_split([source], tmp_path / "whole", Settings(ESM, split=Split(share=0.2)))
 
     def run() -> None:
         write_rows, parent = split.write_rows, os.getpid()
@@ -188,7 +202,7 @@ def test_a_kill_while_the_sides_are_written_loses_nothing(
             return write_rows(file, keep, to)
 
         split.write_rows = write  # type: ignore[assignment]
-        prepare_split([source], tmp_path / "two", ESM, Split(share=0.2), workers=workers)
+        prepare_split([source], tmp_path / "two", Settings(ESM, split=Split(share=0.2)), workers=workers)
 
     child = multiprocessing.get_context("fork").Process(target=run)
     child.start()
@@ -197,7 +211,7 @@ def test_a_kill_while_the_sides_are_written_loses_nothing(
     monkeypatch.setattr(shards, "write_shard", lambda *_: pytest.fail("tokenised again"))
     written, write_rows = [], split.write_rows
     monkeypatch.setattr(split, "write_rows", lambda *given: (written.append(given[2].name), write_rows(*given))[1])
-    prepare_split([source], tmp_path / "two", ESM, Split(share=0.2), workers=1)
+    prepare_split([source], tmp_path / "two", Settings(ESM, split=Split(share=0.2)), workers=1)
     assert content(tmp_path / "two") == content(tmp_path / "whole")
     if workers == 1:
         assert min(written) == "shard-00004.arrow"
@@ -208,9 +222,9 @@ def test_another_split_of_what_is_tokenised_already_begins_anew(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UserError):
-        prepare_split([source], tmp_path / "two", ESM, Split(share=1e-9))
+        prepare_split([source], tmp_path / "two", Settings(ESM, split=Split(share=1e-9)))
     monkeypatch.setattr(shards, "write_shard", lambda *_: pytest.fail("tokenised again"))
-    _, validation = prepare_split([source], tmp_path / "two", ESM, Split(share=0.2))
+    _, validation = prepare_split([source], tmp_path / "two", Settings(ESM, split=Split(share=0.2)))
     assert 80 < len(validation) < 160
 
 
@@ -252,7 +266,7 @@ def test_another_split_of_what_is_tokenised_already_begins_anew(
         (
             ["--split_clusters", "TABLE", "--validation_share", "0.5"],
             "".join(f"{cluster}\tb\n" for cluster in range(20)),
-            "TABLE: a member stands in two clusters that go to different sides; give each one cluster",
+            "TABLE: 'b' is in two clusters; a sequence belongs to one",
         ),
         (
             ["--split_clusters", "TABLE", "--validation_share", "0.5"],
@@ -285,7 +299,7 @@ def test_a_split_that_cannot_be_made_is_told_in_one_line(
 def test_a_list_that_is_not_there_shows_before_the_sources_are_read(source: Path, tmp_path: Path) -> None:
     source.write_text("no FASTA: this would be told first, if it were read")
     with pytest.raises(UserError, match=r"^nowhere"):
-        prepare_split([source], tmp_path / "two", ESM, Split(ids="nowhere"))
+        prepare_split([source], tmp_path / "two", Settings(ESM, split=Split(ids="nowhere")))
 
 
 def test_the_command_prints_both_and_a_directory_of_corpora_is_no_source(

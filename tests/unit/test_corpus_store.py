@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pretrain.corpus import pieces, shards, store
+from pretrain.corpus import opening, pieces, shards, store
 from pretrain.corpus import prepare as prepare_module
 from pretrain.corpus.journal import ShardEntry
-from pretrain.corpus.prepare import open_or_prepare, prepare
+from pretrain.corpus.opening import open_or_prepare
+from pretrain.corpus.prepare import Settings, prepare
 from pretrain.corpus.store import Corpus, is_corpus, verify
 from pretrain.corpus.tokenizer import ProteinTokenizer, train_tokenizer
 from pretrain.errors import UserError
@@ -35,7 +36,7 @@ def fasta(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def corpus(fasta: Path, tmp_path: Path) -> Corpus:
-    return prepare([fasta], tmp_path / "corpus", ESM)
+    return prepare([fasta], tmp_path / "corpus", Settings(ESM))
 
 
 @pytest.fixture
@@ -109,7 +110,7 @@ def test_a_pickled_corpus_is_only_its_path(corpus: Corpus) -> None:
 
 
 def test_the_same_input_gives_the_same_bytes(corpus: Corpus, fasta: Path, tmp_path: Path) -> None:
-    again = prepare([fasta], tmp_path / "again", ESM)
+    again = prepare([fasta], tmp_path / "again", Settings(ESM))
     assert content(again.path) == content(corpus.path)
     assert again.fingerprint == corpus.fingerprint
 
@@ -120,7 +121,7 @@ def test_several_shards_hold_the_same_sequences_as_one(
 ) -> None:
     monkeypatch.setattr(pieces, "PIECE_BYTES", 1)
     monkeypatch.setattr(shards, "BLOCK_BYTES", block_bytes)
-    cut = prepare([fasta], tmp_path / "cut", ESM)
+    cut = prepare([fasta], tmp_path / "cut", Settings(ESM))
     assert len(cut.manifest["shards"]) == {1: 4, 40: 2, 10_000: 1}[block_bytes]
     assert decoded(cut) == PROTEINS
     assert cut.lengths([3, 0, 2, 1, 1]).tolist() == corpus.lengths([3, 0, 2, 1, 1]).tolist()
@@ -131,7 +132,7 @@ def test_several_shards_hold_the_same_sequences_as_one(
 def test_several_sources_follow_each_other(fasta: Path, tmp_path: Path) -> None:
     more = tmp_path / "y.txt"
     more.write_text("WW\n\nKK\n")
-    assert list(decoded(prepare([fasta, more], tmp_path / "out", ESM)).items()) == [
+    assert list(decoded(prepare([fasta, more], tmp_path / "out", Settings(ESM))).items()) == [
         *PROTEINS.items(),
         ("1", "WW"),
         ("3", "KK"),
@@ -143,7 +144,7 @@ def test_another_content_or_tokenizer_gives_another_fingerprint(tmp_path: Path) 
     for number, (text, tokenizer) in enumerate([("MK", ESM), ("ML", ESM), ("MK", TEXT)]):
         source = tmp_path / f"{number}.txt"
         source.write_text(text)
-        fingerprints.add(prepare([source], tmp_path / str(number), tokenizer).fingerprint)
+        fingerprints.add(prepare([source], tmp_path / str(number), Settings(tokenizer)).fingerprint)
     assert len(fingerprints) == 3
 
 
@@ -151,7 +152,7 @@ def test_the_same_ids_of_another_tokenizer_are_another_corpus(tmp_path: Path) ->
     source = tmp_path / "x.txt"
     source.write_text("MK")
     other = train_tokenizer(["zz zz zz"], 262)
-    one, two = (prepare([source], tmp_path / str(t.vocab_size), t) for t in (TEXT, other))
+    one, two = (prepare([source], tmp_path / str(t.vocab_size), Settings(t)) for t in (TEXT, other))
     assert one.tokens(0).tolist() == two.tokens(0).tolist()
     assert one.fingerprint != two.fingerprint
 
@@ -168,7 +169,7 @@ def test_tokens_take_the_smallest_type_that_holds_the_vocabulary(vocab_size: int
         tokenizer, text = (ESM, "MK") if vocab_size == 33 else (TEXT, "MK")
     source = tmp_path / "x.txt"
     source.write_text(text)
-    corpus = prepare([source], tmp_path / "corpus", tokenizer)
+    corpus = prepare([source], tmp_path / "corpus", Settings(tokenizer))
     assert corpus.tokenizer.vocab_size == vocab_size
     assert corpus.tokens(0).dtype == dtype
     assert corpus.tokens(0).tolist() == tokenizer.encode(text.encode()).tolist()
@@ -178,24 +179,28 @@ def test_a_corpus_never_replaces_anything(fasta: Path, tmp_path: Path) -> None:
     out = tmp_path / "mine"
     out.mkdir()
     assert (
-        quiet_mistake(lambda: prepare([fasta], out, ESM)) == f"{out}: exists already and is no corpus; remove it first"
+        quiet_mistake(lambda: prepare([fasta], out, Settings(ESM)))
+        == f"{out}: exists already and is no corpus; remove it first"
     )
     assert not list(out.iterdir())
 
 
 def test_a_corpus_cannot_be_made_inside_a_file(fasta: Path) -> None:
-    message = quiet_mistake(lambda: prepare([fasta], fasta / "corpus", ESM))
+    message = quiet_mistake(lambda: prepare([fasta], fasta / "corpus", Settings(ESM)))
     assert message == f"{fasta / 'corpus'}: cannot be made, as {fasta} is a file; choose another place"
 
 
 def test_a_corpus_of_no_source_is_a_mistake(tmp_path: Path) -> None:
-    assert quiet_mistake(lambda: prepare([], tmp_path / "out", ESM)) == "no source is given; name at least one file"
+    assert (
+        quiet_mistake(lambda: prepare([], tmp_path / "out", Settings(ESM)))
+        == "no source is given; name at least one file"
+    )
     assert quiet_mistake(lambda: open_or_prepare([], ESM)) == "no source is given; name at least one file"
 
 
 def test_a_misspelt_source_shows_before_the_others_are_read(fasta: Path, tmp_path: Path) -> None:
     fasta.write_text("no FASTA: this would be told first, if it were read")
-    message = quiet_mistake(lambda: prepare([fasta, tmp_path / "y.fasta"], tmp_path / "out", ESM))
+    message = quiet_mistake(lambda: prepare([fasta, tmp_path / "y.fasta"], tmp_path / "out", Settings(ESM)))
     assert message.startswith(f"{tmp_path / 'y.fasta'}: no such file")
 
 
@@ -211,7 +216,7 @@ def test_a_corpus_appears_at_its_place_only_when_it_is_complete(
         return made
 
     monkeypatch.setattr(prepare_module, "finish", watched)
-    assert decoded(prepare([fasta], out, ESM)) == PROTEINS
+    assert decoded(prepare([fasta], out, Settings(ESM))) == PROTEINS
     assert [out.stat().st_ino] == written  # renamed in one act, not copied
     assert {file.name for file in tmp_path.iterdir()} == {"corpus", fasta.name}
 
@@ -221,7 +226,7 @@ def test_what_a_killed_run_left_is_cleared(fasta: Path, tmp_path: Path) -> None:
     partial.mkdir()
     (partial / "shard-00007.arrow").write_bytes(b"half")
     (tmp_path / ".corpus.lock").touch()
-    corpus = prepare([fasta], tmp_path / "corpus", ESM)
+    corpus = prepare([fasta], tmp_path / "corpus", Settings(ESM))
     assert set(content(corpus.path)) == {"lengths.npy", "manifest.json", "shard-00000.arrow"}
     assert {file.name for file in tmp_path.iterdir()} == {"corpus", fasta.name}
 
@@ -253,7 +258,7 @@ def test_a_corpus_that_appears_in_the_cache_after_the_first_look_is_taken(
     first = open_or_prepare([fasta], ESM)
     monkeypatch.setattr(prepare_module, "make_shards", lambda *_: pytest.fail("prepared again"))
     answers = iter([False, False])  # for the source, and for the cache
-    monkeypatch.setattr(prepare_module, "is_corpus", lambda path: next(answers, None) is None and is_corpus(path))
+    monkeypatch.setattr(opening, "is_corpus", lambda path: next(answers, None) is None and is_corpus(path))
     assert open_or_prepare([fasta], ESM).path == first.path
 
 
@@ -273,12 +278,12 @@ def test_a_corpus_that_another_process_finished_in_the_meantime_is_taken(
 
     def late(*arguments: int) -> None:
         monkeypatch.setattr(fcntl, "flock", lock)
-        prepare([fasta], out, ESM)
+        prepare([fasta], out, Settings(ESM))
         monkeypatch.setattr(prepare_module, "make_shards", lambda *_: pytest.fail("prepared again"))
         lock(*arguments)
 
     monkeypatch.setattr(fcntl, "flock", late)
-    assert decoded(prepare([fasta], out, ESM)) == PROTEINS
+    assert decoded(prepare([fasta], out, Settings(ESM))) == PROTEINS
     assert {file.name for file in tmp_path.iterdir()} == {"corpus", fasta.name}
 
 
@@ -304,7 +309,7 @@ def test_a_lock_file_that_its_holder_removed_protects_nothing(
 
     monkeypatch.setattr(fcntl, "flock", removed_meanwhile)
     monkeypatch.setattr(prepare_module, "make_shards", watched)
-    prepare([fasta], tmp_path / "corpus", ESM)
+    prepare([fasta], tmp_path / "corpus", Settings(ESM))
     assert held
 
 
@@ -453,7 +458,7 @@ def test_a_damaged_corpus_is_told_in_one_line(damage: str, corpus: Corpus) -> No
 
 def test_a_shard_of_another_corpus_is_noticed(corpus: Corpus, fasta: Path, tmp_path: Path) -> None:
     fasta.write_text(">a\nMK\n")
-    shutil.copy(prepare([fasta], tmp_path / "other", ESM).path / SHARD, corpus.path / SHARD)
+    shutil.copy(prepare([fasta], tmp_path / "other", Settings(ESM)).path / SHARD, corpus.path / SHARD)
     assert quiet_mistake(lambda: Corpus(corpus.path)) == (
         f"{corpus.path}: the shards do not hold the sequences that manifest.json counts; prepare it again"
     )
@@ -473,20 +478,11 @@ def test_only_a_directory_with_a_manifest_is_a_corpus(corpus: Corpus, fasta: Pat
 def four_shards(fasta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(pieces, "PIECE_BYTES", 1)
     monkeypatch.setattr(shards, "BLOCK_BYTES", 1)
-    return prepare([fasta], tmp_path / "four", ESM).path
+    return prepare([fasta], tmp_path / "four", Settings(ESM)).path
 
 
 def test_an_intact_corpus_is_verified(four_shards: Path) -> None:
     assert verify(four_shards) == 4
-
-
-def test_a_corpus_of_the_first_version_still_opens_and_verifies(four_shards: Path) -> None:
-    manifest = json.loads((four_shards / MANIFEST).read_text())
-    del manifest["prepared"]
-    (four_shards / MANIFEST).write_text(json.dumps(manifest))
-    assert verify(four_shards) == 4
-    assert decoded(Corpus(four_shards)) == PROTEINS
-    assert Corpus(four_shards).skipped == {}
 
 
 def test_broken_shards_are_named(four_shards: Path) -> None:

@@ -15,7 +15,7 @@ from pretrain.corpus.tokenizer import (
     InvalidSymbolError,
     ProteinTokenizer,
     TextTokenizer,
-    TokenizerKind,
+    TokenizerAlgorithm,
     load_tokenizer,
     tokenizer_from_string,
     train_tokenizer,
@@ -129,10 +129,10 @@ def test_a_byte_level_tokenizer_has_one_token_a_byte(byte_level: TextTokenizer, 
     assert len(byte_level.encode(text.encode())) == len(text.encode()) + 2
 
 
-@pytest.mark.parametrize("kind", ["bpe", "wordpiece", "unigram"])
-def test_every_kind_of_tokenizer_learns_frequent_words_and_has_any_byte(kind: TokenizerKind) -> None:
+@pytest.mark.parametrize("algorithm", ["bpe", "wordpiece", "unigram"])
+def test_every_algorithm_learns_frequent_words_and_has_any_byte(algorithm: TokenizerAlgorithm) -> None:
     text = Path(__file__).read_text(encoding="utf-8")
-    tokenizer = train_tokenizer([text] * 2, 700, kind)
+    tokenizer = train_tokenizer([text] * 2, 700, algorithm)
     assert 600 < tokenizer.vocab_size <= 700
     assert tokenizer.tokens[:5] == ("<cls>", "<pad>", "<eos>", "<unk>", "<mask>")
     assert len(tokenizer.encode(b" tokenizer")) <= 4, "a frequent word is one token, or that and a space"
@@ -328,7 +328,7 @@ def test_a_broken_vocabulary_is_a_mistake_that_the_user_can_mend(tmp_path: Path)
 def test_an_unknown_kind_is_a_mistake_that_the_user_can_mend() -> None:
     with pytest.raises(UserError) as caught:
         train_tokenizer([], 300, "bbpe")  # type: ignore[arg-type]
-    assert str(caught.value) == "tokenizer kind is 'bbpe'; give one of bpe, wordpiece, unigram"
+    assert str(caught.value) == "algorithm is 'bbpe'; give one of bpe, wordpiece, unigram"
 
 
 def test_too_small_a_vocabulary_is_a_mistake_that_the_user_can_mend() -> None:

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from pretrain import MLMDataModule
 from pretrain.corpus.batch import PackDataset
+from pretrain.corpus.opening import open_or_prepare
 from pretrain.corpus.order import Order
 from pretrain.corpus.packing import Planner, Position
-from pretrain.corpus.prepare import open_or_prepare, prepare
+from pretrain.corpus.prepare import Settings, prepare
 from pretrain.corpus.shards import Filters
 from pretrain.corpus.store import Corpus
 from pretrain.corpus.tokenizer import ProteinTokenizer, TextTokenizer, train_tokenizer
@@ -62,7 +63,7 @@ def test_windows_hold_every_token_once_in_order(length: int, max_length: int, ha
 def test_a_corpus_of_windows_holds_every_token_of_its_documents(
     documents: list[dict[str, str]], source: Path, tokenizer: TextTokenizer, tmp_path: Path
 ) -> None:
-    corpus = prepare([source], tmp_path / "corpus", tokenizer, filters=Filters(windows=64))
+    corpus = prepare([source], tmp_path / "corpus", Settings(tokenizer, filters=Filters(windows=64)))
     found: dict[str, list[int]] = {}
     for index in range(len(corpus)):
         assert len(corpus.tokens(index)) <= 64
@@ -75,7 +76,7 @@ def test_a_corpus_of_windows_holds_every_token_of_its_documents(
 def test_a_corpus_knows_where_words_begin(
     documents: list[dict[str, str]], source: Path, tokenizer: TextTokenizer, tmp_path: Path
 ) -> None:
-    corpus = prepare([source, source], tmp_path / "corpus", tokenizer, filters=Filters(deduplicate=True))
+    corpus = prepare([source, source], tmp_path / "corpus", Settings(tokenizer, filters=Filters(deduplicate=True)))
     assert corpus.has_words
     assert len(corpus) == len(documents)
     for index, document in enumerate(documents):
@@ -106,7 +107,7 @@ def test_a_data_module_cuts_raw_sources_into_windows(source: Path, tokenizer: Te
 def test_a_prepared_corpus_must_have_been_cut(source: Path, tokenizer: TextTokenizer, tmp_path: Path) -> None:
     plain, longer, shorter = (tmp_path / name for name in ("plain", "longer", "shorter"))
     for out, size in ((plain, None), (longer, 100), (shorter, 50)):
-        prepare([source], out, tokenizer, filters=Filters(windows=size))
+        prepare([source], out, Settings(tokenizer, filters=Filters(windows=size)))
     assert isinstance(open_or_prepare([shorter], tokenizer, 64), Corpus)
     for out, given_as in ((plain, "without --windows"), (longer, "with --windows 100")):
         with pytest.raises(UserError) as caught:

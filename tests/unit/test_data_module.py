@@ -15,11 +15,12 @@ import torch
 
 from pretrain.corpus import baselines
 from pretrain.corpus.batch import Batch
+from pretrain.corpus.command import train_tokenizer_file
 from pretrain.corpus.datamodule import MLMDataModule
-from pretrain.corpus.masking import MAX_TOKENS_PER_SEQUENCE
 from pretrain.corpus.order import ORDER_VERSION, Order
+from pretrain.corpus.packed import MAX_TOKENS_PER_SEQUENCE
 from pretrain.corpus.packing import BatchWarmup
-from pretrain.corpus.prepare import prepare, train_tokenizer_file
+from pretrain.corpus.prepare import Settings, prepare
 from pretrain.corpus.store import Corpus
 from pretrain.corpus.tokenizer import ESM_ALPHABET, load_tokenizer
 from pretrain.errors import UserError
@@ -138,7 +139,7 @@ def test_several_sources_make_one_corpus(proteins: Path, tmp_path: Path) -> None
 
 
 def test_a_prepared_corpus_trains_as_its_sources_do(proteins: Path, tmp_path: Path) -> None:
-    corpus = prepare([proteins], tmp_path / "corpus", load_tokenizer("esm")).path
+    corpus = prepare([proteins], tmp_path / "corpus", Settings(load_tokenizer("esm"))).path
     for one, other in zip(*(attach(make(source)).train_dataloader() for source in (proteins, corpus)), strict=True):
         assert content(one) == content(other)
 

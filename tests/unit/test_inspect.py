@@ -8,7 +8,7 @@ import pytest
 
 from pretrain.cli import main
 from pretrain.corpus import pieces, shards
-from pretrain.corpus.prepare import prepare
+from pretrain.corpus.prepare import Settings, prepare
 from pretrain.corpus.shards import Filters
 from pretrain.corpus.tokenizer import ProteinTokenizer, train_tokenizer
 from pretrain.downstream import inspect as inspect_module
@@ -22,7 +22,7 @@ def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(shards, "BLOCK_BYTES", 1000)
     source = tmp_path / "x.txt"
     source.write_text("\n".join(["A" * n for n in range(1, 101)] + ["A" * 100 + "W", "1"]))
-    return prepare([source], tmp_path / "corpus", ProteinTokenizer(), filters=Filters(skip_bad=True)).path
+    return prepare([source], tmp_path / "corpus", Settings(ProteinTokenizer(), filters=Filters(skip_bad=True))).path
 
 
 def told(text: str) -> dict[str, str]:
@@ -65,7 +65,7 @@ def test_a_picture_of_a_corpus_is_a_png_of_one_page(kind: str, corpus: Path, tmp
     if kind != "proteins":
         source = tmp_path / "text.txt"
         source.write_text("one" if kind == "one" else "\n".join(map("".join, itertools.permutations("abcde $_^"[:6]))))
-        corpus = prepare([source], tmp_path / kind, train_tokenizer(["abc"] * 9, 263)).path
+        corpus = prepare([source], tmp_path / kind, Settings(train_tokenizer(["abc"] * 9, 263))).path
     picture = tmp_path / "picture.png"
     assert main(["inspect", str(corpus), "--picture", str(picture)]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")

@@ -5,10 +5,10 @@ from typing import Any
 
 from typing_extensions import override
 
+from pretrain.corpus.opening import open_or_store
 from pretrain.corpus.order import Order
 from pretrain.corpus.packed import PackedDataModule
 from pretrain.corpus.packing import StepPlanner
-from pretrain.corpus.prepare import open_or_store
 from pretrain.corpus.tokenizer import ProteinTokenizer
 from pretrain.downstream.finetune.labels import LabelSpec, Task, encode_labels, learn_spec
 from pretrain.downstream.finetune.packs import (

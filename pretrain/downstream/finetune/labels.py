@@ -10,13 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.corpus.packing import Int64
+from pretrain.corpus.padding import IGNORED
 from pretrain.downstream.finetune.table import Row
 from pretrain.errors import UserError
 
 Task = Literal["regression", "binary", "multiclass", "multilabel", "token"]
-
-IGNORED = -100
-"""Target of a residue without a label, which no loss counts."""
 
 
 @dataclass(frozen=True)

@@ -82,15 +82,13 @@ def metrics(spec: LabelSpec, answers: Answers) -> dict[str, float]:
         return {name: float(metric(predicted, targets)) for name, metric in _metrics_of(spec).items()}
 
 
-def bootstrap(
-    spec: LabelSpec, answers: Answers, samples: int = BOOTSTRAP_SAMPLES, seed: int = 0
-) -> dict[str, tuple[float, float]]:
+def bootstrap(spec: LabelSpec, answers: Answers, samples: int = BOOTSTRAP_SAMPLES) -> dict[str, tuple[float, float]]:
     """95 % percentile intervals of the metrics (Efron 1979), sequences drawn with replacement.
 
     Residues of a sequence stay together: they are not independent. A sample on which a metric is not defined, for want
     of a class, is left out of its interval.
     """
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     drawn: dict[str, list[float]] = {}
     for _ in range(samples):
         rows = generator.integers(len(answers.indices), size=len(answers.indices))

@@ -14,9 +14,10 @@ from typing_extensions import override
 from pretrain.corpus.batch import Batch
 from pretrain.corpus.order import Order
 from pretrain.corpus.packing import Int64, Pack, StepPlanner, validation_packs
+from pretrain.corpus.padding import IGNORED
 from pretrain.corpus.store import Corpus
 from pretrain.corpus.tokenizer import Tokenizer
-from pretrain.downstream.finetune.labels import IGNORED, Labels
+from pretrain.downstream.finetune.labels import Labels
 from pretrain.downstream.finetune.pairs import PairOrder, Tokens, cut_pair, swaps
 
 

@@ -11,11 +11,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.corpus.counter import Stream, bits, derive_key
+from pretrain.corpus.counter import RandomStream, bits, derive_key
 from pretrain.corpus.packing import Pack
-from pretrain.corpus.tokenizer import InvalidSymbolError, Tokenizer
+from pretrain.corpus.tokenizer import Tokenizer, encode_or_refuse
 from pretrain.downstream.finetune.table import Row
-from pretrain.errors import UserError
 
 Tokens = NDArray[np.unsignedinteger]
 PairOrder = Literal["given", "any"]
@@ -30,26 +29,14 @@ def encode(row: Row, tokenizer: Tokenizer, pair_order: PairOrder) -> Tokens:
     Raises:
         UserError: If a symbol has no id, or nothing is left of a sequence; names file and row.
     """
-    first = _encode(row, row.sequence, tokenizer)
+    what = f"{row.where}: record '{row.id}'"
+    first = encode_or_refuse(tokenizer, row.sequence, what)
     if row.second is None:
         return first
-    second = _encode(row, row.second, tokenizer, " of its second sequence")
+    second = encode_or_refuse(tokenizer, row.second, f"{what}, in its second sequence,")
     if pair_order == "any" and row.second < row.sequence:
         first, second = second, first
     return np.concatenate([first, second[1:]])
-
-
-def _encode(row: Row, text: bytes, tokenizer: Tokenizer, which: str = "") -> Tokens:
-    try:
-        tokens = tokenizer.encode(text)
-    except InvalidSymbolError as error:
-        raise UserError(
-            f"{row.where}: record '{row.id}' has {error.symbol} at position {error.position}{which}; allowed: "
-            f"{error.allowed}"
-        ) from error
-    if len(tokens) < 3:
-        raise UserError(f"{row.where}: record '{row.id}' has only {text.decode(errors='replace')!r}{which}; remove it")
-    return tokens
 
 
 def cut_pair(tokens: Tokens, length: int, swap: bool) -> Tokens:
@@ -72,4 +59,4 @@ def cut_pair(tokens: Tokens, length: int, swap: bool) -> Tokens:
 
 def swaps(pack: Pack, seed: int) -> NDArray[np.bool_]:
     """Which pairs of a pack are shown the other way round: each in half of the epochs, whoever asks."""
-    return (bits(derive_key(seed, Stream.PAIR, pack.epochs, pack.indices), 0) >> np.uint64(63)).astype(bool)
+    return (bits(derive_key(seed, RandomStream.PAIR, pack.epochs, pack.indices), 0) >> np.uint64(63)).astype(bool)

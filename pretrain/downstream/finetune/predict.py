@@ -85,7 +85,8 @@ def predict(
 
 def _rows(source: str, options: SourceOptions, pair_column: str | None, model: FineTuned) -> Iterator[Row]:
     if model.pair_order is not None:
-        return read_pairs(source, Columns(text=options.text_column, id=options.id_column, pair=pair_column))
+        columns = Columns(text=options.text_column, id=options.id_column, pair=pair_column)
+        return read_pairs(source, columns, options.kind)
     if pair_column is not None:
         raise UserError(f"pair_column is '{pair_column}', but the model takes single sequences; leave it out")
     return (Row(f"{source}:{record.line}", record.id, record.text) for record in read_records(source, options))

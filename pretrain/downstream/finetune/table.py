@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from pretrain.corpus.pieces import ID_COLUMNS, TEXT_COLUMNS, Piece, usual_column, whole
+from pretrain.corpus.pieces import ID_COLUMNS, TEXT_COLUMNS, Piece, read_whole, usual_column
 from pretrain.corpus.readers import Flaw, parse, parse_fields
 from pretrain.corpus.sources import Source, SourceOptions, find_sources
 from pretrain.errors import UserError
@@ -98,13 +98,13 @@ def read_rows(path: str, columns: Columns, labels: str | None = None) -> list[Ro
     return rows
 
 
-def read_pairs(path: str, columns: Columns) -> Iterator[Row]:
-    """The pairs of a table, without labels.
+def read_pairs(path: str, columns: Columns, kind: str | None = None) -> Iterator[Row]:
+    """The pairs of a table, without labels; ``kind`` is what it holds, by default what its name says.
 
     Raises:
         UserError: If there is no such file or column, or a row cannot be read; names file and line.
     """
-    for line, fields in read_fields(path):
+    for line, fields in read_fields(path, kind):
         row = _row(path, line, fields, columns)
         if row.second is None:
             raise UserError(
@@ -181,19 +181,19 @@ def _no_column(path: str, line: int, name: str, fields: dict[str, Any], labels: 
     )
 
 
-def read_fields(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line (or row) and named fields of each record of a file.
+def read_fields(path: str, kind: str | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line (or row) and named fields of each record of a file; ``kind`` is what it holds, by default as named.
 
     Raises:
         UserError: If it cannot be read; names file and line.
     """
-    found = find_sources([path], SourceOptions())
+    found = find_sources([path], SourceOptions(kind))
     if len(found) != 1 or not found[0].is_regular_file or found[0].kind not in _KINDS:
         raise UserError(f"{path}: give one labelled file: {', '.join(_KINDS)} (compressed or not)")
     if found[0].kind == "parquet":
         yield from _read_parquet(found[0])
         return
-    piece = whole(found[0])
+    piece = read_whole(found[0])
     if twice := sorted({name for name in piece.columns if piece.columns.count(name) > 1}):
         raise UserError(f"{piece.where(1)}: column '{twice[0]}' stands there twice; rename one")
     for line, fields in _PARSE.get(piece.source.kind, parse_fields)(piece):

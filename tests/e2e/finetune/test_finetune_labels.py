@@ -130,14 +130,14 @@ MISTAKES: dict[str, tuple[Callable[[], str], dict[str, Any], list[str]]] = {
         lambda: table("t.csv", "sequence,label\nMKV,caf\udce9\nMKL,tea\n"), {}, ["t.csv:2: record '2'", "is no UTF-8"]
     ),
     "a lone stop": (
-        lambda: table("t.csv", "sequence,label\nMKV,1\n*,0\n"), {}, ["t.csv:3: record '3' has only '*'; remove it"]
+        lambda: table("t.csv", "sequence,label\nMKV,1\n*,0\n"), {}, ["t.csv:3: record '3' has nothing that becomes a"]
     ),
     "nothing beside": (
         lambda: table("t.csv", "seq1,seq2,label\nMKV,MA,1\nMKL,,0\n"), {}, ["t.csv:3: record '3' has nothing in 'seq2'"]
     ),
     "unknown residue beside": (
         lambda: table("t.csv", "seq1,seq2,label\nMKV,MA,1\nMKL,M1,0\n"), {},
-        ["t.csv:3: record '3' has '1' at position 2 of its second sequence"],
+        ["t.csv:3: record '3', in its second sequence, has '1' at position 2"],
     ),
     "pairs and single sequences": (
         lambda: table(

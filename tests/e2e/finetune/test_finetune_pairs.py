@@ -50,10 +50,10 @@ def test_a_run_on_pairs_learns_from_both_and_predicts_them_in_either_order(
         alone = [row[column].count("L") / len(row[column]) for row in table[200:]]
         assert result["test"]["pearson"]["value"] > np.corrcoef(alone, truth)[0, 1] + 0.1
 
-    mirrored = tmp_path / "mirrored.csv"
+    mirrored = tmp_path / "mirrored"
     mirrored.write_text(pairs.read_text().replace("sequence_a,sequence_b", "other,sequence"))
     assert main(["predict", str(run), str(pairs), "--out", str(tmp_path / "one.csv"), "--pack_tokens", "300"]) == 0
-    given_names = ("--pair_column", "other", "--text_column", "sequence")
+    given_names = ("--pair_column", "other", "--text_column", "sequence", "--kind", "csv")
     assert main(["predict", str(run), str(mirrored), "--out", str(tmp_path / "two.csv"), *given_names]) == 0
     one, two = read_csv(tmp_path / "one.csv"), read_csv(tmp_path / "two.csv")
     assert [row["id"] for row in one] == [row["id"] for row in two] == [f"p{i}" for i in range(240)]

@@ -44,6 +44,10 @@ def test_a_run_learns_tells_of_its_test_split_predicts_and_is_inspected(
     for suffix in ("csv", "parquet"):
         out = tmp_path / f"predictions.{suffix}"
         assert main(["predict", str(run), str(tables / f"{task}.csv"), "--out", str(out), "--pack_tokens", "300"]) == 0
+    (tmp_path / "unnamed").write_bytes((tables / f"{task}.csv").read_bytes())
+    given = [str(run), str(tmp_path / "unnamed"), "--kind", "csv", "--pack_tokens", "300"]
+    assert main(["predict", *given, "--out", str(tmp_path / "same.csv")]) == 0
+    assert (tmp_path / "same.csv").read_bytes() == (tmp_path / "predictions.csv").read_bytes()
     rows = read_csv(tmp_path / "predictions.csv")
     truth = read_csv(tables / f"{task}.csv")
     assert [row["id"] for row in rows] == [row["id"] for row in truth]

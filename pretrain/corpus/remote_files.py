@@ -1,0 +1,152 @@
+"""Files at fsspec URLs: read, written and removed, in several attempts if need be."""
+
+import errno
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pretrain.errors import UserError, disk_is_full
+
+ATTEMPTS = 9
+"""Tries with one file before giving up: about four minutes, with what `_wait` waits in between."""
+
+
+def with_retries(url: str, attempt: Callable[[], None], attempts: int = ATTEMPTS, action: str = "read") -> None:
+    """Try something with an address until it succeeds, waiting longer each time; each failure is told on stderr.
+
+    Raises:
+        UserError: If there is no such file, or the last attempt fails.
+        OSError: If the local disk is full, or not to be written to.
+    """
+    for number in range(1, attempts + 1):
+        try:
+            return attempt()
+        except (FileNotFoundError, PermissionError) as error:
+            if error.errno == errno.EACCES and error.filename and str(error.filename) not in url:  # a file of ours
+                raise
+            raise UserError(f"{url}: {_said(error)}; check the address and your rights there") from error
+        except ImportError as error:
+            raise UserError(f"{url}: {_said(error)}; s3:// needs `pip install 'pretrain-mlm[s3]'`") from error
+        except Exception as error:  # each protocol's library has exceptions of its own
+            if isinstance(error, OSError) and (disk_is_full(error) or error.errno == errno.EROFS):
+                raise
+            if number == attempts:
+                raise UserError(
+                    f"{url}: cannot be {action} ({_said(error)}) in {attempts} attempts; check the address and the "
+                    "network, and give the same command again"
+                ) from error
+            seconds = min(2.0 ** (number - 1), 60.0)
+            print(f"pretrain: warning: {url}: {_said(error)}; again in {seconds:.0f} s", file=sys.stderr, flush=True)
+            _wait(seconds)
+
+
+def _wait(seconds: float) -> None:
+    time.sleep(seconds)
+
+
+def _said(error: BaseException) -> str:
+    said = " ".join(str(error).split())
+    return said[:300] or type(error).__name__
+
+
+def file_system(url: str) -> tuple[Any, str]:
+    """What reads and writes an address, and the path there."""
+    import fsspec
+
+    files, path = fsspec.core.url_to_fs(url)
+    files.invalidate_cache()  # a listing of before must not say that the file is missing
+    return files, path
+
+
+_BUCKETS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci"}
+"""Where there are no directories to make, and a mistyped bucket should not come to be."""
+
+
+def put_file(file: Path, url: str, attempts: int = ATTEMPTS) -> None:
+    """Copy a local file to an address, in several attempts if need be.
+
+    Raises:
+        UserError: If it cannot be written there.
+    """
+
+    def attempt() -> None:
+        files, remote = file_system(url)
+        size = file.stat().st_size  # a file of lines may grow meanwhile
+        if not _BUCKETS.intersection([files.protocol] if isinstance(files.protocol, str) else files.protocol):
+            files.makedirs(str(PurePosixPath(remote).parent), exist_ok=True)
+        files.put_file(str(file), remote)
+        files.invalidate_cache()
+        if (stored := files.size(remote)) < size:
+            raise OSError(f"{stored} of {size} bytes are there")
+
+    with_retries(url, attempt, attempts, "written")
+
+
+def get_file(url: str, file: Path) -> bool:
+    """Copy a file from an address, in several attempts if need be; False if there is none.
+
+    Raises:
+        UserError: If it cannot be read.
+    """
+
+    def attempt() -> None:
+        files, remote = file_system(url)
+        if files.exists(remote):
+            files.get_file(remote, str(file))
+
+    with_retries(url, attempt)
+    return file.is_file()
+
+
+def remove_file(url: str) -> None:
+    """Remove a file at an address, if it is there."""
+
+    def attempt() -> None:
+        files, remote = file_system(url)
+        if files.exists(remote):
+            files.rm_file(remote)
+
+    with_retries(url, attempt, action="removed")
+
+
+def written_at(url: str) -> float | None:
+    """When a file at an address was written, in seconds since 1970 (0 if that is not told); None if there is none.
+
+    Object stores tell whole seconds, rounded down: it is the end of that second, before which it was surely written.
+
+    Raises:
+        UserError: If that cannot be found out.
+    """
+    found: list[float | None] = []
+
+    def attempt() -> None:
+        files, remote = file_system(url)
+        if not files.exists(remote):
+            found.append(None)
+            return
+        try:
+            found.append(math.floor(files.modified(remote).timestamp()) + 1.0)
+        except NotImplementedError:
+            found.append(0.0)
+
+    with_retries(url, attempt, 3)
+    return found[0]
+
+
+def read_remote(url: str) -> bytes:
+    """A small file.
+
+    Raises:
+        UserError: If it is not there, or cannot be had in three attempts.
+    """
+    content: list[bytes] = []
+
+    def attempt() -> None:
+        files, path = file_system(url)
+        content.append(files.cat_file(path))
+
+    with_retries(url, attempt, 3)
+    return content[0]
