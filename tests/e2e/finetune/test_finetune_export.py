@@ -11,6 +11,7 @@ from labelled import finetune, read_csv
 from test_resume import equal
 
 from pretrain.cli import main
+from pretrain.downstream import hf_files
 from pretrain.downstream.finetune.model import load_fine_tuned
 from pretrain.train.checkpoint import read_checkpoint
 
@@ -54,6 +55,23 @@ def test_an_export_computes_what_transformers_computes(
         mine = [ours[i][f"p({name})"] for i in short]
         theirs = (logits.sigmoid() if task == "multilabel" else logits.softmax(-1))[:, 1]
     torch.testing.assert_close(theirs, torch.tensor(mine), rtol=1e-4, atol=1e-5)
+
+
+def test_an_export_is_readable_by_whoever_reads_its_config_in_shards_and_without_bars(
+    pretrained: Path,
+    config: Callable[..., Path],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run, out = tmp_path / "run", tmp_path / "export"
+    assert finetune("-c", config(), "--from", pretrained, "--run", run) == 0
+    monkeypatch.setattr(hf_files, "SHARD_SIZE", "10KB")
+    capfd.readouterr()
+    assert main(["export", str(run), "--out", str(out)]) == 0
+    assert capfd.readouterr().err == ""
+    assert len(list(out.glob("model-*.safetensors"))) > 2
+    assert {file.stat().st_mode for file in out.iterdir()} == {(out / "config.json").stat().st_mode}
 
 
 def test_what_cannot_be_exported_is_told_in_one_line(
