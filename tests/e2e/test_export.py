@@ -272,6 +272,25 @@ def test_the_card_shows_the_curves_and_the_recipe(exported: Path) -> None:
     assert "Settings were changed" not in card
 
 
+@pytest.mark.parametrize(
+    ("source", "shown"),
+    [
+        ("/home/alice/esm2", "esm2"),
+        ("runs/a/", "a"),
+        ("/home/alice/a/checkpoints/last.ckpt", "a/checkpoints/last.ckpt"),
+    ],
+)
+def test_the_card_tells_nothing_of_the_machine(run: Path, source: str, shown: str) -> None:
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["model"] |= {"initialize_from": source, "compile": True}
+    card = model_card(pretrain.load(run), {"global_step": 4}, settings, {}, "x")
+    recipe = yaml.safe_load(card.split("```yaml")[1].split("```")[0])["model"]
+    assert recipe["initialize_from"] == shown
+    assert {"encoder", "learning_rate", "betas"} <= recipe.keys()
+    assert not {"cpu_kernels", "flash_attention", "compile", "activation_checkpointing"} & recipe.keys()
+    assert "/home" not in card.replace(settings["data"]["train"], "")
+
+
 def test_the_card_tells_each_change_of_settings_with_its_step(copy: Path, tmp_path: Path) -> None:
     """And the card of a checkpoint before a change tells the settings that it was trained with."""
     starts = [{"step": 2, "changes": ["model.learning_rate: 0.02 -> 0.01", "trainer.gradient_clip_val: None -> 1.0"]}]

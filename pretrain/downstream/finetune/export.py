@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pretrain.downstream.card import starting_point
 from pretrain.downstream.finetune.head import SequenceHead, TokenHead
 from pretrain.downstream.finetune.labels import LabelSpec
 from pretrain.downstream.finetune.model import FineTuned
@@ -94,10 +95,12 @@ def verify_fine_tuned(model: FineTuned, out: Path) -> float:
 def model_card(model: FineTuned, settings: dict[str, Any], result: dict[str, Any], name: str) -> str:
     """The README of an exported fine-tuned model: task, data, the test split's figures, licence, limits."""
     spec, data = model.spec, settings["data"]
+    source = None if settings["model"]["from_scratch"] else settings["model"]["initialize_from"]
+    start = f"`{starting_point(source)}`" if source else "random weights"
     rows = [
         ("Task", spec.task + (f": {', '.join(spec.classes)}" if spec.classes else "")),
         ("Labelled data", f"`{data['train']}`"),
-        ("Fine-tuned from", f"`{settings['model']['initialize_from']}` ({settings['model']['tune']})"),
+        ("Fine-tuned from", f"{start} ({settings['model']['tune']})"),
         ("Optimizer step", f"{model.step:,}"),
         ("Sequence length", f"at most {model.max_length} tokens"),
     ]
