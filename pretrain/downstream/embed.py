@@ -6,7 +6,6 @@ nothing else. So a call that was interrupted goes on behind its last part, and t
 
 import hashlib
 import json
-import os
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,6 +21,7 @@ from tqdm import tqdm
 
 from pretrain.corpus.sources import SourceOptions, find_sources
 from pretrain.downstream.embedding_files import WRITERS, part_checksum, write_part
+from pretrain.downstream.files import atomic_path, refuse_existing
 from pretrain.downstream.load import load, use_device
 from pretrain.downstream.pretrained_encoder import PretrainedEncoder, check_choices
 from pretrain.downstream.records import Tokens, read_tokens
@@ -98,8 +98,7 @@ def embed(
     options, source_options = options or EmbedOptions(), source_options or SourceOptions()
     if out.suffix not in WRITERS:
         raise UserError(f"{out}: the name must end in one of {', '.join(WRITERS)}, which says what is written")
-    if out.exists():
-        raise UserError(f"{out}: exists already; choose another name, or remove it first")
+    refuse_existing(out)
     found = find_sources(sources, source_options)
     model = load(path).to(use_device(device))
     layers = model.resolve_layers(options.layers)
@@ -123,11 +122,10 @@ def embed(
     with _workplace(out, settings) as place:
         with progress.bar:
             parts = list(_make_parts(model, records(), place, options, layers, progress))
-        partial = place / f"file{out.suffix}"
-        WRITERS[out.suffix](partial, parts, about)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.rename(out)
+        file = place / f"file{out.suffix}"
+        with atomic_path(file) as partial:
+            WRITERS[out.suffix](partial, parts, about)
+        file.rename(out)
         shutil.rmtree(place)
     what = f"{options.pooling} of each sequence" if options.per == "sequence" else "every residue"
     numbers = f"{'layer' if len(layers) == 1 else 'layers'} {', '.join(map(str, layers))}"

@@ -1,9 +1,6 @@
 """`pretrain export`: a run as a directory that transformers, and everything built on it, loads."""
 
 import json
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +10,7 @@ import yaml
 from pretrain.corpus.tokenizer import Tokenizer, tokenizer_from_string
 from pretrain.downstream.card import CURVES, model_card, settings_at
 from pretrain.downstream.contact_regression import read_regression
+from pretrain.downstream.files import new_directory, refuse_existing
 from pretrain.downstream.finetune.export import check_exportable, hf_class, verify_fine_tuned, write_fine_tuned
 from pretrain.downstream.finetune.export import model_card as fine_tuned_card
 from pretrain.downstream.finetune.model import is_fine_tuned, load_fine_tuned
@@ -96,26 +94,6 @@ def _export_fine_tuned(run: Path, home: Path, settings: dict[str, Any], out: Pat
         f"{out}: step {model.step} of {home}, for transformers' {hf_class(model.spec)} and AutoTokenizer; logits agree "
         f"within {difference:.1e}"
     )
-
-
-def refuse_existing(out: Path) -> None:
-    """Raises `UserError` if there is something at ``out``."""
-    if out.exists():
-        raise UserError(f"{out}: exists already; choose another directory, or remove it first")
-
-
-@contextmanager
-def new_directory(out: Path) -> Iterator[Path]:
-    """A directory beside ``out`` that becomes ``out`` when the block ends, and vanishes when it fails."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.absolute().with_name(f".{out.absolute().name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir()
-        yield partial
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_model(
