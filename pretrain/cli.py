@@ -182,7 +182,7 @@ def _parser() -> argparse.ArgumentParser:
         "--pair_column", metavar="NAME", help="of a model of pairs: column with the other sequence (sequence_b, ...)"
     )
     command.add_argument("--pack_tokens", type=int, default=16_384, metavar="N", help="tokens in a forward pass")
-    command.add_argument("--device", choices=["cpu", "cuda"], help="default: the GPU, where there is one")
+    _add_device(command)
     command.set_defaults(command=_predict)
 
     command = commands.add_parser("export", help="write a directory that transformers loads")

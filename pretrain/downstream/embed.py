@@ -24,7 +24,7 @@ from pretrain.downstream.embedding_files import WRITERS, part_checksum, write_pa
 from pretrain.downstream.files import atomic_path, refuse_existing
 from pretrain.downstream.load import load, use_device
 from pretrain.downstream.pretrained_encoder import PretrainedEncoder, check_choices
-from pretrain.downstream.records import Tokens, read_tokens
+from pretrain.downstream.records import TokenizedRecord, read_tokens
 from pretrain.errors import UserError
 from pretrain.train.lock import locked
 
@@ -107,7 +107,7 @@ def embed(
     if longest is None and long != "whole":
         raise UserError(f"{path}: does not say how long its training sequences were; give --max_length")
 
-    def records() -> Iterator[Tokens]:
+    def records() -> Iterator[TokenizedRecord]:
         limit = None if long == "whole" else longest
         return read_tokens(found, model.tokenizer, source_options, limit, long == "crop")
 
@@ -149,7 +149,7 @@ class _Progress:
         self._longest = longest
         self.bar = tqdm(total=total, desc="embedding", unit=" tokens", unit_scale=True, disable=not sys.stderr.isatty())
 
-    def add(self, block: Sequence[Tokens]) -> None:
+    def add(self, block: Sequence[TokenizedRecord]) -> None:
         self.records += len(block)
         self.tokens += sum(len(record.ids) for record in block)
         self.long += sum(self._longest is not None and record.length > self._longest for record in block)
@@ -158,7 +158,7 @@ class _Progress:
 
 def _make_parts(
     model: PretrainedEncoder,
-    records: Iterable[Tokens],
+    records: Iterable[TokenizedRecord],
     place: Path,
     options: EmbedOptions,
     layers: Sequence[int],
@@ -184,8 +184,10 @@ def _make_parts(
         yield file
 
 
-def _blocks(records: Iterable[Tokens], most: int, row_bytes: int, per_residue: bool) -> Iterator[list[Tokens]]:
-    block: list[Tokens] = []
+def _blocks(
+    records: Iterable[TokenizedRecord], most: int, row_bytes: int, per_residue: bool
+) -> Iterator[list[TokenizedRecord]]:
+    block: list[TokenizedRecord] = []
     tokens = size = 0
     for record in records:
         length, row = len(record.ids), row_bytes * (len(record.ids) if per_residue else 1)
@@ -206,7 +208,7 @@ def _cast(values: NDArray[np.float32], dtype: str) -> NDArray[np.floating]:
     return values.astype(np.float16)
 
 
-def _checksum(block: Sequence[Tokens]) -> str:
+def _checksum(block: Sequence[TokenizedRecord]) -> str:
     digest = hashlib.sha256(json.dumps([(record.id, len(record.ids)) for record in block]).encode())
     for record in block:
         digest.update(record.ids.tobytes())
