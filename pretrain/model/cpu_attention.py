@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pretrain.model.vector_code import Array, Compiled, Expression, Function, vector
+from pretrain.model.vector_code import Array, Compiled, Expression, Function, transposed, vector
 
 LANES = 16
 """Numbers in a register."""
@@ -32,17 +32,6 @@ KEYS = SUMS // VECTORS
 """Keys that queries are multiplied with at a time."""
 ROOM = 16
 """Keys are filled up to a multiple of this."""
-
-EXP2 = (
-    1.535336188319500e-4,
-    1.339887440266574e-3,
-    9.618437357674640e-3,
-    5.550332471162809e-2,
-    2.402264791363012e-1,
-    6.931472028550421e-1,
-    1.0,
-)
-"""2^x on [-0.5, 0.5] by its powers, highest first (Moshier, Cephes, ``exp2f``)."""
 
 _ROWS = ("query", "key", "value", "attended")
 _GRADIENTS = tuple(f"{name}_gradient" for name in _ROWS[:3])
@@ -87,15 +76,29 @@ class Kernel(Function):
         return [[self.variable(self.constant(LANES, initial)) for _ in range(VECTORS)] for _ in range(count)]
 
     def columns_of(self, rows: Array, stride: Expression, count: Expression, columns: Array) -> None:
-        """Transposes ``count`` rows into [head size, QUERIES]."""
-        with self.loop(count) as i:
-            row = (rows + i * stride).load(self.row_type)
-            for j in range(self.head_size):
-                (columns + i + j * QUERIES).store(row[j])
+        """Transposes ``count`` rows, and the last one again as often as it takes, into [head size, QUERIES]."""
+        for first in range(0, QUERIES, LANES):
+            places = [rows + self.number(first + i).min(count - 1) * stride for i in range(LANES)]
+            for start, size in self._pieces():
+                filled = self.number(size).first_places(LANES)
+                for j, column in enumerate(transposed([(place + start).load_at(filled) for place in places])[:size]):
+                    (columns + ((start + j) * QUERIES + first)).store(column)
 
-    def column(self, columns: Array, i: Expression) -> Expression:
-        """Column ``i`` of [head size, QUERIES], as a row."""
-        return self.row([(columns + i + j * QUERIES).load() for j in range(self.head_size)])
+    def rows_of(self, columns: Array, rows: Array) -> None:
+        """Transposes [head size, QUERIES] into [QUERIES, head size]."""
+        for first in range(0, QUERIES, LANES):
+            for start, size in self._pieces():
+                numbers = [(columns + ((start + j) * QUERIES + first)).load(vector(LANES)) for j in range(size)]
+                for i, row in enumerate(transposed(numbers)):
+                    (rows + ((first + i) * self.head_size + start)).store(row.mixed(row, list(range(size))))
+
+    def _pieces(self) -> list[tuple[int, int]]:
+        """Where a head's numbers begin that a register holds, and how many."""
+        return [(start, min(LANES, self.head_size - start)) for start in range(0, self.head_size, LANES)]
+
+    def of_first(self, count: Expression) -> list[Expression]:
+        """Which of QUERIES queries are among the first ``count``."""
+        return [(count - v * LANES).first_places(LANES) for v in range(VECTORS)]
 
     def products(self, rows: Array, columns: Array) -> list[list[Expression]]:
         """KEYS rows times [head size, QUERIES]."""
@@ -149,17 +152,6 @@ class Kernel(Function):
 def _add_products(sums: list[Array], factor: Expression, factors: list[Expression]) -> None:
     for sum, other in zip(sums, factors, strict=True):
         sum.store(factor.times_plus(other, sum.load(other.value.type)))
-
-
-def _exp2(power: Expression) -> Expression:
-    """2 to the power of a vector of numbers up to 127; 2^-126 where they are smaller."""
-    power = power.max(-126.0)
-    shifted = power + 1.5 * 2**23  # of this size float32 has no places behind the point
-    fraction = power - (shifted - 1.5 * 2**23)
-    series = fraction * EXP2[0] + EXP2[1]
-    for coefficient in EXP2[2:]:
-        series = series.times_plus(fraction, coefficient)
-    return series.shifted_into_exponent(shifted)
 
 
 class Task:
@@ -220,14 +212,14 @@ class Task:
 def _scratch_size(head_size: int, max_seqlen: int) -> int:
     """Numbers that a task of either kernel reserves, at most."""
     room = -(-max_seqlen // ROOM) * ROOM
-    return (4 * head_size + 2 * QUERIES) * room + (3 * head_size + 2) * QUERIES
+    return (4 * head_size + 2 * QUERIES) * room + (3 * head_size + 1) * QUERIES
 
 
 def _write_forward(kernel: Kernel, task: Task) -> None:
     d, power = kernel.head_size, kernel.power_of_two()
     keys, values = task.copy_of_keys("key"), task.copy_of_keys("value")
     weights = task.reserve(task.room * QUERIES)
-    columns, attended, maxima, sums = (task.reserve(QUERIES * size) for size in (d, d, 1, 1))
+    columns, attended, factors = (task.reserve(QUERIES * size) for size in (d, d, 1))
     query, query_stride = task.of_queries("query")
     out, out_stride = task.of_queries("attended")
 
@@ -247,19 +239,20 @@ def _write_forward(kernel: Kernel, task: Task) -> None:
         with kernel.loop(task.keys) as key:
             for v in range(VECTORS):
                 place = weights + key * QUERIES + v * LANES
-                weight = _exp2(place.load(vector(LANES)).times_minus(power, shift[v]))
+                weight = place.load(vector(LANES)).times_minus(power, shift[v]).exp2()
                 place.store(weight)
                 sum[v].store(sum[v].load(vector(LANES)) + weight)
 
         kernel.weighted(weights, values, task.keys, attended)
-        for v in range(VECTORS):
-            (maxima + v * LANES).store(shift[v])
-            (sums + v * LANES).store(sum[v].load(vector(LANES)))
+        kernel.rows_of(attended, columns)
+        for v, places in enumerate(kernel.of_first(count)):
+            total = sum[v].load(vector(LANES))
+            (factors + v * LANES).store(kernel.constant(LANES, 1.0) / total)
+            (task.by_query("maxima") + start + v * LANES).store_at(places, shift[v])
+            (task.by_query("sums") + start + v * LANES).store_at(places, total)
         with kernel.loop(count) as i:
-            total = (sums + i).load()
-            (out + (start + i) * out_stride).store(kernel.column(attended, i) / total.spread(d))
-            (task.by_query("maxima") + start + i).store((maxima + i).load())
-            (task.by_query("sums") + start + i).store(total)
+            row = (columns + i * d).load(kernel.row_type) * (factors + i).load().spread(d)
+            (out + (start + i) * out_stride).store(row)
 
 
 def _write_backward(kernel: Kernel, task: Task) -> None:
@@ -267,7 +260,7 @@ def _write_backward(kernel: Kernel, task: Task) -> None:
     keys, values = task.copy_of_keys("key"), task.copy_of_keys("value")
     key_sums, value_sums = task.zeros_of_keys(), task.zeros_of_keys()
     weights, of_scores = (task.reserve(task.room * QUERIES) for _ in range(2))
-    columns, gradients, query_sums, log_sums, means = (task.reserve(QUERIES * size) for size in (d, d, d, 1, 1))
+    columns, gradients, query_sums, means = (task.reserve(QUERIES * size) for size in (d, d, d, 1))
     query, query_stride = task.of_queries("query")
     attended, attended_stride = task.of_queries("attended")
     gradient, gradient_stride = task.of_queries("gradient")
@@ -281,14 +274,16 @@ def _write_backward(kernel: Kernel, task: Task) -> None:
         with kernel.loop(count) as i:
             row = (attended + (start + i) * attended_stride).load(kernel.row_type)
             (means + i).store((row * (of_attended + i * gradient_stride).load(kernel.row_type)).sum())
-            (log_sums + i).store((task.by_query("log_sums") + start + i).load())
 
+        log_sum = [
+            (task.by_query("log_sums") + start + v * LANES).load_at(places)
+            for v, places in enumerate(kernel.of_first(count))
+        ]
         with kernel.loop(task.room, KEYS) as key:
             places = [[key * QUERIES + (j * QUERIES + v * LANES) for v in range(VECTORS)] for j in range(KEYS)]
-            log_sum = kernel.registers(log_sums)
             for place, scores in zip(places, kernel.products(keys + key * d, columns), strict=True):
                 for v in range(VECTORS):
-                    (weights + place[v]).store(_exp2(scores[v].times_minus(power, log_sum[v])))
+                    (weights + place[v]).store(scores[v].times_minus(power, log_sum[v]).exp2())
             mean = kernel.registers(means)
             for place, of_weights in zip(places, kernel.products(values + key * d, gradients), strict=True):
                 for v in range(VECTORS):
@@ -298,8 +293,10 @@ def _write_backward(kernel: Kernel, task: Task) -> None:
         kernel.add_weighted(weights, of_attended, gradient_stride, count, value_sums, task.room)
         kernel.add_weighted(of_scores, queries, query_stride, count, key_sums, task.room)
         kernel.weighted(of_scores, keys, task.keys, query_sums)
+        kernel.rows_of(query_sums, columns)
         with kernel.loop(count) as i:
-            (query_gradient + (start + i) * query_gradient_stride).store(kernel.column(query_sums, i) * scale)
+            row = (columns + i * d).load(kernel.row_type) * scale
+            (query_gradient + (start + i) * query_gradient_stride).store(row)
 
     for name, sums, factor in (("key_gradient", key_sums, scale), ("value_gradient", value_sums, 1.0)):
         rows, stride = task.of_keys(name)

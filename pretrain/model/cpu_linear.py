@@ -34,6 +34,8 @@ PANELS = 8
 """Of the left matrix, with ROWS rows each, that a thread takes at a time, at most."""
 TASKS = 8
 """Of a thread, at least, unless they were of fewer than ROWS rows: so that all threads end at about the same time."""
+AHEAD = 16
+"""Rows that are asked for before they are read, when columns are packed: each is in another page of memory."""
 RIGHT_SIZE = 2**21
 """Numbers of the right matrix that are multiplied with at a time, so that they stay in the cores' common cache; more
 only if so many are in DEPTH of its rows."""
@@ -55,30 +57,40 @@ def _pack(
     depth: Expression,
     packed: Array,
 ) -> None:
-    """Copies ``count`` vectors of length ``depth`` into [depth, width].
+    """Copies ``count`` vectors of length ``depth`` into panels [depth, width], of ``width`` vectors each.
 
     Their numbers lie side by side, ``stride`` between two vectors; or their first numbers do, ``stride`` before their
-    second ones. What is in ``packed`` beyond ``count`` is any number. Where a register is longer than a row of
-    ``packed``, the next row is written over its end, and behind the last one there must be room.
+    second ones. What is in a panel beyond ``count`` is any number. Where a register is longer than a row of a panel,
+    the next row may be written over its end, and behind the last one there must be room.
     """
     if along_depth:
-        whole = depth.divmod(LANES)[0] * LANES
-        for first in range(0, width, LANES):
-            vectors = [
-                source + kernel.number(i).min(count - 1) * stride for i in range(first, min(first + LANES, width))
-            ]
-            with kernel.loop(whole, LANES) as k:
-                columns = transposed([(numbers + k).load(vector(LANES)) for numbers in vectors])
-                for j, column in enumerate(columns):
-                    (packed + k * width + (j * width + first)).store(column)
-            with kernel.loop(depth - whole) as k:
-                for i, numbers in enumerate(vectors):
-                    (packed + (whole + k) * width + (first + i)).store((numbers + whole + k).load())
-    else:
-        pieces = [(start, (count - start).first_places(LANES)) for start in range(0, width, LANES)]
-        with kernel.loop(depth) as k:
-            for start, places in pieces:
-                (packed + k * width + start).store((source + k * stride + start).load_at(places))
+        with kernel.loop(count, width) as panel:
+            _pack_along_depth(
+                kernel, width, source + panel * stride, stride, count - panel, depth, packed + panel * depth
+            )
+        return
+    # A row of all panels at a time, which lie side by side, and AHEAD of it what the caches do not foresee.
+    with kernel.loop(depth) as k, kernel.loop(count, width) as panel:
+        row, there = source + k * stride + panel, packed + panel * depth + k * width
+        for start in range(0, width, LANES):
+            (row + stride * AHEAD + start).prefetch()
+            numbers = (row + start).load_at((count - panel - start).first_places(LANES))
+            (there + start).store_at(kernel.number(width - start).first_places(LANES), numbers)
+
+
+def _pack_along_depth(
+    kernel: Function, width: int, source: Array, stride: Expression, count: Expression, depth: Expression, packed: Array
+) -> None:
+    whole = depth.divmod(LANES)[0] * LANES
+    for first in range(0, width, LANES):
+        vectors = [source + kernel.number(i).min(count - 1) * stride for i in range(first, min(first + LANES, width))]
+        with kernel.loop(whole, LANES) as k:
+            columns = transposed([(numbers + k).load(vector(LANES)) for numbers in vectors])
+            for j, column in enumerate(columns):
+                (packed + k * width + (j * width + first)).store(column)
+        with kernel.loop(depth - whole) as k:
+            for i, numbers in enumerate(vectors):
+                (packed + (whole + k) * width + (first + i)).store((numbers + whole + k).load())
 
 
 def _write_pack(kernel: Function, along_depth: bool) -> None:
@@ -101,11 +113,8 @@ def _write_multiply(kernel: Function, along_depth: bool) -> None:
         count = (rows - first).min(rows_of_task)
         with kernel.loop(depth, block) as start:
             length = (depth - start).min(block)
-            with kernel.loop(count, ROWS) as row:
-                source = kernel.array("left")
-                source += (first + row) * stride + start if along_depth else start * stride + first + row
-                panel = panels + row * length
-                _pack(kernel, ROWS, along_depth, source, stride, (count - row).min(ROWS), length, panel)
+            source = kernel.array("left") + (first * stride + start if along_depth else start * stride + first)
+            _pack(kernel, ROWS, along_depth, source, stride, count, length, panels)
 
             with kernel.loop(columns, COLUMNS) as column:
                 right = kernel.array("packed") + column * depth + start * COLUMNS

@@ -257,16 +257,18 @@ class Block(nn.Module):
         normed = self.attention_norm(hidden)
         if rows is None:
             query_layout = layout
-            query, key, value = rotate(self.qkv(normed).unflatten(-1, (3, *self.heads)), rotation, 2)
+            query, key, value = rotate(
+                self.qkv(normed).unflatten(-1, (3, *self.heads)), rotation, 2, self.llvm_attention
+            )
         else:
             query_layout = rows.layout
             hidden = hidden[rows.positions]
             width = hidden.shape[-1]
             query = linear(normed[rows.positions], self.qkv.weight[:width], self.qkv.bias[:width], self.qkv.llvm)
             key_value = linear(normed, self.qkv.weight[width:], self.qkv.bias[width:], self.qkv.llvm)
-            cos, sin = rotation
-            (query,) = rotate(query.unflatten(-1, (1, *self.heads)), (cos[rows.positions], sin[rows.positions]), 1)
-            key, value = rotate(key_value.unflatten(-1, (2, *self.heads)), rotation, 1)
+            of_rows = rotation[0][rows.positions], rotation[1][rows.positions]
+            (query,) = rotate(query.unflatten(-1, (1, *self.heads)), of_rows, 1, self.llvm_attention)
+            key, value = rotate(key_value.unflatten(-1, (2, *self.heads)), rotation, 1, self.llvm_attention)
         dropout = self.attention_dropout if self.training else 0.0
         attended = variable_length_attention(query, key, value, query_layout, layout, dropout, self.llvm_attention)
         hidden = hidden + self._dropped(self.out(attended.flatten(1)))

@@ -16,6 +16,17 @@ import torch
 
 FLOAT, I32, I64, POINTER = ir.FloatType(), ir.IntType(32), ir.IntType(64), ir.PointerType()
 
+EXP2 = (
+    1.535336188319500e-4,
+    1.339887440266574e-3,
+    9.618437357674640e-3,
+    5.550332471162809e-2,
+    2.402264791363012e-1,
+    6.931472028550421e-1,
+    1.0,
+)
+"""2^x on [-0.5, 0.5] by its powers, highest first (Moshier, Cephes, ``exp2f``)."""
+
 
 def vector(size: int) -> Any:
     """The type of ``size`` numbers side by side; LLVM divides it among registers."""
@@ -104,12 +115,22 @@ class Expression:
         """A number of a vector."""
         return self._new(self.builder.extract_element(self.value, I32(place)))
 
-    def shifted_into_exponent(self, integer: "Expression") -> "Expression":
+    def _shifted_into_exponent(self, integer: "Expression") -> "Expression":
         """A vector times 2 to the power of ``integer``, which stands in the lowest bits of a vector's numbers."""
         bits = ir.VectorType(I32, self.value.type.count)
         exponent = self.builder.shl(self.builder.bitcast(integer.value, bits), self._constant(bits, 23))
         scaled = self.builder.add(self.builder.bitcast(self.value, bits), exponent)
         return self._new(self.builder.bitcast(scaled, self.value.type))
+
+    def exp2(self) -> "Expression":
+        """2 to the power of a vector's numbers, up to 127; 2^-126 where they are smaller."""
+        power = self.max(-126.0)
+        shifted = power + 1.5 * 2**23  # of this size float32 has no places behind the point
+        fraction = power - (shifted - 1.5 * 2**23)
+        series = fraction * EXP2[0] + EXP2[1]
+        for coefficient in EXP2[2:]:
+            series = series.times_plus(fraction, coefficient)
+        return series._shifted_into_exponent(shifted)
 
     def _new(self, value: Any) -> "Expression":
         return Expression(self.builder, value)
@@ -166,6 +187,14 @@ class Array:
     def store(self, expression: Expression) -> None:
         """Write a number or a vector here."""
         self.builder.store(expression.value, self.pointer, align=4)
+
+    def prefetch(self) -> None:
+        """Ask for the cache line here, which need not exist, to be read from later."""
+        module, name = self.builder.module, "llvm.prefetch.p0"
+        signature = ir.FunctionType(ir.VoidType(), [POINTER, I32, I32, I32])
+        function = module.globals.get(name) or ir.Function(module, signature, name)
+        to_be_read, everywhere, data = I32(0), I32(3), I32(1)
+        self.builder.call(function, [self.pointer, to_be_read, everywhere, data])
 
     def load_at(self, places: Expression) -> Expression:
         """A vector's numbers at these places, zero elsewhere; memory is read only there."""
