@@ -62,7 +62,7 @@ def export(run: Path, out: Path, regression: Path | None = None) -> str:
     with new_directory(out) as partial:
         write_model(encoder, tokenizer, max_length, partial, encoder.contacts)
         write_tokenizer(tokenizer, max_length, partial)
-        result = json.loads((home / RESULT).read_text(encoding="utf-8")) if (home / RESULT).is_file() else {}
+        result = _result(home)
         settings, changes = settings_at(settings, home, checkpoint["global_step"])
         metrics = read_metrics(home / METRICS_FILE)
         curves = any(name == "train/loss" for _, name, _ in metrics)
@@ -86,7 +86,7 @@ def _export_fine_tuned(run: Path, home: Path, settings: dict[str, Any], out: Pat
     with new_directory(out) as partial:
         write_fine_tuned(model, partial)
         write_tokenizer(model.tokenizer, model.max_length, partial)
-        result = json.loads((home / RESULT).read_text(encoding="utf-8")) if (home / RESULT).is_file() else {}
+        result = _result(home)
         card = fine_tuned_card(model, settings, result if result.get("best_step") == model.step else {}, out.name)
         (partial / "README.md").write_text(card, encoding="utf-8")
         difference = verify_fine_tuned(model, partial)
@@ -94,6 +94,12 @@ def _export_fine_tuned(run: Path, home: Path, settings: dict[str, Any], out: Pat
         f"{out}: step {model.step} of {home}, for transformers' {hf_class(model.spec)} and AutoTokenizer; logits agree "
         f"within {difference:.1e}"
     )
+
+
+def _result(home: Path) -> dict[str, Any]:
+    """A run's final figures, where it has any."""
+    path = home / RESULT
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def write_model(
