@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if debug or error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, *_FILES):
+        if debug or error.errno not in (*_UNWRITABLE, *_FILES):
             raise
         where = f"{error.filename}: " if error.filename else ""
         remedy = "allow more, as `ulimit -n` does" if error.errno in _FILES else _PLACE
@@ -73,6 +73,7 @@ often the core on which the awaited thread would run (`benchmarks/README.md` has
 """
 
 _FILES = (errno.EMFILE, errno.ENFILE)
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 _PLACE = "make room, or choose a place that can be written to"
 
 
@@ -182,7 +183,7 @@ def _parser() -> argparse.ArgumentParser:
         "--pair_column", metavar="NAME", help="of a model of pairs: column with the other sequence (sequence_b, ...)"
     )
     command.add_argument("--pack_tokens", type=int, default=16_384, metavar="N", help="tokens in a forward pass")
-    command.add_argument("--device", choices=["cpu", "cuda"], help="default: the GPU, where there is one")
+    _add_device(command)
     _add_reading(command)
     command.set_defaults(command=_predict)
 
@@ -316,8 +317,11 @@ def _recipes(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from pretrain.downstream.inspect import inspect
-
+    others = [f"--{name}" for name in ("picture", "verify", "audit") if getattr(options, name)]
+    if options.html and others:
+        raise UserError(f"--html writes a page and nothing else; leave out {', '.join(others)}")
+    if options.audit and options.verify:
+        raise UserError("--audit checks runs, --verify corpora; give one of the two")
     if options.html:
         from pretrain.downstream.html_report import write_report
 
@@ -326,14 +330,13 @@ def _inspect(options: argparse.Namespace) -> int:
         return 0
     if options.picture and len(options.paths) > 1:
         raise UserError("--picture draws one run or corpus; give one, or several runs with --html FILE")
+    from pretrain.downstream.inspect import audit, inspect
+
     for path in options.paths:
         if options.audit:
-            from pretrain.downstream.inspect import audit
-
             print(audit(path))
-            if not options.picture:
-                continue
-        print(inspect(path, options.picture, options.verify))
+        if options.picture or not options.audit:
+            print(inspect(path, options.picture, options.verify))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What goes wrong for users: the exception that means "you can mend this", the one that does not, the full disk."""
+"""What goes wrong for users: the exception that means "you can mend this", the one that does not, and what both say."""
 
 import errno
 
@@ -14,3 +14,8 @@ class CrashError(RuntimeError):
 def disk_is_full(error: OSError) -> bool:
     """Whether a write failed for want of space, which somebody may make while a run goes on."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def how_to_install(extra: str) -> str:
+    """The command that brings an extra: from the clone, as the package is on no index, where a stranger's might be."""
+    return f"`pip install '.[{extra}]'` in pretrain's clone"

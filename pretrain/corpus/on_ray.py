@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from pretrain.corpus.processes import Engine, Result, Task, to_first_error
-from pretrain.errors import UserError
+from pretrain.errors import UserError, how_to_install
 
 RETRIES = 5
 """How often a task is begun again whose process or node is lost."""
@@ -31,7 +31,7 @@ def on_ray(workers: int | None = None) -> Engine:
         import ray
         from ray import exceptions
     except ImportError as error:
-        raise UserError("--engine ray needs Ray on every node: `pip install 'pretrain-mlm[ray]'`") from error
+        raise UserError(f"--engine ray needs Ray on every node: {how_to_install('ray')}") from error
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS", "auto")
         host, _, port = address.rpartition(":")

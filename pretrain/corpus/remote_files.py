@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pretrain.errors import UserError, disk_is_full
+from pretrain.errors import UserError, disk_is_full, how_to_install
 
 ATTEMPTS = 9
 """Tries with one file before giving up: about four minutes, with what `_wait` waits in between."""
@@ -29,7 +29,7 @@ def with_retries(url: str, attempt: Callable[[], None], attempts: int = ATTEMPTS
                 raise
             raise UserError(f"{url}: {_said(error)}; check the address and your rights there") from error
         except ImportError as error:
-            raise UserError(f"{url}: {_said(error)}; s3:// needs `pip install 'pretrain-mlm[s3]'`") from error
+            raise UserError(f"{url}: {_said(error)}; s3:// needs {how_to_install('s3')}") from error
         except Exception as error:  # each protocol's library has exceptions of its own
             if isinstance(error, OSError) and (disk_is_full(error) or error.errno == errno.EROFS):
                 raise

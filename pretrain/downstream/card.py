@@ -21,8 +21,8 @@ _RECIPE = {
     ),
     "trainer": ("max_steps", "precision", "gradient_clip_val"),
 }  # fmt: skip
+"""The settings that make a model what it is (None: all but `_HOW`); none of how and where it was computed."""
 _HOW = ("activation_checkpointing", "compile", "flash_attention", "cpu_kernels")
-"""The settings that make a model what it is; none of how and where it was computed."""
 
 
 def settings_at(settings: dict[str, Any], home: Path, step: int) -> tuple[dict[str, Any], list[tuple[int, str]]]:
@@ -217,5 +217,14 @@ def _recipe(settings: dict[str, Any]) -> dict[str, Any]:
     recipe: dict[str, Any] = {"seed_everything": settings.get("seed_everything")}
     for part, names in _RECIPE.items():
         given = settings.get(part) or {}
-        recipe[part] = {name: given[name] for name in names or given if given.get(name) is not None}
+        wanted = names or [name for name in given if name not in _HOW]
+        recipe[part] = {name: given[name] for name in wanted if given.get(name) is not None}
+    if source := recipe["model"].get("initialize_from"):
+        recipe["model"]["initialize_from"] = starting_point(source)
     return recipe
+
+
+def starting_point(path: str) -> str:
+    """What a model grew from, as a card names it: a run, a directory or a checkpoint, not where it lies."""
+    parts = Path(path).parts
+    return "/".join(parts[-3:]) if path.endswith(".ckpt") else parts[-1]  # RUN/checkpoints/NAME.ckpt

@@ -17,7 +17,7 @@ from torch import Tensor
 from pretrain.downstream.files import atomic_path
 from pretrain.downstream.pretrained_encoder import PretrainedEncoder
 from pretrain.downstream.structures import MIN_SEPARATION, Structure
-from pretrain.errors import UserError
+from pretrain.errors import UserError, how_to_install
 from pretrain.model.contacts import ContactRegression, pair_features
 from pretrain.model.hf import contacts_from_hf, contacts_to_hf
 
@@ -42,9 +42,8 @@ def fit_regression(model: PretrainedEncoder, structures: Sequence[Structure]) ->
     try:
         from sklearn.linear_model import LogisticRegression
     except ImportError as error:
-        raise UserError(
-            "regressions are fitted by scikit-learn, which is missing; pip install 'pretrain-mlm[contacts]'"
-        ) from error
+        missing = "regressions are fitted by scikit-learn, which is missing"
+        raise UserError(f"{missing}: {how_to_install('contacts')}") from error
     labels = contact_labels(structures)
     features = np.empty((len(labels), model.config.num_hidden_layers * model.config.num_attention_heads))
     row = 0

@@ -23,7 +23,7 @@ from pretrain.downstream.contact_regression import (
     write_regression,
 )
 from pretrain.downstream.embedding_files import Array, write_npz_arrays, write_safetensors_arrays
-from pretrain.downstream.files import atomic_path
+from pretrain.downstream.files import atomic_path, refuse_existing
 from pretrain.downstream.load import load, use_device
 from pretrain.downstream.pretrained_encoder import PretrainedEncoder
 from pretrain.downstream.records import read_tokens
@@ -88,8 +88,8 @@ def contacts(
     if out and out.suffix not in _WRITERS:
         raise UserError(f"{out}: the name must end in one of {', '.join(_WRITERS)}, which says what is written")
     for file in (out, save_to):
-        if file and file.exists():
-            raise UserError(f"{file}: exists already; choose another name, or remove it first")
+        if file:
+            refuse_existing(file)
     model = load(path).to(use_device(device))
     if not isinstance(model.tokenizer, ProteinTokenizer):
         raise UserError(f"{path}: is a model of text; contacts are read from models of proteins")

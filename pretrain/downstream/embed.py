@@ -6,7 +6,6 @@ nothing else. So a call that was interrupted goes on behind its last part, and t
 
 import hashlib
 import json
-import os
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,9 +21,10 @@ from tqdm import tqdm
 
 from pretrain.corpus.sources import SourceOptions, find_sources
 from pretrain.downstream.embedding_files import WRITERS, part_checksum, write_part
+from pretrain.downstream.files import atomic_path, refuse_existing
 from pretrain.downstream.load import load, use_device
 from pretrain.downstream.pretrained_encoder import PretrainedEncoder, check_choices
-from pretrain.downstream.records import Tokens, read_tokens
+from pretrain.downstream.records import TokenizedRecord, read_tokens
 from pretrain.errors import UserError
 from pretrain.train.lock import locked
 
@@ -98,8 +98,7 @@ def embed(
     options, source_options = options or EmbedOptions(), source_options or SourceOptions()
     if out.suffix not in WRITERS:
         raise UserError(f"{out}: the name must end in one of {', '.join(WRITERS)}, which says what is written")
-    if out.exists():
-        raise UserError(f"{out}: exists already; choose another name, or remove it first")
+    refuse_existing(out)
     found = find_sources(sources, source_options)
     model = load(path).to(use_device(device))
     layers = model.resolve_layers(options.layers)
@@ -108,7 +107,7 @@ def embed(
     if longest is None and long != "whole":
         raise UserError(f"{path}: does not say how long its training sequences were; give --max_length")
 
-    def records() -> Iterator[Tokens]:
+    def records() -> Iterator[TokenizedRecord]:
         limit = None if long == "whole" else longest
         return read_tokens(found, model.tokenizer, source_options, limit, long == "crop")
 
@@ -123,11 +122,10 @@ def embed(
     with _workplace(out, settings) as place:
         with progress.bar:
             parts = list(_make_parts(model, records(), place, options, layers, progress))
-        partial = place / f"file{out.suffix}"
-        WRITERS[out.suffix](partial, parts, about)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.rename(out)
+        file = place / f"file{out.suffix}"
+        with atomic_path(file) as partial:
+            WRITERS[out.suffix](partial, parts, about)
+        file.rename(out)
         shutil.rmtree(place)
     what = f"{options.pooling} of each sequence" if options.per == "sequence" else "every residue"
     numbers = f"{'layer' if len(layers) == 1 else 'layers'} {', '.join(map(str, layers))}"
@@ -151,7 +149,7 @@ class _Progress:
         self._longest = longest
         self.bar = tqdm(total=total, desc="embedding", unit=" tokens", unit_scale=True, disable=not sys.stderr.isatty())
 
-    def add(self, block: Sequence[Tokens]) -> None:
+    def add(self, block: Sequence[TokenizedRecord]) -> None:
         self.records += len(block)
         self.tokens += sum(len(record.ids) for record in block)
         self.long += sum(self._longest is not None and record.length > self._longest for record in block)
@@ -160,7 +158,7 @@ class _Progress:
 
 def _make_parts(
     model: PretrainedEncoder,
-    records: Iterable[Tokens],
+    records: Iterable[TokenizedRecord],
     place: Path,
     options: EmbedOptions,
     layers: Sequence[int],
@@ -186,8 +184,10 @@ def _make_parts(
         yield file
 
 
-def _blocks(records: Iterable[Tokens], most: int, row_bytes: int, per_residue: bool) -> Iterator[list[Tokens]]:
-    block: list[Tokens] = []
+def _blocks(
+    records: Iterable[TokenizedRecord], most: int, row_bytes: int, per_residue: bool
+) -> Iterator[list[TokenizedRecord]]:
+    block: list[TokenizedRecord] = []
     tokens = size = 0
     for record in records:
         length, row = len(record.ids), row_bytes * (len(record.ids) if per_residue else 1)
@@ -208,7 +208,7 @@ def _cast(values: NDArray[np.float32], dtype: str) -> NDArray[np.floating]:
     return values.astype(np.float16)
 
 
-def _checksum(block: Sequence[Tokens]) -> str:
+def _checksum(block: Sequence[TokenizedRecord]) -> str:
     digest = hashlib.sha256(json.dumps([(record.id, len(record.ids)) for record in block]).encode())
     for record in block:
         digest.update(record.ids.tobytes())

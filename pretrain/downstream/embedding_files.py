@@ -16,6 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pretrain.downstream.files import atomic_path
+
 _CHECKSUM = b"records"
 _FIRST_DATE = (1980, 1, 1, 0, 0, 0)  # a zip archive has no earlier one: equal embeddings make equal files
 _SAFETENSORS = {"f4": "F32", "f2": "F16", "i8": "I64", "u1": "U8"}
@@ -45,10 +47,8 @@ def write_part(
         column = pa.FixedSizeListArray.from_arrays(flat, values.shape[-1])
         columns.append(column if offsets is None else pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), column))
     batch = pa.record_batch(columns, names=["id", *names]).replace_schema_metadata({_CHECKSUM: checksum})
-    unfinished = file.with_name(f"{file.name}.partial")
-    with unfinished.open("wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
+    with atomic_path(file) as partial_file, pa.ipc.new_file(str(partial_file), batch.schema) as writer:
         writer.write_batch(batch)
-    unfinished.rename(file)
 
 
 def part_checksum(file: Path) -> str | None:

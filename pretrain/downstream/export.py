@@ -1,33 +1,28 @@
 """`pretrain export`: a run as a directory that transformers, and everything built on it, loads."""
 
 import json
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from pretrain.corpus.tokenizer import ESM_ALPHABET, Tokenizer, tokenizer_from_string
+from pretrain.corpus.tokenizer import Tokenizer, tokenizer_from_string
 from pretrain.downstream.card import CURVES, model_card, settings_at
 from pretrain.downstream.contact_regression import read_regression
+from pretrain.downstream.files import new_directory, refuse_existing
 from pretrain.downstream.finetune.export import check_exportable, hf_class, verify_fine_tuned, write_fine_tuned
 from pretrain.downstream.finetune.export import model_card as fine_tuned_card
 from pretrain.downstream.finetune.model import is_fine_tuned, load_fine_tuned
+from pretrain.downstream.hf_files import check_equal, hf_config, hf_state, load_hf, probe, save_hf
 from pretrain.downstream.inspect import inspect
 from pretrain.downstream.load import checkpoint_of, encoder_of
 from pretrain.downstream.tokenizer_files import write_tokenizer
 from pretrain.errors import UserError
 from pretrain.model.contacts import ContactRegression
 from pretrain.model.encoder import Encoder
-from pretrain.model.hf import contacts_to_hf, to_hf, to_hf_config
 from pretrain.train.logging import METRICS_FILE, read_metrics
 from pretrain.train.run import CONFIG, RESULT
-
-SHARD_SIZE = "5GB"
-"""The largest safetensors file, as the Hub likes them."""
 
 
 def export(run: Path, out: Path, regression: Path | None = None) -> str:
@@ -67,7 +62,7 @@ def export(run: Path, out: Path, regression: Path | None = None) -> str:
     with new_directory(out) as partial:
         write_model(encoder, tokenizer, max_length, partial, encoder.contacts)
         write_tokenizer(tokenizer, max_length, partial)
-        result = json.loads((home / RESULT).read_text(encoding="utf-8")) if (home / RESULT).is_file() else {}
+        result = _result(home)
         settings, changes = settings_at(settings, home, checkpoint["global_step"])
         metrics = read_metrics(home / METRICS_FILE)
         curves = any(name == "train/loss" for _, name, _ in metrics)
@@ -91,7 +86,7 @@ def _export_fine_tuned(run: Path, home: Path, settings: dict[str, Any], out: Pat
     with new_directory(out) as partial:
         write_fine_tuned(model, partial)
         write_tokenizer(model.tokenizer, model.max_length, partial)
-        result = json.loads((home / RESULT).read_text(encoding="utf-8")) if (home / RESULT).is_file() else {}
+        result = _result(home)
         card = fine_tuned_card(model, settings, result if result.get("best_step") == model.step else {}, out.name)
         (partial / "README.md").write_text(card, encoding="utf-8")
         difference = verify_fine_tuned(model, partial)
@@ -101,73 +96,21 @@ def _export_fine_tuned(run: Path, home: Path, settings: dict[str, Any], out: Pat
     )
 
 
-def refuse_existing(out: Path) -> None:
-    """Raises `UserError` if there is something at ``out``."""
-    if out.exists():
-        raise UserError(f"{out}: exists already; choose another directory, or remove it first")
-
-
-@contextmanager
-def new_directory(out: Path) -> Iterator[Path]:
-    """A directory beside ``out`` that becomes ``out`` when the block ends, and vanishes when it fails."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.absolute().with_name(f".{out.absolute().name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir()
-        yield partial
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _hf_model(
-    encoder: Encoder, tokenizer: Tokenizer, max_length: int, contacts: ContactRegression | None = None
-) -> Any:
-    from transformers import EsmConfig, EsmForMaskedLM
-
-    config = EsmConfig(
-        **to_hf_config(
-            encoder.config,
-            bos_token_id=tokenizer.cls_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            cls_token_id=tokenizer.cls_token_id,
-            max_position_embeddings=max_length + 2,  # transformers' ESM counts positions from the padding id on
-            vocab_list=list(tokenizer.tokens) if tokenizer.tokens == ESM_ALPHABET else None,
-        )
-    )
-    model = EsmForMaskedLM(config)
-    # No contact regression was fitted: better none than a random one.
-    maps = encoder.config.num_hidden_layers * encoder.config.num_attention_heads
-    contacts = contacts or ContactRegression(torch.zeros(maps), torch.zeros(()))
-    model.load_state_dict({**to_hf(encoder.state_dict()), **contacts_to_hf(contacts)})
-    return model.eval()
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """Keep transformers from showing progress bars of what takes a moment."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
+def _result(home: Path) -> dict[str, Any]:
+    """A run's final figures, where it has any."""
+    path = home / RESULT
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def write_model(
     encoder: Encoder, tokenizer: Tokenizer, max_length: int, out: Path, contacts: ContactRegression | None = None
 ) -> None:
     """Write ``config.json`` and ``model.safetensors``, or its shards and their index, into the directory ``out``."""
-    model = _hf_model(encoder, tokenizer, max_length, contacts)
-    # Under the names that the model itself and every published ESM-2 have, not those of TensorFlow's times.
-    with _without_bars():
-        model.save_pretrained(out, save_original_format=False, max_shard_size=SHARD_SIZE)
-    for file in out.glob("*.safetensors"):  # written for the owner alone: whoever may read the config may read it, too
-        file.chmod((out / "config.json").stat().st_mode)
+    from transformers import EsmForMaskedLM
+
+    model = EsmForMaskedLM(hf_config(encoder, tokenizer, max_length))
+    model.load_state_dict(hf_state(encoder, contacts))
+    save_hf(model, out)
 
 
 def verify(
@@ -176,30 +119,19 @@ def verify(
     """The largest difference between our logits and those of the files just written, on a random masked sequence.
 
     Where there is a contact head, its predictions are compared, too.
+
+    Raises:
+        RuntimeError: If it is no rounding error.
     """
     from transformers import AutoModelForMaskedLM
 
-    generator = torch.Generator().manual_seed(0)
-    choice = torch.randint(len(tokenizer.replacement_ids), (min(max_length, 256),), generator=generator)
-    input_ids = torch.from_numpy(tokenizer.replacement_ids)[choice]
-    input_ids[0], input_ids[-1], input_ids[5::7] = (
-        tokenizer.cls_token_id,
-        tokenizer.eos_token_id,
-        tokenizer.mask_token_id,
-    )
+    model = load_hf(AutoModelForMaskedLM, out)
+    input_ids = probe(tokenizer, max_length)
+    batch = input_ids[None], torch.ones_like(input_ids)[None]
     with torch.no_grad():
         ours = encoder(input_ids, torch.tensor([0, len(input_ids)], dtype=torch.int32))
-        with _without_bars():
-            model = AutoModelForMaskedLM.from_pretrained(out).eval()
-        theirs = model(input_ids[None], attention_mask=torch.ones_like(input_ids)[None]).logits[0]
-    difference = float((ours - theirs).abs().max())
-    if not difference < 1e-3 * max(1.0, float(ours.abs().max())):
-        raise RuntimeError(f"exported logits differ from the run's by {difference}: this is a bug, please report it")
-    if contacts:
-        model.set_attn_implementation("eager")  # the one that gives attention maps
-        with torch.no_grad():
-            predicted = model.predict_contacts(input_ids[None], torch.ones_like(input_ids)[None])[0]
-        apart = float((contacts.predict(encoder, input_ids) - predicted).abs().max())
-        if not apart < 1e-3:
-            raise RuntimeError(f"exported contacts differ from the run's by {apart}: this is a bug, please report it")
+        difference = check_equal(ours, model(*batch).logits[0], "logits")
+        if contacts:
+            model.set_attn_implementation("eager")  # the one that gives attention maps
+            check_equal(contacts.predict(encoder, input_ids), model.predict_contacts(*batch)[0], "contacts")
     return difference

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pretrain.corpus.readers import read_records
 from pretrain.corpus.sources import SourceOptions
 from pretrain.corpus.tokenizer import InvalidSymbolError, TextTokenizer, Tokenizer
-from pretrain.downstream.files import atomic_file
+from pretrain.downstream.files import atomic_file, refuse_existing
 from pretrain.downstream.load import load, use_device
 from pretrain.downstream.pretrained_encoder import PretrainedEncoder
 from pretrain.errors import UserError
@@ -63,8 +63,8 @@ def fill(
     """
     if not texts and source is None:
         raise UserError(f"no text is given; give one with {MASK} in it, or --file SOURCE")
-    if out and out.exists():
-        raise UserError(f"{out}: exists already; choose another name, or remove it first")
+    if out:
+        refuse_existing(out)
     model = load(path).to(use_device(device))
     if not 1 <= top <= model.tokenizer.vocab_size:
         raise UserError(f"top is {top}; give 1 to {model.tokenizer.vocab_size}, the size of the vocabulary")

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
+from pretrain.downstream.files import atomic_file
+from pretrain.downstream.finetune.model import is_fine_tuning
 from pretrain.errors import UserError
 from pretrain.train.logging import METRICS_FILE, read_metrics
 from pretrain.train.run import CONFIG, Run
@@ -27,6 +29,7 @@ class _Run(NamedTuple):
     config: dict[str, Any]
     result: dict[str, Any]
     curves: dict[str, Points]
+    fine_tuning: bool
 
 
 def write_report(paths: list[Path], out: Path) -> None:
@@ -37,15 +40,11 @@ def write_report(paths: list[Path], out: Path) -> None:
         out: The HTML file, whole or not at all.
 
     Raises:
-        UserError: If a path is no run, or the file cannot be written.
+        UserError: If a path is no run.
     """
     runs = [_read(path, COLOURS[i % len(COLOURS)], paths) for i, path in enumerate(paths)]
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        partial.write_text(page(runs), encoding="utf-8")
-        partial.rename(out)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror}); choose another place") from error
+    with atomic_file(out) as file:
+        file.write(page(runs))
 
 
 def _read(path: Path, colour: str, paths: list[Path]) -> _Run:
@@ -58,7 +57,8 @@ def _read(path: Path, colour: str, paths: list[Path]) -> _Run:
             curves.setdefault(name, []).append((step, value))
     unique = len({other.name for other in paths}) == len(paths)
     name = path.resolve().name if unique else str(path)
-    return _Run(name, colour, run.step, dict(_flat(run.config or {})), run.result or {}, curves)
+    config = run.config or {}
+    return _Run(name, colour, run.step, dict(_flat(config)), run.result or {}, curves, is_fine_tuning(config))
 
 
 def page(runs: list[_Run]) -> str:
@@ -99,13 +99,18 @@ th,td{white-space:normal}}
 
 def _charts(runs: list[_Run]) -> Iterator[str]:
     rates = sorted({name for run in runs for name in run.curves if "/" not in name or name.startswith("lr-")})
+    if any(run.fine_tuning for run in runs):  # whose losses and accuracies are those of labels
+        loss, validation_loss, accuracy = "running mean", "", "on the validation split"
+    else:
+        loss, validation_loss = "nats per masked token, running mean", "nats per masked token, all of them &lt;mask&gt;"
+        accuracy = "on the masked validation tokens"
     drawn = [
-        ("Training loss", "nats per masked token, running mean", ["train/loss"], True),
-        ("Validation loss", "nats per masked token, all of them &lt;mask&gt;", ["val/loss"], False),
+        ("Training loss", loss, ["train/loss"], True),
+        ("Validation loss", validation_loss, ["val/loss"], False),
         ("Learning rate", ", ".join(map(html.escape, rates)), rates, False),
         ("Gradient norm", "before clipping, running mean", ["train/grad_norm"], True),
         ("Speed", "real tokens per second, running mean", ["throughput/tokens_per_second"], True),
-        ("Accuracy", "on the masked validation tokens", ["val/accuracy"], False),
+        ("Accuracy", accuracy, ["val/accuracy"], False),
     ]
     for title, subtitle, names, smooth in drawn:
         lines = [
@@ -194,7 +199,7 @@ def _figures(runs: list[_Run]) -> str:
         if any(key in run.result for run in runs):
             rows.append((label, [form.format(run.result[key]) if key in run.result else "–" for run in runs]))
     # Of a fine-tuning run, "validation" holds its metrics.
-    sets = [{} if "task" in run.result else run.result.get("validation", {}) for run in runs]
+    sets = [{} if run.fine_tuning else run.result.get("validation", {}) for run in runs]
     for name in sorted({name for held in sets for name in held if name}):
         found = [held.get(name) for held in sets]
         cells = [f"{one['perplexity']:.3f}" if one else "–" for one in found]

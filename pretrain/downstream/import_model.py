@@ -9,7 +9,8 @@ import torch
 import yaml
 
 from pretrain.corpus.tokenizer import ProteinTokenizer, Tokenizer
-from pretrain.downstream.export import new_directory, refuse_existing, verify, write_model
+from pretrain.downstream.export import verify, write_model
+from pretrain.downstream.files import new_directory, refuse_existing
 from pretrain.downstream.tokenizer_files import (
     SPECIAL_TOKENS,
     TOKENIZER,

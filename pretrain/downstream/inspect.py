@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from pretrain.corpus.datamodule import MLMDataModule
 from pretrain.corpus.store import REPORT, Corpus, is_corpus, verify
 from pretrain.downstream.finetune.data import FineTuneDataModule
+from pretrain.downstream.finetune.model import is_fine_tuning
 from pretrain.downstream.finetune.report import summary as fine_tuning_summary
 from pretrain.errors import UserError
 from pretrain.train import ledger
@@ -61,7 +62,7 @@ def inspect(path: Path, picture: Path | None = None, check: bool = False) -> str
     if picture:
         if "train/loss" not in curves:
             raise UserError(f"{path}: no train/loss in {METRICS_FILE} yet; nothing to draw")
-        _draw(curves, picture, "task" in ((run.config or {}).get("data") or {}))
+        _draw(curves, picture, is_fine_tuning(run.config or {}))
     lines = [f"{path}: newest checkpoint after step {run.step}"]
     if run.result:
         told = fine_tuning_summary if "task" in run.result else summary
@@ -69,14 +70,14 @@ def inspect(path: Path, picture: Path | None = None, check: bool = False) -> str
     assert run.config is not None
     lines[0] += f" of {run.config['trainer']['max_steps']}"
     lines += [f"  {name:32} {values[-1]:.6g}  (step {steps[-1]})" for name, (steps, values) in sorted(curves.items())]
-    command = "finetune" if "task" in run.config["data"] else "fit"
+    command = "finetune" if is_fine_tuning(run.config) else "fit"
     return "\n".join([*lines, f"  continue it   pretrain {command} -c {path}/config.yaml --run {path}"])
 
 
 def audit(directory: Path) -> str:
     """What `pretrain.train.ledger.audit` finds, of a run of either kind; its errors are the same."""
     path = directory / CONFIG
-    fine_tuned = path.is_file() and "task" in read_config(path)["data"]
+    fine_tuned = path.is_file() and is_fine_tuning(read_config(path))
     return ledger.audit(directory, FineTuneDataModule if fine_tuned else MLMDataModule)
 
 

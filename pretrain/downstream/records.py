@@ -13,7 +13,7 @@ from pretrain.corpus.tokenizer import Tokenizer, encode_or_refuse
 from pretrain.errors import UserError
 
 
-class Tokens(NamedTuple):
+class TokenizedRecord(NamedTuple):
     """One record.
 
     Attributes:
@@ -29,7 +29,7 @@ class Tokens(NamedTuple):
 
 def read_tokens(
     sources: Sequence[Source], tokenizer: Tokenizer, options: SourceOptions, max_length: int | None, crop: bool
-) -> Iterator[Tokens]:
+) -> Iterator[TokenizedRecord]:
     """The records of all sources, in order; in memory is a piece of a source at a time.
 
     Args:
@@ -53,4 +53,4 @@ def read_tokens(
                         f"{piece.where(record.line)}: record '{record.id}' has {len(ids):,} tokens, more than "
                         f"{max_length:,}; give --long_sequences crop or whole, or another --max_length"
                     )
-                yield Tokens(record.id, ids[:max_length] if crop else ids, len(ids))
+                yield TokenizedRecord(record.id, ids[:max_length] if crop else ids, len(ids))

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from pretrain.corpus.tokenizer import ProteinTokenizer
-from pretrain.downstream.files import atomic_file
+from pretrain.downstream.files import atomic_file, refuse_existing
 from pretrain.downstream.load import load, use_device
 from pretrain.downstream.pretrained_encoder import PretrainedEncoder
 from pretrain.downstream.variants import Variant, VariantColumns, VariantTable, read_variants
@@ -62,8 +62,7 @@ def score(
     """
     if unknown := [method for method in methods if method not in METHODS]:
         raise UserError(f"method is '{unknown[0]}'; give one of {', '.join(METHODS)}")
-    if out.exists():
-        raise UserError(f"{out}: exists already; choose another name, or remove it first")
+    refuse_existing(out)
     marginals = any(method != "pseudo-perplexity" for method in methods)
     variants = read_variants(table, wild_type, columns or VariantColumns(), first_residue, marginals)
     names = [COLUMNS[method] for method in methods]

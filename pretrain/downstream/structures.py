@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.errors import UserError
+from pretrain.errors import UserError, how_to_install
 
 CONTACT_DISTANCE = 8.0
 """Ångström between two Cβ, below which residues are in contact (as at CASP)."""
@@ -62,9 +62,7 @@ def read_structures(paths: Sequence[Path]) -> list[Structure]:
     try:
         import gemmi  # noqa: F401
     except ImportError as error:
-        raise UserError(
-            "structures are read by gemmi, which is missing; pip install 'pretrain-mlm[contacts]'"
-        ) from error
+        raise UserError(f"structures are read by gemmi, which is missing: {how_to_install('contacts')}") from error
     found = []
     for path in paths:
         files = [path] if path.is_file() else sorted(file for file in path.glob("*") if _is_structure(file))

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pretrain.errors import UserError
+from pretrain.errors import UserError, how_to_install
 
 CPUKernels = Literal["auto", "torch", "LLVM"]
 """``LLVM`` are the project's own, and ``auto`` means those where they run and are faster."""
@@ -70,9 +70,9 @@ def _of_intel() -> bool:
 
 def _missing(head_size: int) -> str:
     if importlib.util.find_spec("llvmlite") is None:
-        return "llvmlite, which compiles them, is not installed: pip install 'pretrain-mlm[cpu]'"
+        return f"llvmlite, which compiles them, is not installed: {how_to_install('cpu')}"
     if tuple(map(int, version("llvmlite").split(".")[:2])) < _OLDEST_LLVMLITE:
-        return f"llvmlite {version('llvmlite')} is too old: pip install 'pretrain-mlm[cpu]'"
+        return f"llvmlite {version('llvmlite')} is too old: {how_to_install('cpu')}"
     if sys.platform != "linux" or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return "they need Linux and a CPU with AVX-512"
     if head_size > _LARGEST_HEAD:

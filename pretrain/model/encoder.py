@@ -6,7 +6,6 @@ the same weights.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -171,31 +170,17 @@ class Encoder(nn.Module):
         hidden = self.hidden_states(input_ids, cu_seqlens, max_seqlen, positions)
         return self.head.score(hidden, self.embedding.weight, targets)
 
-    def trace(self, input_ids: Int[Tensor, " T"], cu_seqlens: Int[Tensor, " bounds"]) -> "Trace":
-        """All hidden states and all attention maps, for looking inside.
-
-        The same function as `forward`, with attention computed from its formula rather than by a kernel: slower, and
-        it holds L x L numbers a head, and nothing is dropped. Arguments as for `forward`.
-        """
-        hidden, rotation, _ = self._embed(input_ids, cu_seqlens)
-        lengths = cu_seqlens.diff().tolist()
-        hidden_states, attentions = [hidden], []
-        for block in self.blocks:
-            assert isinstance(block, Block)
-            hidden, maps = block.trace(hidden, rotation, lengths)
-            hidden_states.append(hidden)
-            attentions.append(maps)
-        hidden_states[-1] = self.norm(hidden)
-        return Trace(tuple(hidden_states), tuple(attentions))
-
     def attention_maps(self, input_ids: Int[Tensor, " T"]) -> Iterator[Float[Tensor, "H T T"]]:
-        """One sequence's attention maps, a block at a time: what `trace` would hold all of."""
+        """One sequence's attention maps, a block at a time, by attention's formula rather than a kernel.
+
+        As transformers' ``output_attentions``: who attends (rows) to whom (columns); rows sum to 1.
+        """
         cu_seqlens = torch.tensor([0, len(input_ids)], dtype=torch.int32, device=input_ids.device)
         hidden, rotation, _ = self._embed(input_ids, cu_seqlens)
         for block in self.blocks:
             assert isinstance(block, Block)
-            hidden, maps = block.trace(hidden, rotation, [len(input_ids)])
-            yield maps[0]
+            hidden, maps = block.trace(hidden, rotation)
+            yield maps
 
     def _embed(
         self, input_ids: Int[Tensor, " T"], cu_seqlens: Int[Tensor, " bounds"]
@@ -222,20 +207,6 @@ class Encoder(nn.Module):
         observed = observed.index_add(0, sequence, masked.float()) / lengths.clamp(min=1)
         scale = (1 - TOKEN_DROPOUT_TRAIN_RATIO) / (1 - observed)
         return torch.where(masked, 0.0, scale[sequence]).to(weight.dtype)
-
-
-@dataclass(frozen=True)
-class Trace:
-    """What an encoder computed on its way: transformers' ``output_hidden_states`` and ``output_attentions``, unpadded.
-
-    Attributes:
-        hidden_states: The embedding and every block's output, [T, D] each, so one more than there are blocks; the last
-            is layer-normed, which is what the head reads.
-        attentions: For every block, for every sequence, who attends (rows) to whom (columns), [H, L, L]; rows sum to 1.
-    """
-
-    hidden_states: tuple[Tensor, ...]
-    attentions: tuple[tuple[Tensor, ...], ...]
 
 
 class Rows:
@@ -311,17 +282,13 @@ class Block(nn.Module):
         self,
         hidden: Float[Tensor, "T D"],
         rotation: tuple[Float[Tensor, "T half"], Float[Tensor, "T half"]],
-        lengths: list[int],
-    ) -> tuple[Float[Tensor, "T D"], tuple[Tensor, ...]]:
-        """The block's output, and the attention map of each sequence, [H, L, L]; see `Encoder.trace`."""
-        parts = rotate(self.qkv(self.attention_norm(hidden)).unflatten(-1, (3, *self.heads)), rotation, 2)
-        maps, attended = [], []
-        for query, key, value in zip(*(part.split(lengths) for part in parts), strict=True):
-            scores = torch.einsum("qhd,khd->hqk", query, key) * query.shape[-1] ** -0.5
-            maps.append(scores.softmax(-1))
-            attended.append(torch.einsum("hqk,khd->qhd", maps[-1], value))
-        hidden = hidden + self.out(torch.cat(attended).flatten(1))
-        return hidden + self.ffn_out(F.gelu(self.ffn_in(self.ffn_norm(hidden)))), tuple(maps)
+    ) -> tuple[Float[Tensor, "T D"], Float[Tensor, "H T T"]]:
+        """The block's output for a single sequence, and its attention maps; see `Encoder.attention_maps`."""
+        query, key, value = rotate(self.qkv(self.attention_norm(hidden)).unflatten(-1, (3, *self.heads)), rotation, 2)
+        scores = torch.einsum("qhd,khd->hqk", query, key) * query.shape[-1] ** -0.5
+        maps = scores.softmax(-1)
+        hidden = hidden + self.out(torch.einsum("hqk,khd->qhd", maps, value).flatten(1))
+        return hidden + self.ffn_out(F.gelu(self.ffn_in(self.ffn_norm(hidden)))), maps
 
 
 class MaskedLMHead(nn.Module):

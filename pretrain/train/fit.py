@@ -194,7 +194,7 @@ def _train(cli: FitCLI) -> int:
     if run.mirror and trainer.is_global_zero:
         run.mirror.push_all()
     ended = "finished"
-    if trainer.global_step < trainer.max_steps:
+    if trainer.global_step < trainer.max_steps and not result.get("stopped_early"):
         ended = f"ended early after step {trainer.global_step} of {trainer.max_steps}; the same command goes on"
     _say(f"\n{run.directory}: {ended}\n{cli.summary(result)}")
     return 0

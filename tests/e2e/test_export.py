@@ -21,6 +21,7 @@ import pretrain
 from pretrain.cli import main
 from pretrain.corpus.tokenizer import ESM_ALPHABET, ProteinTokenizer, load_tokenizer, train_tokenizer
 from pretrain.downstream import export as export_module
+from pretrain.downstream import hf_files
 from pretrain.downstream.card import model_card
 from pretrain.downstream.export import export
 from pretrain.errors import UserError
@@ -165,6 +166,7 @@ def test_an_export_holds_safetensors_only_under_published_names(exported: Path) 
     names = {path.name for path in exported.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer_config.json", "vocab.txt", "README.md"} <= names
     assert {Path(name).suffix for name in names} <= {".json", ".safetensors", ".txt", ".md", ".png"}
+    assert len({path.stat().st_mode for path in exported.iterdir()}) == 1  # weights are not for their owner alone
     state = load_file(exported / "model.safetensors")
     layer = "esm.encoder.layer.1"
     assert {f"{layer}.attention.LayerNorm.weight", f"{layer}.LayerNorm.bias", "lm_head.dense.bias"} <= state.keys()
@@ -270,6 +272,25 @@ def test_the_card_shows_the_curves_and_the_recipe(exported: Path) -> None:
     assert "Settings were changed" not in card
 
 
+@pytest.mark.parametrize(
+    ("source", "shown"),
+    [
+        ("/home/alice/esm2", "esm2"),
+        ("runs/a/", "a"),
+        ("/home/alice/a/checkpoints/last.ckpt", "a/checkpoints/last.ckpt"),
+    ],
+)
+def test_the_card_tells_nothing_of_the_machine(run: Path, source: str, shown: str) -> None:
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["model"] |= {"initialize_from": source, "compile": True}
+    card = model_card(pretrain.load(run), {"global_step": 4}, settings, {}, "x")
+    recipe = yaml.safe_load(card.split("```yaml")[1].split("```")[0])["model"]
+    assert recipe["initialize_from"] == shown
+    assert {"encoder", "learning_rate", "betas"} <= recipe.keys()
+    assert not {"cpu_kernels", "flash_attention", "compile", "activation_checkpointing"} & recipe.keys()
+    assert "/home" not in card.replace(settings["data"]["train"], "")
+
+
 def test_the_card_tells_each_change_of_settings_with_its_step(copy: Path, tmp_path: Path) -> None:
     """And the card of a checkpoint before a change tells the settings that it was trained with."""
     starts = [{"step": 2, "changes": ["model.learning_rate: 0.02 -> 0.01", "trainer.gradient_clip_val: None -> 1.0"]}]
@@ -289,7 +310,7 @@ def test_the_card_tells_each_change_of_settings_with_its_step(copy: Path, tmp_pa
 def test_a_large_model_is_written_in_shards_that_everything_reads(
     run: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export_module, "SHARD_SIZE", "10KB")
+    monkeypatch.setattr(hf_files, "SHARD_SIZE", "10KB")
     export(run, tmp_path / "sharded")
     assert len(list((tmp_path / "sharded").glob("model-*.safetensors"))) > 2
     input_ids = torch.tensor([0, 20, 15, 32, 4, 2])

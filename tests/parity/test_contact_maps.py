@@ -64,17 +64,6 @@ def test_a_contact_head_comes_back_bit_for_bit_and_one_of_zeros_is_none() -> Non
     assert contacts_from_hf(without) is None
 
 
-def test_one_blocks_maps_are_those_of_trace() -> None:
-    encoder, _, _ = both()
-    (sequence,) = proteins((50,))
-    with torch.no_grad():
-        maps = list(encoder.attention_maps(sequence))
-        traced = encoder.trace(sequence, torch.tensor([0, len(sequence)], dtype=torch.int32)).attentions
-    assert len(maps) == CONFIG.num_hidden_layers
-    for ours, (theirs,) in zip(maps, traced, strict=True):
-        assert torch.equal(ours, theirs)
-
-
 def test_one_blocks_maps_are_in_memory_at_a_time() -> None:
     encoder, _, _ = both()
     (sequence,) = proteins((50,))

@@ -17,6 +17,8 @@ from pretrain.corpus.batch import PackDataset
 from pretrain.corpus.datamodule import MLMDataModule
 from pretrain.corpus.order import Order
 from pretrain.corpus.packing import Planner, Position
+from pretrain.corpus.tokenizer import ProteinTokenizer
+from pretrain.downstream.pretrained_encoder import PretrainedEncoder
 from pretrain.model.config import EncoderConfig
 from pretrain.model.encoder import Encoder
 from pretrain.model.hf import from_hf, to_hf, to_hf_config
@@ -265,23 +267,26 @@ def test_a_named_size_computes_what_transformers_does_in_every_layer(size: str, 
     for parameter in encoder.parameters():
         parameter.data.add_(torch.randn_like(parameter), alpha=0.02)  # biases and layer norms, too
     reference = same_weights(encoder)
-    lengths = (1, 24, 7, 70)
+    pretrained = PretrainedEncoder(encoder.config, ProteinTokenizer, None).eval()
+    pretrained.load_state_dict(encoder.state_dict())
+    every_layer = range(encoder.config.num_hidden_layers + 1)
     for masked in (0.0, 0.2):
-        parts = sequences(lengths, masked)
+        parts = sequences((1, 24, 7, 70), masked)
         assert any((part == MASK).any() for part in parts) == bool(masked)
         input_ids, attention_mask = padded(parts)
         with torch.no_grad():
-            ours, logits = encoder.trace(*pack(parts)), encoder(*pack(parts))
+            hidden_states, logits = pretrained.layer_outputs(*pack(parts), every_layer), encoder(*pack(parts))
+            attentions = [list(encoder.attention_maps(part)) for part in parts]
             theirs = reference(
                 input_ids, attention_mask=attention_mask, output_hidden_states=True, output_attentions=True
             )
         real = attention_mask.bool()
         close(logits, theirs.logits[real])
-        for mine, state in zip(ours.hidden_states, theirs.hidden_states, strict=True):
-            close(mine, state[real])
-        for maps, padded_maps in zip(ours.attentions, theirs.attentions, strict=True):
-            for mine, there, length in zip(maps, padded_maps, lengths, strict=True):
-                close(mine, there[:, :length, :length])
+        for ours, state in zip(hidden_states, theirs.hidden_states, strict=True):
+            close(ours, state[real])
+        for i, part in enumerate(parts):
+            for ours, maps in zip(attentions[i], theirs.attentions, strict=True):
+                close(ours, maps[i, :, : len(part), : len(part)])
     gradients_agree(encoder, reference, parts)
 
 

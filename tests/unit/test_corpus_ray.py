@@ -197,7 +197,7 @@ def test_an_engine_that_there_is_not_is_told(
     assert told(source, tmp_path / "out", capsys, "spark") == "engine is 'spark'; give one of local, ray"
     monkeypatch.setitem(sys.modules, "ray", None)
     message = told(source, tmp_path / "out", capsys, "ray")
-    assert message == "--engine ray needs Ray on every node: `pip install 'pretrain-mlm[ray]'`"
+    assert message == "--engine ray needs Ray on every node: `pip install '.[ray]'` in pretrain's clone"
 
 
 def test_a_cluster_that_there_is_not_is_told(

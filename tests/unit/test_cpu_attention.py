@@ -171,7 +171,7 @@ def test_what_the_kernels_need_is_named(monkeypatch: pytest.MonkeyPatch) -> None
         require_llvm(16)
     assert not any(by_llvm("auto", 16))
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(UserError, match=r"llvmlite, .* is not installed: pip install 'pretrain-mlm\[cpu\]'"):
+    with pytest.raises(UserError, match=r"llvmlite, .* is not installed: `pip install '.\[cpu\]'"):
         require_llvm(16)
 
 

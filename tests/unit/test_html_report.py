@@ -1,6 +1,8 @@
 """`pretrain inspect --html`: one page that needs nothing else, with the runs' own numbers."""
 
+import errno
 import json
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -19,7 +21,8 @@ def runs(tmp_path: Path) -> list[Path]:
         path.mkdir()
         paths.append(path)
         model = {"learning_rate": 0.001 * (number + 1), "warmup_steps": 3}
-        settings = {"seed_everything": 0, "model": model, "data": {"max_length": 64}, "trainer": {"max_steps": 1000}}
+        data = {"max_length": 64, **({"task": "binary"} if number else {})}
+        settings = {"seed_everything": 0, "model": model, "data": data, "trainer": {"max_steps": 1000}}
         (path / "config.yaml").write_text(yaml.safe_dump(settings))
         rows = [(n, "train/loss", 3 - n / 1000) for n in range(1000)] + [(n, "lr-AdamW", 1e-3) for n in range(1000)]
         rows += [(n, "val/loss", 2.5 + number - n / 1000) for n in (499, 999)] + [(5, "train/loss", float("nan"))]
@@ -61,6 +64,25 @@ def test_runs_are_drawn_and_told_side_by_side(runs: list[Path], tmp_path: Path) 
     assert len(page) < 60_000, "a thousand steps are reduced"
 
 
+def test_losses_are_of_masked_tokens_in_pre_training_only(runs: list[Path], tmp_path: Path) -> None:
+    for which, masked in ((runs[:1], True), (runs[1:], False), (runs, False)):
+        out = tmp_path / f"{len(which)}{masked}.html"
+        assert main(["inspect", *map(str, which), "--html", str(out)]) == 0
+        assert ("mask" in out.read_text()) == masked
+
+
+def test_a_page_that_cannot_be_finished_leaves_nothing(
+    runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    there = set(tmp_path.iterdir())
+    assert main(["inspect", str(runs[0]), "--html", str(tmp_path / "x.html")]) == 2
+    assert set(tmp_path.iterdir()) == there
+
+
 def test_the_page_needs_no_network_and_no_script(runs: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "report.html"
     assert main(["inspect", *map(str, runs), "--html", str(out)]) == 0
@@ -78,7 +100,7 @@ def test_what_is_no_run_and_what_cannot_be_written_is_one_line(
 ) -> None:
     for arguments, said in (
         ([str(tmp_path), "--html", str(tmp_path / "x.html")], "no run (config.yaml is missing)"),
-        ([str(runs[0]), "--html", str(tmp_path / "nowhere" / "x.html")], "cannot be written"),
+        ([str(runs[0]), "--html", str(runs[0] / "config.yaml" / "x.html")], "config.yaml: File exists; "),
         ([*map(str, runs), "--picture", str(tmp_path / "x.png")], "several runs with --html FILE"),
     ):
         assert main(["inspect", *arguments]) == 2

@@ -103,3 +103,26 @@ def test_verifying_what_is_no_corpus_is_a_mistake(tmp_path: Path, capsys: pytest
     (tmp_path / "config.yaml").touch()
     assert main(["inspect", str(tmp_path), "--verify"]) == 2
     assert capsys.readouterr().err == f"pretrain: error: {tmp_path}: is a run; --verify checks a corpus\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--html", "x.html", "--audit"], "--html writes a page and nothing else; leave out --audit"),
+        (["--html", "x.html", "--verify", "--picture", "x.png"], "leave out --picture, --verify"),
+        (["--audit", "--verify"], "--audit checks runs, --verify corpora; give one of the two"),
+    ],
+)
+def test_no_flag_is_dropped_in_silence(
+    flags: list[str],
+    said: str,
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["inspect", str(corpus), *flags]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(said)
+    assert {path.name for path in tmp_path.iterdir()} == {"x.txt", "corpus"}

@@ -36,16 +36,22 @@ class FineTuneCLI(FitCLI):
             "--early_stopping",
             type=int | None,
             default=None,
-            help="Validations in a row without a better val/loss, after which training ends.",
+            help="Validations in a row without a better val/loss, after which training ends; the best checkpoint is "
+            "kept then, also where checkpoint.keep_best is null.",
         )
         parser.set_defaults({"checkpoint.keep_best": 1})
 
     @override
     def before_instantiate_classes(self) -> None:
-        super().before_instantiate_classes()
         config = self.config
-        if config.early_stopping is not None and config.early_stopping < 1:
-            raise UserError(f"early_stopping is {config.early_stopping}; give 1 or more validations, or null for none")
+        if config.early_stopping is not None:
+            if config.early_stopping < 1:
+                raise UserError(
+                    f"early_stopping is {config.early_stopping}; give 1 or more validations, or null for none"
+                )
+            if config.checkpoint.keep_best is None:  # or the newest would answer, so many validations past the best
+                config.checkpoint.keep_best = 1
+        super().before_instantiate_classes()
         result = self.run.result
         if result and "test" in result and not self.finished(result):
             raise UserError(

@@ -3,6 +3,7 @@
 import sys
 from typing import Any
 
+from pytorch_lightning.utilities import rank_zero_only
 from typing_extensions import override
 
 from pretrain.corpus.opening import open_or_store
@@ -61,13 +62,13 @@ class FineTuneDataModule(PackedDataModule):
         max_length: Tokens of a sequence that one step sees, ``<cls>`` and ``<eos>`` included.
         global_batch_tokens: Tokens in an optimizer step, over all processes and micro-batches.
         validation_pack_tokens: Tokens in a forward pass of validation.
-        attention_cost: See `MLMDataModule`.
+        attention_cost: Cost of attending to one token relative to a token's linear layers, for packs of equal cost;
+            about ``1 / (6 * hidden_size)``.
         num_workers: Processes that load ahead of training.
         seed: Seed of order and crops.
 
     Attributes:
         spec: After `setup`, what the labels mean.
-        pair_order: After `setup`, that of pairs; None where the labels are those of single sequences.
         splits: After `setup`, the data of each split.
 
     Raises:
@@ -132,7 +133,7 @@ class FineTuneDataModule(PackedDataModule):
         if hasattr(self, "spec"):
             return
         rows = self._rows()
-        self.pair_order = self._check_pairs(rows)
+        self.pair_order = self._check_pairs(rows)  # None where rows are single sequences
         tokens = {split: [encode(row, self.tokenizer, self._pair_order) for row in rows[split]] for split in rows}
         self.spec: LabelSpec = learn_spec(self.task, rows["train"], self._separator, self._mask)
         self.splits: dict[str, Labelled] = {}
@@ -231,6 +232,7 @@ def _split(row: Row) -> str | None:
     return SPLITS.get(str(row.split).strip().lower())
 
 
+@rank_zero_only
 def _warn_of_copies(rows: dict[str, list[Row]], pair_order: PairOrder | None) -> None:
     """Say what of the held-out data stands in train, too: it would be remembered rather than understood."""
     seen = {_content(row, pair_order) for row in rows["train"]}

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.corpus.tokenizer import ESM_ALPHABET, Tokenizer
+from pretrain.downstream.card import starting_point
 from pretrain.downstream.finetune.head import SequenceHead, TokenHead
 from pretrain.downstream.finetune.labels import LabelSpec
 from pretrain.downstream.finetune.model import FineTuned
+from pretrain.downstream.hf_files import check_equal, hf_config, hf_state, load_hf, probe, save_hf
 from pretrain.errors import UserError
-from pretrain.model.hf import to_hf, to_hf_config
 
 _PROBLEM = {
     "regression": "regression",
@@ -44,38 +44,19 @@ def check_exportable(model: FineTuned, source: Path) -> None:
 
 
 def write_fine_tuned(model: FineTuned, out: Path) -> None:
-    """Write ``config.json`` and ``model.safetensors`` into the directory ``out``.
-
-    Raises:
-        UserError: See `check_exportable`.
-    """
-    check_exportable(model, out)
+    """Write ``config.json`` and ``model.safetensors``, or its shards and their index, into the directory ``out``."""
     import transformers
 
-    spec, tokenizer = model.spec, model.tokenizer
+    spec = model.spec
     names = spec.classes or ("value",)
-    extra: dict[str, Any] = {} if spec.task == "token" else {"problem_type": _PROBLEM[spec.task]}
-    config = transformers.EsmConfig(
-        **to_hf_config(
-            model.encoder.config,
-            bos_token_id=tokenizer.cls_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            cls_token_id=tokenizer.cls_token_id,
-            max_position_embeddings=model.max_length + 2,  # transformers' ESM counts positions from the padding id on
-            vocab_list=list(tokenizer.tokens) if tokenizer.tokens == ESM_ALPHABET else None,
-        ),
-        id2label=dict(enumerate(names)),
-        label2id={name: i for i, name in enumerate(names)},
-        **extra,
-    )
+    labels: dict[str, Any] = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    if spec.task != "token":
+        labels["problem_type"] = _PROBLEM[spec.task]
+    config = hf_config(model.encoder, model.tokenizer, model.max_length, **labels)
     theirs = getattr(transformers, hf_class(spec))(config)
-    state = {name: t for name, t in to_hf(model.encoder.state_dict()).items() if not name.startswith("lm_head.")}
-    missing, unexpected = theirs.load_state_dict({**state, **_head_state(model)}, strict=False)
-    assert not unexpected, unexpected
-    assert all(name.startswith("esm.contact_head.") for name in missing), missing
-    for parameter in theirs.esm.contact_head.parameters():
-        torch.nn.init.zeros_(parameter)  # no contact head was trained: better none than a random one
-    theirs.save_pretrained(out, save_original_format=False)
+    state = {name: t for name, t in hf_state(model.encoder).items() if not name.startswith("lm_head.")}
+    theirs.load_state_dict({**state, **_head_state(model)})
+    save_hf(theirs, out)
 
 
 def _head_state(model: FineTuned) -> dict[str, Tensor]:
@@ -96,35 +77,30 @@ def verify_fine_tuned(model: FineTuned, out: Path) -> float:
     """
     import transformers
 
-    tokenizer: Tokenizer = model.tokenizer
-    generator = torch.Generator().manual_seed(0)
-    length = min(model.max_length, 256)
-    choice = torch.randint(len(tokenizer.replacement_ids), (length,), generator=generator)
-    input_ids = torch.from_numpy(tokenizer.replacement_ids)[choice]
-    input_ids[0], input_ids[-1] = tokenizer.cls_token_id, tokenizer.eos_token_id
+    input_ids = probe(model.tokenizer, model.max_length)
+    length = len(input_ids)
     if model.pair_order:
-        input_ids[length // 2] = tokenizer.eos_token_id
+        input_ids[length // 2] = model.tokenizer.eos_token_id
     cu_seqlens = torch.tensor([0, length], dtype=torch.int32)
     token = isinstance(model.head, TokenHead)
+    positions = torch.arange(length) if token else torch.zeros(1, dtype=torch.int64)
+    theirs = load_hf(getattr(transformers, hf_class(model.spec)), out)
     with torch.no_grad():
-        positions = torch.arange(length) if token else torch.zeros(1, dtype=torch.int64)
         hidden = model.encoder.hidden_states(input_ids, cu_seqlens, length, positions)
         ours = model.head(hidden, cu_seqlens) * model.spec.std + model.spec.mean
-        theirs = getattr(transformers, hf_class(model.spec)).from_pretrained(out).eval()
         logits = theirs(input_ids[None], attention_mask=torch.ones_like(input_ids)[None]).logits
-    difference = float((ours - (logits[0] if token else logits)).abs().max())
-    if not difference < 1e-3 * max(1.0, float(ours.abs().max())):
-        raise RuntimeError(f"exported logits differ from the run's by {difference}: this is a bug, please report it")
-    return difference
+    return check_equal(ours, logits[0] if token else logits, "logits")
 
 
 def model_card(model: FineTuned, settings: dict[str, Any], result: dict[str, Any], name: str) -> str:
     """The README of an exported fine-tuned model: task, data, the test split's figures, licence, limits."""
     spec, data = model.spec, settings["data"]
+    source = None if settings["model"]["from_scratch"] else settings["model"]["initialize_from"]
+    start = f"`{starting_point(source)}`" if source else "random weights"
     rows = [
         ("Task", spec.task + (f": {', '.join(spec.classes)}" if spec.classes else "")),
         ("Labelled data", f"`{data['train']}`"),
-        ("Fine-tuned from", f"`{settings['model']['initialize_from']}` ({settings['model']['tune']})"),
+        ("Fine-tuned from", f"{start} ({settings['model']['tune']})"),
         ("Optimizer step", f"{model.step:,}"),
         ("Sequence length", f"at most {model.max_length} tokens"),
     ]

@@ -1,7 +1,6 @@
 """A fine-tuned model, from its run: encoder, head, and what the outputs mean."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ from pretrain.downstream.finetune.metrics import Answers
 from pretrain.downstream.finetune.packs import LabelledBatch
 from pretrain.downstream.finetune.pairs import PairOrder
 from pretrain.downstream.load import checkpoint_of, encoder_of
+from pretrain.downstream.pretrained_encoder import PretrainedEncoder
 from pretrain.errors import UserError
-from pretrain.model.encoder import Encoder
 from pretrain.train.checkpoint import data_state
 from pretrain.train.run import CHECKPOINTS
 from pretrain.train.saving import BEST
@@ -37,7 +36,7 @@ class FineTuned:
         step: After which optimizer step this is.
     """
 
-    encoder: Encoder
+    encoder: PretrainedEncoder
     head: Head
     spec: LabelSpec
     tokenizer: Tokenizer
@@ -49,11 +48,8 @@ class FineTuned:
         """The model's outputs for batches, one by one."""
         self.encoder.to(device)
         self.head.to(device)
-        precision: AbstractContextManager[Any] = nullcontext()
-        if device.type == "cuda":  # attention over packs computes in half precision there
-            precision = torch.autocast("cuda", torch.bfloat16)
         for batch in batches:
-            with torch.inference_mode(), precision:
+            with torch.inference_mode(), self.encoder.precision():
                 outputs = head_outputs(self.encoder, self.head, batch.to(device))
             yield Answers.of(batch, outputs)
 
@@ -81,11 +77,15 @@ def load_fine_tuned(path: Path) -> FineTuned:
     state = data_state(checkpoint)
     assert state is not None
     tokenizer = tokenizer_from_string(state["tokenizer"], str(path))
-    pair_order = settings.get("pair_order")  # a run of before there were pairs has none
-    given = spec, tokenizer, settings["max_length"], pair_order, checkpoint["global_step"]
+    given = spec, tokenizer, settings["max_length"], settings["pair_order"], checkpoint["global_step"]
     return FineTuned(encoder, head.eval(), *given)
 
 
 def is_fine_tuned(checkpoint: dict[str, Any]) -> bool:
     """Whether a checkpoint is one of a fine-tuning run."""
     return "fine_tuning" in checkpoint.get("hyper_parameters", {})
+
+
+def is_fine_tuning(config: dict[str, Any]) -> bool:
+    """Whether settings are those of a fine-tuning run."""
+    return "task" in (config.get("data") or {})

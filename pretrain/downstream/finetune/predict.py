@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from pretrain.corpus.readers import read_records
 from pretrain.corpus.sources import SourceOptions
-from pretrain.downstream.files import atomic_path
+from pretrain.downstream.files import atomic_path, refuse_existing
 from pretrain.downstream.finetune.labels import Labels, LabelSpec
 from pretrain.downstream.finetune.metrics import Answers, predictions
 from pretrain.downstream.finetune.model import FineTuned, load_fine_tuned
@@ -58,10 +58,7 @@ def predict(
     """
     if out.suffix not in (".csv", ".parquet"):
         raise UserError(f"{out}: give a name that ends in .csv or .parquet")
-    if out.exists():
-        raise UserError(f"{out}: exists already; choose another name, or remove it first")
-    if not out.parent.is_dir():
-        raise UserError(f"{out}: there is no directory {out.parent}; make it first")
+    refuse_existing(out)
     if pack_tokens < 1:
         raise UserError(f"pack_tokens is {pack_tokens}; give 1 or more")
     model = load_fine_tuned(run)

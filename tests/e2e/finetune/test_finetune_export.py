@@ -11,7 +11,14 @@ from labelled import finetune, read_csv
 from test_resume import equal
 
 from pretrain.cli import main
-from pretrain.downstream.finetune.model import load_fine_tuned
+from pretrain.corpus.tokenizer import ProteinTokenizer
+from pretrain.downstream import hf_files
+from pretrain.downstream.finetune.export import model_card
+from pretrain.downstream.finetune.head import build_head
+from pretrain.downstream.finetune.labels import LabelSpec
+from pretrain.downstream.finetune.model import FineTuned, load_fine_tuned
+from pretrain.model.config import EncoderConfig
+from pretrain.model.encoder import Encoder
 from pretrain.train.checkpoint import read_checkpoint
 
 SLOW = pytest.mark.slow
@@ -54,6 +61,39 @@ def test_an_export_computes_what_transformers_computes(
         mine = [ours[i][f"p({name})"] for i in short]
         theirs = (logits.sigmoid() if task == "multilabel" else logits.softmax(-1))[:, 1]
     torch.testing.assert_close(theirs, torch.tensor(mine), rtol=1e-4, atol=1e-5)
+
+
+def test_an_export_is_readable_by_whoever_reads_its_config_in_shards_and_without_bars(
+    pretrained: Path,
+    config: Callable[..., Path],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run, out = tmp_path / "run", tmp_path / "export"
+    assert finetune("-c", config(), "--from", pretrained, "--run", run) == 0
+    monkeypatch.setattr(hf_files, "SHARD_SIZE", "10KB")
+    capfd.readouterr()
+    assert main(["export", str(run), "--out", str(out)]) == 0
+    assert capfd.readouterr().err == ""
+    assert len(list(out.glob("model-*.safetensors"))) > 2
+    assert {file.stat().st_mode for file in out.iterdir()} == {(out / "config.json").stat().st_mode}
+
+
+@pytest.mark.parametrize(
+    ("model", "start"),
+    [
+        ({"initialize_from": "/home/alice/runs/a", "from_scratch": False}, "`a` (full)"),
+        ({"initialize_from": "/home/alice/runs/a", "from_scratch": True}, "random weights (full)"),
+        ({"initialize_from": None, "from_scratch": False}, "random weights (full)"),
+    ],
+)
+def test_a_card_names_what_was_fine_tuned_and_not_where_it_lay(model: dict[str, Any], start: str) -> None:
+    shape = EncoderConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    spec = LabelSpec("binary", ("no", "yes"))
+    tuned = FineTuned(Encoder(shape), build_head(shape, spec, "cls"), spec, ProteinTokenizer(), 64, None, 3)
+    card = model_card(tuned, {"model": {**model, "tune": "full"}, "data": {"train": "labels.csv"}}, {}, "x")
+    assert f"| Fine-tuned from | {start} |" in card
 
 
 def test_what_cannot_be_exported_is_told_in_one_line(

@@ -9,7 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from labelled import finetune, label, read_csv, sequences
+from pytorch_lightning.utilities import rank_zero_only
 
+from pretrain.downstream.finetune.data import FineTuneDataModule
 from pretrain.downstream.finetune.model import load_fine_tuned
 
 GOOD = "id,sequence,label,split\na,MKV,1,train\nb,MKL,0,train\nc,MKA,1,test\n"
@@ -229,8 +231,6 @@ def test_a_csv_with_quotes_commas_and_line_ends_is_read(
 
 
 def test_every_kind_of_file_gives_the_same_labels(tmp_path: Path) -> None:
-    from pretrain.downstream.finetune.data import FineTuneDataModule
-
     rows = [{"id": f"s{i}", "sequence": s, "label": label("binary", s)} for i, s in enumerate(sequences(8, 1))]
     files = {name: tmp_path / f"t.{name}" for name in ("csv", "tsv", "jsonl", "parquet", "fasta", "bare.fasta")}
     for name, mark in (("csv", ","), ("tsv", "\t")):
@@ -280,8 +280,6 @@ def test_a_header_says_neither_name_nor_sequence_by_its_fields(tmp_path: Path) -
 
 
 def test_splits_are_rows_by_their_column_or_files_of_their_own(tmp_path: Path) -> None:
-    from pretrain.downstream.finetune.data import FineTuneDataModule
-
     def sizes(train: str, **given: Any) -> dict[str, int]:
         data = FineTuneDataModule(str(tmp_path / train), task="binary", **given)
         data.setup("fit")
@@ -299,11 +297,12 @@ def test_splits_are_rows_by_their_column_or_files_of_their_own(tmp_path: Path) -
     assert sizes("train.csv", test=str(tmp_path / "fold.csv")) == {"train": 2, "test": 3}
 
 
-def test_copies_between_train_and_test_are_told(
-    pretrained: Path, config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("rank", "times"), [(0, 1), (1, 0)])
+def test_copies_between_train_and_test_are_told_by_one_process(
+    rank: int, times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "t.csv"
     path.write_text(GOOD + "d,MKV,1,test\n")
-    given = config(data__train=str(path), trainer__max_steps=4)
-    assert finetune("-c", given, "--from", pretrained, "--run", tmp_path / "run") == 0
-    assert "1 of 2 sequences of test are in train, too" in capsys.readouterr().err
+    monkeypatch.setattr(rank_zero_only, "rank", rank)
+    FineTuneDataModule(str(path)).open()
+    assert capsys.readouterr().err.count("1 of 2 sequences of test are in train, too") == times

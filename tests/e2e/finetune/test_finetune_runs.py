@@ -113,17 +113,18 @@ def test_losses_and_metrics_do_not_depend_on_processes_and_micro_batches(
         assert {key: theirs[key] for key in one} == pytest.approx(one, rel=2e-4, abs=1e-5)
 
 
-def test_early_stopping_ends_a_run_which_is_then_finished(
+def test_early_stopping_keeps_the_best_checkpoint_and_ends_a_run_which_is_then_finished(
     pretrained: Path, config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
     # A learning rate of next to nothing: no validation is better than the first by more than rounding.
-    path = config(trainer__max_steps=40, early_stopping=1, validate_every_n_steps=2, model__learning_rate=1e-30)
+    settings = {"early_stopping": 1, "validate_every_n_steps": 2, "checkpoint__keep_best": None}
+    path = config(trainer__max_steps=40, model__learning_rate=1e-30, **settings)
     assert finetune("-c", path, "--from", pretrained, "--run", run) == 0
     result = json.loads((run / "result.json").read_text())
     assert result["stopped_early"]
-    assert result["steps"] < 40
-    capsys.readouterr()
+    assert result["best_step"] < result["steps"] < 40
+    assert f"{run}: finished\n" in capsys.readouterr().out
     assert finetune("-c", path, "--from", pretrained, "--run", run) == 0
     assert "finished already" in capsys.readouterr().out
 
