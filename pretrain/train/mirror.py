@@ -1,7 +1,8 @@
 """A copy of a run at an address: what it writes goes there as it trains, and comes back where the disk has gone.
 
-Nothing is trusted that comes from there: a checkpoint carries its own checksum, so one that was copied by half, or
-damaged on its way, is passed over as a damaged file is. The disk stays the first place: training waits for no network.
+Checkpoints that come from there are not trusted: each carries its own checksum, so one that was copied by half, or
+damaged on its way, is passed over as a damaged file is. The run's small files are taken as they are. The disk stays the
+first place: training waits for no network.
 """
 
 import os
@@ -12,7 +13,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
-from pretrain.corpus.cache import ATTEMPTS, file_system, put_file, with_retries
+from pretrain.corpus.cache import ATTEMPTS, file_system, put_file, remove_file, with_retries
 from pretrain.corpus.remote import is_remote
 from pretrain.corpus.whole import exclusive
 from pretrain.errors import UserError
@@ -258,8 +259,7 @@ class Mirror:
             os.fsync(file.fileno())
 
     def _remove(self, name: str) -> None:
-        files, path = file_system(f"{self.url}/{name}")
-        files.rm_file(path)
+        remove_file(f"{self.url}/{name}")
 
     def _put(self, file: Path, name: str, attempts: int) -> None:
         put_file(file, f"{self.url}/{name}", attempts)
