@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.errors import UserError
-from pretrain.train.checkpoint import sync_directory, write_whole
+from pretrain.files import sync_directory, write_whole
 from pretrain.train.divided import parts_of
 from pretrain.train.logging import METRICS_FILE, LineFile, step_of_csv
 from pretrain.train.run import CHECKPOINTS, CONFIG, LEDGER, ORIGIN, SICK, Run

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from typing_extensions import override
 
 from pretrain.errors import UserError
+from pretrain.files import atomic_path
 from pretrain.model.contacts import ContactRegression
 from pretrain.train.divided import put_in, remove, whole
 
@@ -28,7 +29,7 @@ _ZIP_END_SIZE = 22  # of the record that ends an archive without a comment
 
 
 class AtomicCheckpointIO(CheckpointIO):
-    """Writes beside, syncs, renames: a killed process or a full disk leaves the previous file as it was.
+    """A killed process or a full disk leaves the previous file as it was.
 
     Attributes:
         mapped: Whether what is loaded stays in the file, rather than in this process's memory.
@@ -39,22 +40,14 @@ class AtomicCheckpointIO(CheckpointIO):
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
         try:
-            with partial.open("w+b") as file:
+            with atomic_path(path) as partial, partial.open("w+b") as file:
                 torch.save({**checkpoint, FORMAT: FORMAT_VERSION}, file)
                 _seal(file)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.rename(path)
         except RuntimeError as error:  # what torch makes of a write that the disk refused
             if shutil.disk_usage(path.parent).free > 2**20:
                 raise
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
-        finally:
-            partial.unlink(missing_ok=True)
-        sync_directory(path.parent)
 
     @override
     def load_checkpoint(
@@ -219,35 +212,6 @@ def newest_checkpoint(
     if problems:
         raise UserError(f"{problems[0]}; no other checkpoint is left in {directory}: remove the run to start it again")
     return None
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a small file, whole or not at all, also over a power cut."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
-    sync_directory(path.parent)
-
-
-def link(path: Path, target: str) -> None:
-    """Let a symbolic link point to a file beside it, in one step."""
-    aside = path.with_name(f".{path.name}.partial")
-    aside.unlink(missing_ok=True)
-    aside.symlink_to(target)
-    aside.rename(path)
-    sync_directory(path.parent)
-
-
-def sync_directory(directory: Path) -> None:
-    """Wait until the disk has a directory's entries: a rename in it, or a link."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def data_state(checkpoint: dict[str, Any]) -> dict[str, Any] | None:

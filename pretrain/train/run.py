@@ -33,8 +33,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from pretrain.errors import UserError, disk_is_full
+from pretrain.files import append_line, link, write_whole
 from pretrain.model.config import DROPOUT
-from pretrain.train.checkpoint import data_state, link, newest_checkpoint, read_checkpoint, write_whole
+from pretrain.train.checkpoint import data_state, newest_checkpoint, read_checkpoint
 from pretrain.train.divided import DividedTensor, lost_parts, remove
 from pretrain.train.lock import Lock, locked
 from pretrain.train.spikes import of_history, read_skips
@@ -311,8 +312,7 @@ class Run:
             **execution,
             "git_commit": _git_commit(),
         }
-        with (self.directory / STARTS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(start) + "\n")
+        append_line(self.directory / STARTS, json.dumps(start))
 
     def record_result(self, result: dict[str, Any]) -> None:
         """Write the final figures; one that is not defined as null, since JSON knows no NaN."""

@@ -20,7 +20,8 @@ from torch.distributed import ReduceOp
 from typing_extensions import override
 
 from pretrain.errors import UserError, disk_is_full
-from pretrain.train.checkpoint import link, snapshot
+from pretrain.files import link
+from pretrain.train.checkpoint import snapshot
 from pretrain.train.divided import lost_parts, remove
 from pretrain.train.mirror import Mirror
 from pretrain.train.sharding import SAME_DIRECTORY, FullyShardedStrategy
