@@ -12,5 +12,10 @@ class CrashError(RuntimeError):
 
 
 def disk_is_full(error: OSError) -> bool:
-    """Whether a write failed for want of space, which somebody may make while a run goes on."""
+    """Whether a write failed because the disk or quota is full; space may be freed while the run continues."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def one_line(error: BaseException, limit: int | None = None) -> str:
+    """What an exception says, in one line of so many characters at most; its class where it says nothing."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__

@@ -30,10 +30,10 @@ from pretrain.model.hf import (
     published_names,
     to_hf,
 )
-from pretrain.train.pretrained import CONFIG, INDEX, load_tensors, read_config, read_tensors
+from pretrain.train.pretrained import HF_CONFIG, INDEX, load_tensors, read_config, read_tensors
 
 OVERLAY = "fit.yaml"
-_FILES = (CONFIG, "*.safetensors", INDEX, VOCABULARY, TOKENIZER, *SPECIAL_TOKENS)
+_FILES = (HF_CONFIG, "*.safetensors", INDEX, VOCABULARY, TOKENIZER, *SPECIAL_TOKENS)
 _HEAD = "lm_head."
 
 

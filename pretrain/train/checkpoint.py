@@ -6,6 +6,7 @@ import os
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from fnmatch import fnmatchcase
 from io import BufferedRandom
 from pathlib import Path
 from typing import Any, cast
@@ -16,16 +17,39 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 from typing_extensions import override
 
-from pretrain.errors import UserError
+from pretrain.errors import UserError, one_line
 from pretrain.files import atomic_path
 from pretrain.model.contacts import ContactRegression
-from pretrain.train.divided import put_in, remove, whole
+from pretrain.train.divided import assemble, put_in, remove
+
+CHECKPOINTS, LAST, BEST = "checkpoints", "last.ckpt", "best.ckpt"
+_NAMES = f"step-{'[0-9]' * 9}.ckpt"
 
 FORMAT, FORMAT_VERSION = "pretrain_format", 1
 CONTACTS = "contact_regression"
 
 _SEAL_SIZE = 64
 _ZIP_END_SIZE = 22  # of the record that ends an archive without a comment
+
+
+def checkpoint_name(step: int) -> str:
+    """What a run calls the checkpoint after a step; sorted by name, they are sorted by step."""
+    return f"step-{step:09d}.ckpt"
+
+
+def is_checkpoint_name(name: str) -> bool:
+    """Whether it is one of `checkpoint_name`."""
+    return fnmatchcase(name, _NAMES)
+
+
+def step_of(name: str) -> int:
+    """The step in a name of `checkpoint_name`."""
+    return int(name.removeprefix("step-").removesuffix(".ckpt"))
+
+
+def checkpoints_in(directory: Path) -> list[Path]:
+    """The checkpoints of a directory, the oldest first; none where it does not exist."""
+    return sorted(directory.glob(_NAMES))
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -53,7 +77,7 @@ class AtomicCheckpointIO(CheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        return cast(dict[str, Any], whole(read_checkpoint(Path(path), self.mapped)))
+        return cast(dict[str, Any], assemble(read_checkpoint(Path(path), self.mapped)))
 
     @override
     def remove_checkpoint(self, path: str | Path) -> None:
@@ -73,7 +97,7 @@ def snapshot(checkpoint: dict[str, Any]) -> dict[str, Any]:
 def read_checkpoint(path: Path, mapped: bool = True) -> dict[str, Any]:
     """A checkpoint's content on the CPU. Tensors and plain values only: nothing is executed.
 
-    Tensors that were divided among processes are `DividedTensor`; `whole` puts them together.
+    Tensors that were divided among processes are `DividedTensor`; `assemble` puts them together.
 
     The checksum that ends the file is compared first, so a damaged file is refused rather than trained on. A file that
     was made to deceive is refused, too: one that claims to hold more than it does, or names code.
@@ -101,7 +125,7 @@ def read_checkpoint(path: Path, mapped: bool = True) -> dict[str, Any]:
     except (
         Exception
     ) as error:  # torch.load raises whatever its readers meet: RuntimeError, UnpicklingError, EOFError ...
-        reason = str(error).strip().split("\n")[0][:120] or type(error).__name__
+        reason = one_line(error, 120)
         raise UserError(f"{path}: not a complete checkpoint of tensors and plain values ({reason})") from error
     if (version := checkpoint.get(FORMAT, FORMAT_VERSION)) != FORMAT_VERSION:
         raise UserError(
@@ -194,7 +218,7 @@ def newest_checkpoint(
         UserError: If there are some, and none can be read.
     """
     problems: list[str] = []
-    here = {path.name for path in directory.glob("step-*.ckpt")}
+    here = {path.name for path in checkpoints_in(directory)}
     for name in sorted(here.union(elsewhere), reverse=True):
         path = directory / name
         for brought in [False] * (name in here) + [True] * (name in elsewhere):

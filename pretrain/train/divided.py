@@ -87,7 +87,7 @@ class DividedTensor:
         return torch.cat(pieces) if pieces else self.parts[0].get_slice(self.name)[:0]
 
 
-def whole(content: Any) -> Any:
+def assemble(content: Any) -> Any:
     """Checkpoint content with each divided tensor put together."""
     return tree_map_only(DividedTensor, lambda tensor: tensor[:], content)
 

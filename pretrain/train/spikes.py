@@ -21,7 +21,7 @@ from typing_extensions import override
 from pretrain.corpus.batch import Batch
 from pretrain.errors import UserError
 from pretrain.files import append_line
-from pretrain.train.checkpoint import data_state, read_checkpoint
+from pretrain.train.checkpoint import CHECKPOINTS, checkpoint_name, checkpoints_in, data_state, read_checkpoint, step_of
 from pretrain.train.host_copy import HostCopy
 
 SKIPS = "skips.jsonl"
@@ -168,7 +168,7 @@ class LossSpikes(pl.Callback):
             UserError: If going back to this checkpoint did not help often enough.
         """
         self._settle(trainer)
-        steps = sorted(int(path.stem[5:]) for path in (self.directory / "checkpoints").glob("step-*.ckpt"))
+        steps = [step_of(path.name) for path in checkpoints_in(self.directory / CHECKPOINTS)]
         before = [number for number in steps if number <= step]
         old = [number for number in before if number <= step - self.margin]
         target = old[-1] if old else before[0] if before else 0
@@ -180,7 +180,7 @@ class LossSpikes(pl.Callback):
         if trainer.is_global_zero:
             first = 0
             if target:
-                file = self.directory / "checkpoints" / f"step-{target:09d}.ckpt"
+                file = self.directory / CHECKPOINTS / checkpoint_name(target)
                 state = data_state(read_checkpoint(file))
                 assert state is not None
                 first = state["cursor"]

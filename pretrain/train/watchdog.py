@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import pytorch_lightning as pl
 from torch.distributed.distributed_c10d import _get_default_store
 
-from pretrain.errors import UserError
+from pretrain.errors import UserError, one_line
 
 _LOADING, _FORWARD, _BACKWARD = "loading data", "computing the loss", "computing or adding up gradients"
 _VALIDATING, _SAVING, _STARTING, _EVALUATING = "validating", "saving", "starting", "evaluating"
@@ -112,8 +112,8 @@ class Watchdog(pl.Callback):
                 self._write(rank)
             except RuntimeError as error:  # the store; whoever ended it is given time to say why
                 if stands > self.timeout + 6 * interval:
-                    reason = str(error).split("\n")[0][:100]
-                    _end(step(), stands, processes, {0: f"does not answer ({reason})"}, self._doing)
+                    silent = {0: f"does not answer ({one_line(error, 100)})"}
+                    _end(step(), stands, processes, silent, self._doing)
             else:
                 if stands > self.timeout:
                     self._judge(rank, processes, interval, step(), stands)

@@ -18,7 +18,7 @@ from pretrain.downstream.inspect import inspect
 from pretrain.errors import UserError
 from pretrain.train.fit import fit as fit_here
 from pretrain.train.pseudo_perplexity import PseudoPerplexity
-from pretrain.train.validation import LENGTHS, RESIDUE_CLASSES
+from pretrain.train.validation import LENGTH_BINS, RESIDUE_CLASSES
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_what_is_found_is_what_one_sequence_at_a_time_gives(proteins: Path, far:
     for name, loader in zip(sets, data.val_dataloader(), strict=True):
         size = data.tokenizer.vocab_size
         confusion, token_losses = torch.zeros(size, size), torch.zeros(size)
-        lengths = torch.zeros(len(LENGTHS) + 1, 3, dtype=torch.float64)
+        lengths = torch.zeros(len(LENGTH_BINS) + 1, 3, dtype=torch.float64)
         for batch in loader:
             logits = module.encoder(batch.input_ids, batch.cu_seqlens).detach()
             for place, target in zip(batch.target_positions.tolist(), batch.targets.tolist(), strict=True):
@@ -82,7 +82,7 @@ def test_what_is_found_is_what_one_sequence_at_a_time_gives(proteins: Path, far:
                 loss, best = float(F.cross_entropy(logits[place], torch.tensor(target))), int(logits[place].argmax())
                 confusion[target, best] += 1
                 token_losses[target] += loss
-                row = next((i for i, bound in enumerate(LENGTHS) if length <= bound), len(LENGTHS))
+                row = next((i for i, bound in enumerate(LENGTH_BINS) if length <= bound), len(LENGTH_BINS))
                 lengths[row] += torch.tensor([loss, target == best, 1.0], dtype=torch.float64)
         found = module.findings[name]
         assert torch.equal(found.confusion.float(), confusion)
