@@ -14,7 +14,6 @@ from test_logging import scalars
 
 from pretrain import EncoderConfig, MLMDataModule, MLMModule
 from pretrain.cli import main
-from pretrain.downstream.inspect import inspect
 from pretrain.errors import UserError
 from pretrain.train.fit import fit as fit_here
 from pretrain.train.pseudo_perplexity import PseudoPerplexity
@@ -161,14 +160,3 @@ def test_another_order_of_the_sets_is_a_change_since_the_first_one_counts(
     assert main(["fit", *command(other, "--trainer.max_steps", "3", "--allow_change")]) == 0
     starts = (tmp_path / "run" / "starts.jsonl").read_text().splitlines()
     assert any(change.startswith("data.validation: ") for change in json.loads(starts[-1])["changes"])
-
-
-def test_a_result_from_before_sets_had_names_is_told_like_any_other(tiny: Callable[..., Path], tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    assert main(["fit", "-c", str(tiny()), "--run", str(run), "--trainer.max_steps", "2"]) == 0
-    told = inspect(run)
-    assert "this run" in told
-    result = json.loads((run / "result.json").read_text())
-    del result["validation"], result["blosum62_perplexity"]
-    (run / "result.json").write_text(json.dumps(result))
-    assert inspect(run).splitlines() == [line for line in told.splitlines() if "BLOSUM62" not in line]
