@@ -26,6 +26,7 @@ from pretrain.errors import UserError
 from pretrain.model.encoder import Encoder
 from pretrain.train.module import MLMModule
 from pretrain.train.throughput import Throughput
+from pretrain.train.watchdog import untimed
 
 
 class Biology(pl.Callback):
@@ -107,18 +108,21 @@ class Biology(pl.Callback):
         if step % self.every_n_steps and step < trainer.max_steps:
             return
         assert isinstance(pl_module, MLMModule)
-        model = sharing_weights(pl_module.encoder, self._tokenizer)
-        if not trainer.is_global_zero:
-            return
+        with untimed(trainer):
+            model = sharing_weights(pl_module.encoder, self._tokenizer)
+            if trainer.is_global_zero:
+                self._log(trainer, model)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Throughput):
+                callback.leave_out()
+
+    def _log(self, trainer: pl.Trainer, model: PretrainedEncoder) -> None:
+        step = trainer.global_step
         try:
             figures = self.evaluate(model)
         except UserError as error:  # of a model that went astray, which is no reason to end its run
             tqdm.write(f"  biology after step {step}: {error}")
             return
-        finally:
-            for callback in trainer.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, Throughput):
-                    callback.leave_out()
         for logger in trainer.loggers:
             logger.log_metrics(figures, step - 1)  # where Lightning logs this step's figures
         told = {name: value for name, value in figures.items() if name in ("biology/p_at_l/long", "biology/spearman")}

@@ -3,6 +3,7 @@
 import ast
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,11 @@ def settings_at(settings: dict[str, Any], home: Path, step: int) -> tuple[dict[s
         The settings then; and each change, as ``name: old -> new``, with the step that it followed.
     """
     settings, made = deepcopy(settings), list[tuple[int, str]]()
-    lines = (home / STARTS).read_text(encoding="utf-8").splitlines() if (home / STARTS).is_file() else []
-    starts = [json.loads(line) for line in lines]
+    lines = (home / STARTS).read_bytes().splitlines() if (home / STARTS).is_file() else []
+    starts = []
+    for line in lines:
+        with suppress(ValueError):  # one that a power cut or a full disk left by half
+            starts.append(json.loads(line))
     for start in reversed(starts):
         for change in start.get("changes", ()):
             if start["step"] < step:

@@ -14,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pretrain.downstream.files import atomic_path
 from pretrain.downstream.pretrained_encoder import PretrainedEncoder
 from pretrain.downstream.structures import MIN_SEPARATION, Structure
 from pretrain.errors import UserError, how_to_install
+from pretrain.files import atomic_path
 from pretrain.model.contacts import ContactRegression, pair_features
 from pretrain.model.hf import contacts_from_hf, contacts_to_hf
 

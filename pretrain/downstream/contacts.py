@@ -23,12 +23,12 @@ from pretrain.downstream.contact_regression import (
     write_regression,
 )
 from pretrain.downstream.embedding_files import Array, write_npz_arrays, write_safetensors_arrays
-from pretrain.downstream.files import atomic_path, refuse_existing
 from pretrain.downstream.load import load, use_device
 from pretrain.downstream.pretrained_encoder import PretrainedEncoder
 from pretrain.downstream.records import read_tokens
 from pretrain.downstream.structures import MIN_SEPARATION, Structure, read_structures
 from pretrain.errors import UserError
+from pretrain.files import atomic_path, refuse_existing
 from pretrain.model.contacts import ContactRegression
 from pretrain.train.picture import drawing
 

@@ -21,11 +21,11 @@ from tqdm import tqdm
 
 from pretrain.corpus.sources import SourceOptions, find_sources
 from pretrain.downstream.embedding_files import WRITERS, part_checksum, write_part
-from pretrain.downstream.files import atomic_path, refuse_existing
 from pretrain.downstream.load import load, use_device
 from pretrain.downstream.pretrained_encoder import PretrainedEncoder, check_choices
 from pretrain.downstream.records import TokenizedRecord, read_tokens
 from pretrain.errors import UserError
+from pretrain.files import atomic_path, refuse_existing
 from pretrain.train.lock import locked
 
 PART_TOKENS = {"cpu": 2**17, "cuda": 2**21}

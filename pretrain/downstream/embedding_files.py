@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pretrain.downstream.files import atomic_path
+from pretrain.files import atomic_path
 
 _CHECKSUM = b"records"
 _FIRST_DATE = (1980, 1, 1, 0, 0, 0)  # a zip archive has no earlier one: equal embeddings make equal files

@@ -10,7 +10,6 @@ import yaml
 from pretrain.corpus.tokenizer import Tokenizer, tokenizer_from_string
 from pretrain.downstream.card import CURVES, model_card, settings_at
 from pretrain.downstream.contact_regression import read_regression
-from pretrain.downstream.files import new_directory, refuse_existing
 from pretrain.downstream.finetune.export import check_exportable, hf_class, verify_fine_tuned, write_fine_tuned
 from pretrain.downstream.finetune.export import model_card as fine_tuned_card
 from pretrain.downstream.finetune.model import is_fine_tuned, load_fine_tuned
@@ -19,6 +18,7 @@ from pretrain.downstream.inspect import inspect
 from pretrain.downstream.load import checkpoint_of, encoder_of
 from pretrain.downstream.tokenizer_files import write_tokenizer
 from pretrain.errors import UserError
+from pretrain.files import new_directory, refuse_existing
 from pretrain.model.contacts import ContactRegression
 from pretrain.model.encoder import Encoder
 from pretrain.train.logging import METRICS_FILE, read_metrics

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from pretrain.corpus.readers import read_records
 from pretrain.corpus.sources import SourceOptions
 from pretrain.corpus.tokenizer import InvalidSymbolError, TextTokenizer, Tokenizer
-from pretrain.downstream.files import atomic_file, refuse_existing
 from pretrain.downstream.load import load, use_device
 from pretrain.downstream.pretrained_encoder import PretrainedEncoder
 from pretrain.errors import UserError
+from pretrain.files import atomic_file, refuse_existing
 
 MASK = "<mask>"
 _BLOCK = 512

@@ -10,7 +10,6 @@ import yaml
 
 from pretrain.corpus.tokenizer import ProteinTokenizer, Tokenizer
 from pretrain.downstream.export import verify, write_model
-from pretrain.downstream.files import new_directory, refuse_existing
 from pretrain.downstream.tokenizer_files import (
     SPECIAL_TOKENS,
     TOKENIZER,
@@ -20,6 +19,7 @@ from pretrain.downstream.tokenizer_files import (
     write_tokenizer,
 )
 from pretrain.errors import UserError
+from pretrain.files import new_directory, refuse_existing
 from pretrain.model.config import BERT_SIZES, ESM2_SIZES, EncoderConfig
 from pretrain.model.encoder import Encoder
 from pretrain.model.hf import (
@@ -31,10 +31,10 @@ from pretrain.model.hf import (
     published_names,
     to_hf,
 )
-from pretrain.train.pretrained import CONFIG, INDEX, load_tensors, read_config, read_tensors
+from pretrain.train.pretrained import HF_CONFIG, INDEX, load_tensors, read_config, read_tensors
 
 OVERLAY = "fit.yaml"
-_FILES = (CONFIG, "*.safetensors", INDEX, VOCABULARY, TOKENIZER, *SPECIAL_TOKENS)
+_FILES = (HF_CONFIG, "*.safetensors", INDEX, VOCABULARY, TOKENIZER, *SPECIAL_TOKENS)
 _HEAD = "lm_head."
 
 

@@ -10,14 +10,13 @@ from pretrain.corpus.tokenizer import Tokenizer, tokenizer_from_string
 from pretrain.downstream.finetune.lora import merge_lora
 from pretrain.downstream.pretrained_encoder import PretrainedEncoder
 from pretrain.downstream.tokenizer_files import check_special_tokens, read_tokenizer
-from pretrain.errors import UserError
+from pretrain.errors import UserError, one_line
 from pretrain.model.allocator import keep_freed_memory
 from pretrain.model.config import EncoderConfig
 from pretrain.model.hf import contacts_from_hf, from_hf_config
-from pretrain.train.checkpoint import contacts_in, data_state, newest_checkpoint, read_checkpoint
-from pretrain.train.divided import whole
-from pretrain.train.pretrained import CONFIG, load_tensors, read_config, read_tensors
-from pretrain.train.run import CHECKPOINTS
+from pretrain.train.checkpoint import CHECKPOINTS, contacts_in, data_state, newest_checkpoint, read_checkpoint
+from pretrain.train.divided import assemble
+from pretrain.train.pretrained import HF_CONFIG, load_tensors, read_config, read_tensors
 from pretrain.train.spikes import of_history, read_skips
 
 
@@ -32,7 +31,7 @@ def load(path: str | Path) -> PretrainedEncoder:
         UserError: If there is no model at ``path``, or one of another kind than ESM-2.
     """
     path = Path(path)
-    if (path / CONFIG).is_file():
+    if (path / HF_CONFIG).is_file():
         stored, tensors = read_config(path), read_tensors(path)
         config = from_hf_config(stored)
         config.check_size(sum(tensor.numel() for tensor in tensors.values()))
@@ -62,7 +61,7 @@ def _tokenizer_of_run(serialized: str | None, source: str) -> Tokenizer:
 def checkpoint_of(path: Path) -> dict[str, Any]:
     """The content of a checkpoint file, or of a run's newest readable checkpoint that it has not taken back."""
     checkpoint = _read(path)
-    return {**checkpoint, "state_dict": whole(checkpoint["state_dict"])}
+    return {**checkpoint, "state_dict": assemble(checkpoint["state_dict"])}
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -101,8 +100,7 @@ def encoder_of(checkpoint: dict[str, Any], source: Path) -> PretrainedEncoder:
             contacts.check(config, str(source))
             encoder.contacts = contacts
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{source}: the checkpoint is not one of a run ({reason})") from error
+        raise UserError(f"{source}: the checkpoint is not one of a run ({one_line(error, 200)})") from error
     return encoder.eval()
 
 

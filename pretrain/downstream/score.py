@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from pretrain.corpus.tokenizer import ProteinTokenizer
-from pretrain.downstream.files import atomic_file, refuse_existing
 from pretrain.downstream.load import load, use_device
 from pretrain.downstream.pretrained_encoder import PretrainedEncoder
 from pretrain.downstream.variants import Variant, VariantColumns, VariantTable, read_variants
 from pretrain.errors import UserError
+from pretrain.files import atomic_file, refuse_existing
 
 _BLOCK_TOKENS = 2**18
 """Masked copies that exist at a time."""

@@ -7,7 +7,7 @@ from typing import Any
 from pretrain.corpus.tokenizer import ESM_ALPHABET, ProteinTokenizer, TextTokenizer, Tokenizer, load_tokenizer
 from pretrain.errors import UserError
 from pretrain.model.config import EncoderConfig
-from pretrain.train.pretrained import CONFIG, read_json
+from pretrain.train.pretrained import HF_CONFIG, read_json
 
 VOCABULARY, TOKENIZER = "vocab.txt", "tokenizer.json"
 SPECIAL_TOKENS = ("tokenizer_config.json", "special_tokens_map.json")
@@ -30,7 +30,7 @@ def read_tokenizer(directory: Path, stored: dict[str, Any]) -> Tokenizer:
     if vocabulary.is_file():
         tokens, where = vocabulary.read_text(encoding="utf-8", errors="replace").split(), str(vocabulary)
     elif stored.get("vocab_list"):
-        tokens, where = list(stored["vocab_list"]), f"vocab_list in {directory / CONFIG}"
+        tokens, where = list(stored["vocab_list"]), f"vocab_list in {directory / HF_CONFIG}"
     else:
         raise UserError(
             f"{directory}: has no tokenizer; save it there, too: {VOCABULARY} with ESM's 33 tokens or a {TOKENIZER}"
@@ -52,8 +52,8 @@ def check_special_tokens(directory: Path, config: EncoderConfig, tokenizer: Toke
     for name in ("vocab_size", "pad_token_id", "mask_token_id"):
         if (theirs := getattr(config, name)) != (ours := getattr(tokenizer, name)):
             raise UserError(
-                f"{directory}: {CONFIG} has {name} {theirs}, its tokenizer {ours}; give the tokenizer that the model "
-                "was trained with"
+                f"{directory}: {HF_CONFIG} has {name} {theirs}, its tokenizer {ours}; give the tokenizer that the "
+                "model was trained with"
             )
     for file in SPECIAL_TOKENS:
         settings = read_json(directory / file) if (directory / file).is_file() else {}

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pretrain.errors import UserError
+from pretrain.errors import UserError, one_line
 from pretrain.model.cpu_kernels import takes
 
 NO_DROPOUT = (
@@ -37,7 +37,11 @@ class Layout:
 
     @classmethod
     def of(cls, cu_seqlens: Int[Tensor, " bounds"], max_seqlen: int | None = None) -> "Layout":
-        """The layout of a pack. ``max_seqlen`` spares a CUDA pack the look at its lengths."""
+        """The layout of a pack.
+
+        On CUDA, passing ``max_seqlen`` avoids reading the lengths back to the host, which would synchronise with the
+        GPU.
+        """
         if cu_seqlens.is_cuda and max_seqlen is not None:
             return cls(cu_seqlens, max_seqlen, None)
         lengths = cu_seqlens.diff().tolist()
@@ -101,7 +105,7 @@ def activate_flash_attention(implementation: str) -> None:
     try:
         activate_flash_attention_impl(implementation)
     except (ImportError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:100]
+        reason = one_line(error, 100)
         raise UserError(
             f"flash attention {implementation} cannot be used ({reason}); install it (flash_attn_interface, from "
             "flash-attention's folder hopper), or leave torch's own: --model.flash_attention FA2"

@@ -2,17 +2,17 @@
 
 import json
 import os
-import re
 import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 from pretrain.errors import UserError
-from pretrain.train.checkpoint import sync_directory, write_whole
+from pretrain.files import sync_directory, write_whole
+from pretrain.train.checkpoint import CHECKPOINTS, LAST, checkpoint_name, is_checkpoint_name
 from pretrain.train.divided import parts_of
 from pretrain.train.logging import METRICS_FILE, LineFile, step_of_csv
-from pretrain.train.run import CHECKPOINTS, CONFIG, LEDGER, ORIGIN, SICK, Run
+from pretrain.train.run import CONFIG, LEDGER, ORIGIN, SICK, Run
 from pretrain.train.sick import step_of_json
 from pretrain.train.spikes import SKIPS
 
@@ -39,9 +39,9 @@ class Branch:
         if self.step is not None:
             return
         inside = source.is_file()
-        if inside and not re.fullmatch(r"step-\d{9}\.ckpt", source.resolve().name):
+        if inside and not is_checkpoint_name(source.resolve().name):
             raise UserError(
-                f"branch_from: {source} is not named as a run names its checkpoints (step-000000500.ckpt); "
+                f"branch_from: {source} is not named as a run names its checkpoints ({checkpoint_name(500)}); "
                 "give it back its own"
             )
         home = source.resolve().parent.parent if inside else source
@@ -69,7 +69,7 @@ class Branch:
         try:
             for file in (checkpoint, *parts_of(checkpoint)):
                 _link_or_copy(file, partial / CHECKPOINTS / file.name)
-            (partial / CHECKPOINTS / "last.ckpt").symlink_to(checkpoint.name)
+            (partial / CHECKPOINTS / LAST).symlink_to(checkpoint.name)
             shutil.copy(origin.directory / CONFIG, partial / CONFIG)
             for name, step_of in ((LEDGER, step_of_csv), (METRICS_FILE, step_of_csv), (SICK, step_of_json)):
                 if (origin.directory / name).is_file():

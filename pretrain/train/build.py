@@ -12,14 +12,14 @@ from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, Stra
 from typing_extensions import override
 
 import pretrain.train.pseudo_perplexity  # noqa: F401  (trainer.callbacks then knows it by its name)
-from pretrain.errors import UserError
+from pretrain.errors import UserError, one_line
 from pretrain.train.branch import Branch
-from pretrain.train.checkpoint import AtomicCheckpointIO
+from pretrain.train.checkpoint import CHECKPOINTS, AtomicCheckpointIO
 from pretrain.train.ledger import Ledger
 from pretrain.train.logging import EventLogger, LearningRateMonitor, MetricsFile, ProgressBar
 from pretrain.train.mirror import Mirror
 from pretrain.train.report import final_figures, header, summary
-from pretrain.train.run import CHECKPOINTS, Run
+from pretrain.train.run import Run
 from pretrain.train.saving import StepCheckpoint
 from pretrain.train.settings import SettingsCLI
 from pretrain.train.sharding import FullyShardedStrategy
@@ -143,7 +143,7 @@ class FitCLI(SettingsCLI):
             checkpoint_io.mapped = trainer.strategy.root_device.type == "cuda"
             _check_processes(trainer.strategy)
         except (MisconfigurationException, ValueError) as error:
-            message = " ".join(str(error).split()).rstrip(".")
+            message = one_line(error).rstrip(".")
             raise UserError(
                 f"the trainer's settings do not work here: {message}; change them, for example --trainer.devices, "
                 "--trainer.strategy or --trainer.precision"

@@ -6,6 +6,7 @@ import os
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from fnmatch import fnmatchcase
 from io import BufferedRandom
 from pathlib import Path
 from typing import Any, cast
@@ -16,9 +17,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 from typing_extensions import override
 
-from pretrain.errors import UserError
+from pretrain.errors import UserError, one_line
+from pretrain.files import atomic_path
 from pretrain.model.contacts import ContactRegression
-from pretrain.train.divided import put_in, remove, whole
+from pretrain.train.divided import assemble, put_in, remove
+
+CHECKPOINTS, LAST, BEST = "checkpoints", "last.ckpt", "best.ckpt"
+_NAMES = f"step-{'[0-9]' * 9}.ckpt"
 
 FORMAT, FORMAT_VERSION = "pretrain_format", 1
 CONTACTS = "contact_regression"
@@ -27,8 +32,28 @@ _SEAL_SIZE = 64
 _ZIP_END_SIZE = 22  # of the record that ends an archive without a comment
 
 
+def checkpoint_name(step: int) -> str:
+    """What a run calls the checkpoint after a step; sorted by name, they are sorted by step."""
+    return f"step-{step:09d}.ckpt"
+
+
+def is_checkpoint_name(name: str) -> bool:
+    """Whether it is one of `checkpoint_name`."""
+    return fnmatchcase(name, _NAMES)
+
+
+def step_of(name: str) -> int:
+    """The step in a name of `checkpoint_name`."""
+    return int(name.removeprefix("step-").removesuffix(".ckpt"))
+
+
+def checkpoints_in(directory: Path) -> list[Path]:
+    """The checkpoints of a directory, the oldest first; none where it does not exist."""
+    return sorted(directory.glob(_NAMES))
+
+
 class AtomicCheckpointIO(CheckpointIO):
-    """Writes beside, syncs, renames: a killed process or a full disk leaves the previous file as it was.
+    """A killed process or a full disk leaves the previous file as it was.
 
     Attributes:
         mapped: Whether what is loaded stays in the file, rather than in this process's memory.
@@ -39,28 +64,20 @@ class AtomicCheckpointIO(CheckpointIO):
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
         try:
-            with partial.open("w+b") as file:
+            with atomic_path(path) as partial, partial.open("w+b") as file:
                 torch.save({**checkpoint, FORMAT: FORMAT_VERSION}, file)
                 _seal(file)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.rename(path)
         except RuntimeError as error:  # what torch makes of a write that the disk refused
             if shutil.disk_usage(path.parent).free > 2**20:
                 raise
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
-        finally:
-            partial.unlink(missing_ok=True)
-        sync_directory(path.parent)
 
     @override
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        return cast(dict[str, Any], whole(read_checkpoint(Path(path), self.mapped)))
+        return cast(dict[str, Any], assemble(read_checkpoint(Path(path), self.mapped)))
 
     @override
     def remove_checkpoint(self, path: str | Path) -> None:
@@ -80,7 +97,7 @@ def snapshot(checkpoint: dict[str, Any]) -> dict[str, Any]:
 def read_checkpoint(path: Path, mapped: bool = True) -> dict[str, Any]:
     """A checkpoint's content on the CPU. Tensors and plain values only: nothing is executed.
 
-    Tensors that were divided among processes are `DividedTensor`; `whole` puts them together.
+    Tensors that were divided among processes are `DividedTensor`; `assemble` puts them together.
 
     The checksum that ends the file is compared first, so a damaged file is refused rather than trained on. A file that
     was made to deceive is refused, too: one that claims to hold more than it does, or names code.
@@ -108,7 +125,7 @@ def read_checkpoint(path: Path, mapped: bool = True) -> dict[str, Any]:
     except (
         Exception
     ) as error:  # torch.load raises whatever its readers meet: RuntimeError, UnpicklingError, EOFError ...
-        reason = str(error).strip().split("\n")[0][:120] or type(error).__name__
+        reason = one_line(error, 120)
         raise UserError(f"{path}: not a complete checkpoint of tensors and plain values ({reason})") from error
     if (version := checkpoint.get(FORMAT, FORMAT_VERSION)) != FORMAT_VERSION:
         raise UserError(
@@ -201,7 +218,7 @@ def newest_checkpoint(
         UserError: If there are some, and none can be read.
     """
     problems: list[str] = []
-    here = {path.name for path in directory.glob("step-*.ckpt")}
+    here = {path.name for path in checkpoints_in(directory)}
     for name in sorted(here.union(elsewhere), reverse=True):
         path = directory / name
         for brought in [False] * (name in here) + [True] * (name in elsewhere):
@@ -219,35 +236,6 @@ def newest_checkpoint(
     if problems:
         raise UserError(f"{problems[0]}; no other checkpoint is left in {directory}: remove the run to start it again")
     return None
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a small file, whole or not at all, also over a power cut."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
-    sync_directory(path.parent)
-
-
-def link(path: Path, target: str) -> None:
-    """Let a symbolic link point to a file beside it, in one step."""
-    aside = path.with_name(f".{path.name}.partial")
-    aside.unlink(missing_ok=True)
-    aside.symlink_to(target)
-    aside.rename(path)
-    sync_directory(path.parent)
-
-
-def sync_directory(directory: Path) -> None:
-    """Wait until the disk has a directory's entries: a rename in it, or a link."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def data_state(checkpoint: dict[str, Any]) -> dict[str, Any] | None:

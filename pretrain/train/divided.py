@@ -11,7 +11,6 @@ without one of them there is none. And rows are put together by their numbers, s
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from torch.utils._pytree import tree_map_only, tree_map_with_path
+
+from pretrain.files import atomic_path
 
 PARTS, DIVIDED = "parts", "divided_tensor"
 
@@ -86,7 +87,7 @@ class DividedTensor:
         return torch.cat(pieces) if pieces else self.parts[0].get_slice(self.name)[:0]
 
 
-def whole(content: Any) -> Any:
+def assemble(content: Any) -> Any:
     """Checkpoint content with each divided tensor put together."""
     return tree_map_only(DividedTensor, lambda tensor: tensor[:], content)
 
@@ -133,18 +134,10 @@ def write_part(path: Path, tensors: dict[str, Tensor]) -> bytes:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the first tensor begins at a multiple of eight
     digest = hashlib.sha256()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            for piece in (len(text).to_bytes(8, "little"), text, *map(_bytes_of, tensors.values())):
-                digest.update(piece)
-                file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic_path(path) as partial, partial.open("wb") as file:
+        for piece in (len(text).to_bytes(8, "little"), text, *map(_bytes_of, tensors.values())):
+            digest.update(piece)
+            file.write(piece)
     return digest.digest()
 
 

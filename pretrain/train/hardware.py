@@ -8,7 +8,7 @@ import torch
 from torch._dynamo.exc import FailOnRecompileLimitHit
 
 from pretrain.corpus.packed import PackedDataModule
-from pretrain.errors import UserError
+from pretrain.errors import UserError, one_line
 from pretrain.model.attention import NO_DROPOUT, activate_flash_attention
 from pretrain.model.cpu_kernels import require_llvm
 from pretrain.train.step import StepModule
@@ -144,4 +144,4 @@ def compile_failure(error: BaseException) -> str | None:
         return None
     if any(isinstance(link, FailOnRecompileLimitHit) for link in chain):
         return "packs of too many different shapes"
-    return " ".join(str(error).split())[:200]
+    return one_line(error, 200)

@@ -22,8 +22,9 @@ from pretrain.corpus.packed import PackedDataModule
 from pretrain.corpus.packing import BatchWarmup, Pack, Position, jump
 from pretrain.corpus.store import Corpus
 from pretrain.errors import UserError
+from pretrain.train.checkpoint import CHECKPOINTS
 from pretrain.train.logging import LineFile, step_of_csv
-from pretrain.train.run import CHECKPOINTS, CONFIG, LEDGER, Run
+from pretrain.train.run import CONFIG, LEDGER, Run
 from pretrain.train.spikes import SKIPS
 
 _HEAD = "step,sequences,sum\n"

@@ -1,11 +1,10 @@
 """A copy of a run at an address: what it writes goes there as it trains, and comes back where the disk has gone.
 
-Nothing is trusted that comes from there: a checkpoint carries its own checksum, so one that was copied by half, or
-damaged on its way, is passed over as a damaged file is. The disk stays the first place: training waits for no network.
+Checkpoints that come from there are not trusted: each carries its own checksum, so one that was copied by half, or
+damaged on its way, is passed over as a damaged file is. The run's small files are taken as they are. The disk stays the
+first place: training waits for no network.
 """
 
-import os
-import re
 import shutil
 import sys
 import threading
@@ -13,12 +12,14 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 from pretrain.corpus.remote import is_remote
-from pretrain.corpus.remote_files import ATTEMPTS, file_system, put_file, with_retries
+from pretrain.corpus.remote_files import ATTEMPTS, file_system, put_file, remove_file, with_retries
 from pretrain.corpus.whole import exclusive
-from pretrain.errors import UserError
+from pretrain.errors import UserError, one_line
+from pretrain.files import atomic_path
+from pretrain.train.checkpoint import CHECKPOINTS, checkpoints_in, is_checkpoint_name
 from pretrain.train.divided import parts_of
 from pretrain.train.lock import locked
-from pretrain.train.run import CHECKPOINTS, LOCK, ORIGIN, RESULT
+from pretrain.train.run import LOCK, ORIGIN, RESULT
 from pretrain.train.spikes import read_skips
 
 
@@ -51,7 +52,7 @@ class Mirror:
 
     def checkpoints(self) -> list[str]:
         """Names of the checkpoints there, the oldest first."""
-        return [name for name in self._list(CHECKPOINTS) if re.fullmatch(r"step-\d+\.ckpt", name)]
+        return [name for name in self._list(CHECKPOINTS) if is_checkpoint_name(name)]
 
     def reachable_checkpoints(self) -> list[str]:
         """As `checkpoints`; none, with a warning, if the address cannot be reached and there is one to go on from here.
@@ -63,7 +64,7 @@ class Mirror:
         try:
             return self.checkpoints()
         except UserError as error:
-            if not any((self.directory / CHECKPOINTS).glob("step-*.ckpt")):
+            if not checkpoints_in(self.directory / CHECKPOINTS):
                 raise
             self._unreachable = True
             _warn(f"{error}; the run goes on from what is here")
@@ -89,8 +90,8 @@ class Mirror:
             )
         self.directory.mkdir(parents=True, exist_ok=True)
         with exclusive(self.directory.with_name(f".{self.directory.name}.mirror.lock")):
-            here = sorted(path.name for path in (self.directory / CHECKPOINTS).glob("step-*.ckpt"))
-            if here and here[-1] >= there[-1]:
+            here = checkpoints_in(self.directory / CHECKPOINTS)
+            if here and here[-1].name >= there[-1]:
                 return
             try:
                 with locked(self.directory / LOCK):
@@ -104,7 +105,8 @@ class Mirror:
         aside.mkdir()
         try:
             for name in self._list(""):
-                self._get(name, aside / name)
+                with atomic_path(aside / name) as partial:
+                    self._get(name, partial)
             if len(read_skips(aside)) >= len(read_skips(self.directory)):
                 for path in aside.iterdir():
                     path.replace(self.directory / path.name)
@@ -124,16 +126,12 @@ class Mirror:
         with exclusive(path.with_name(f".{name}.lock")):
             if path.exists() and not replace:  # another process of this machine was faster
                 return
-            partial = path.with_name(f".{name}.partial")
-            try:
+            with atomic_path(path) as partial:
                 self._get(f"{CHECKPOINTS}/{name}", partial)
                 begins = f"{path.stem}.part-"
                 for part in [part for part in self._list(CHECKPOINTS) if part.startswith(begins)]:
-                    self._get(f"{CHECKPOINTS}/{part}", path.with_name(f".{part}.partial"))
-                    path.with_name(f".{part}.partial").replace(path.with_name(part))
-                partial.replace(path)
-            finally:
-                partial.unlink(missing_ok=True)
+                    with atomic_path(path.with_name(part)) as partial_part:
+                        self._get(f"{CHECKPOINTS}/{part}", partial_part)
 
     # --- what goes there ----------------------------------------------------------------------------------------------
 
@@ -176,7 +174,7 @@ class Mirror:
         try:
             self._push_all(3)
         except UserError as error:
-            if not any((self.directory / CHECKPOINTS).glob("step-*.ckpt")):
+            if not checkpoints_in(self.directory / CHECKPOINTS):
                 raise
             _warn(f"{error}; the run goes on, and tries again with its next checkpoint")
 
@@ -184,7 +182,7 @@ class Mirror:
         self._push_files(attempts)
         if RESULT in self._list("") and not (self.directory / RESULT).exists():  # the run goes on
             self._remove(RESULT)
-        here = sorted((self.directory / CHECKPOINTS).glob("step-*.ckpt"))
+        here = checkpoints_in(self.directory / CHECKPOINTS)
         newest = here[-1].stem if here else ""
         if read_skips(self.directory):  # a checkpoint there that is newer is of the history that was taken back
             for name in self._list(CHECKPOINTS):
@@ -207,7 +205,7 @@ class Mirror:
                 self._put_checkpoint(checkpoint, ATTEMPTS)
                 self._tidy(checkpoint, surplus(self.checkpoints()))
             except Exception as error:  # each protocol's library has exceptions of its own
-                said = " ".join(str(error).split())[:300]
+                said = one_line(error, 300)
                 _warn(f"{checkpoint.name} is not copied ({said}); the run goes on, and tries again with its next one")
 
     def _tidy(self, newest: Path, surplus: list[str]) -> None:
@@ -254,12 +252,9 @@ class Mirror:
             files.get_file(path, str(to))
 
         with_retries(f"{self.url}/{name}", attempt, 3)
-        with to.open("rb") as file:
-            os.fsync(file.fileno())
 
     def _remove(self, name: str) -> None:
-        files, path = file_system(f"{self.url}/{name}")
-        files.rm_file(path)
+        remove_file(f"{self.url}/{name}")
 
     def _put(self, file: Path, name: str, attempts: int) -> None:
         put_file(file, f"{self.url}/{name}", attempts)

@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from pretrain.errors import UserError
+from pretrain.errors import UserError, one_line
 from pretrain.model.config import DROPOUT
 from pretrain.model.contacts import ContactRegression
 from pretrain.model.encoder import Encoder
 from pretrain.model.hf import contacts_from_hf, from_hf, from_hf_config
 
-CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+HF_CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     Raises:
         UserError: If there is none, or it is no JSON object.
     """
-    return read_json(directory / CONFIG)
+    return read_json(directory / HF_CONFIG)
 
 
 def read_tensors(directory: Path) -> dict[str, Tensor]:
@@ -64,8 +64,7 @@ def load_tensors(encoder: Encoder, tensors: dict[str, Tensor], directory: Path) 
     try:
         encoder.load_state_dict(state)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{directory}: the tensors do not fit {CONFIG} ({reason})") from error
+        raise UserError(f"{directory}: the tensors do not fit {HF_CONFIG} ({one_line(error)})") from error
 
 
 def load_initial_weights(encoder: Encoder, directory: Path) -> ContactRegression | None:
@@ -77,9 +76,9 @@ def load_initial_weights(encoder: Encoder, directory: Path) -> ContactRegression
     Raises:
         UserError: If there is no model, or it computes another function than the encoder's config says.
     """
-    if not (directory / CONFIG).is_file():
+    if not (directory / HF_CONFIG).is_file():
         raise UserError(
-            f"model.initialize_from: {directory} has no {CONFIG}; give a directory that `pretrain import` or "
+            f"model.initialize_from: {directory} has no {HF_CONFIG}; give a directory that `pretrain import` or "
             "save_pretrained wrote"
         )
     ours, theirs = asdict(encoder.config), asdict(from_hf_config(read_config(directory)))

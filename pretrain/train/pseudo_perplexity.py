@@ -1,6 +1,7 @@
 """Pseudo-perplexity on a sample: how well a token is told from all others of its sequence."""
 
 from collections.abc import Iterator
+from typing import cast
 
 import numpy as np
 import pytorch_lightning as pl
@@ -14,6 +15,7 @@ from pretrain.corpus.datamodule import MLMDataModule
 from pretrain.corpus.packing import Pack, validation_packs
 from pretrain.errors import UserError
 from pretrain.train.module import MLMModule
+from pretrain.train.watchdog import untimed
 
 Int64 = NDArray[np.int64]
 
@@ -54,23 +56,28 @@ class PseudoPerplexity(pl.Callback):
         data = getattr(trainer, "datamodule", None)
         if not isinstance(data, MLMDataModule):
             raise UserError("PseudoPerplexity needs an MLMDataModule; leave it out of the Trainer's callbacks")
+        with untimed(trainer):
+            loss, count = self._ask(trainer, pl_module, data)
+        if count:
+            pl_module.log("val/pseudo_perplexity", (loss / count).exp().float())
+
+    def _ask(self, trainer: pl.Trainer, module: MLMModule, data: MLMDataModule) -> Tensor:
+        """The sum of the losses, and their number; of all processes."""
         if self._tasks is None:
             self._tasks = sample_targets(data, self.sample)
         world = trainer.world_size
         # Equally many for each process: with FSDP2 all must ask equally often.
         tasks = self._tasks[: len(self._tasks) // world * world][trainer.global_rank :: world]
-        total = torch.zeros(2, dtype=torch.float64, device=pl_module.device)
+        total = torch.zeros(2, dtype=torch.float64, device=module.device)
         mask = data.tokenizer.mask_token_id
         at_once = max(1, data.validation_pack_tokens // data.max_length)
         for first in range(0, len(tasks), at_once):
             pack = mask_singly(tasks[first : first + at_once], mask)
-            input_ids, bounds, places, targets = (tensor.to(pl_module.device) for tensor in pack)
+            input_ids, bounds, places, targets = (tensor.to(module.device) for tensor in pack)
             with trainer.precision_plugin.val_step_context():
-                losses, _ = pl_module.encoder.score(input_ids, bounds, None, places, targets)
+                losses, _ = module.encoder.score(input_ids, bounds, None, places, targets)
             total += torch.stack((losses.double().sum(), total.new_tensor(len(targets))))
-        loss, count = trainer.strategy.reduce(total, reduce_op="sum")
-        if count:
-            pl_module.log("val/pseudo_perplexity", (loss / count).exp().float())
+        return cast(Tensor, trainer.strategy.reduce(total, reduce_op="sum"))
 
 
 def sample_targets(data: MLMDataModule, sample: int) -> list[tuple[Int64, int]]:

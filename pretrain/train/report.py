@@ -150,22 +150,12 @@ def _validation(name: str, baselines: Baselines, module: MLMModule, data: MLMDat
     return figures
 
 
-def _sets(result: dict[str, Any]) -> dict[str, Any]:
-    """What a result holds of each validation set; before sets had names, it held one set's figures at its top."""
-    if "validation" in result or "val/perplexity" not in result:
-        return dict(result.get("validation", {}))
-    figures = {"perplexity": result["val/perplexity"]}
-    figures |= {name: result[name] for name in ("unigram_perplexity", "bigram_perplexity")}
-    models = zip(("model", "unigram", "bigram"), figures.values(), strict=True)
-    return {"": {**figures, "bits_per_token": {model: math.log2(perplexity) for model, perplexity in models}}}
-
-
 def summary(run: Path, result: dict[str, Any]) -> str:
     """The end of a run: perplexity beside the numbers to beat, and what to do next."""
     lines = [f"  {result['steps']:,} steps, {result['tokens_seen']:,} tokens, {result['epochs']:.1f} epochs"]
     for source, epochs in zip(result["train_sources"], result.get("train_epochs", ()), strict=False):
         lines.append(f"    {epochs:.3g} epochs of {source}")
-    for name, found in _sets(result).items():
+    for name, found in result.get("validation", {}).items():
         model, unigram, bigram = (found[k] for k in ("perplexity", "unigram_perplexity", "bigram_perplexity"))
         bits = found["bits_per_token"]
         lines += [

@@ -32,9 +32,10 @@ import yaml
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from pretrain.errors import UserError, disk_is_full
+from pretrain.errors import UserError, disk_is_full, one_line
+from pretrain.files import append_line, link, write_whole
 from pretrain.model.config import DROPOUT
-from pretrain.train.checkpoint import data_state, link, newest_checkpoint, read_checkpoint, write_whole
+from pretrain.train.checkpoint import CHECKPOINTS, LAST, checkpoints_in, data_state, newest_checkpoint, read_checkpoint
 from pretrain.train.divided import DividedTensor, lost_parts, remove
 from pretrain.train.lock import Lock, locked
 from pretrain.train.spikes import of_history, read_skips
@@ -42,7 +43,7 @@ from pretrain.train.spikes import of_history, read_skips
 if TYPE_CHECKING:
     from pretrain.train.mirror import Mirror
 
-CONFIG, CHECKPOINTS, STARTS, RESULT = "config.yaml", "checkpoints", "starts.jsonl", "result.json"
+CONFIG, STARTS, RESULT = "config.yaml", "starts.jsonl", "result.json"
 LEDGER, SICK, ORIGIN, LOCK = "ledger.csv", "sick.jsonl", "origin.json", ".lock"
 
 _IDENTITY = (
@@ -138,15 +139,13 @@ class Run:
     def _take_back(self) -> None:
         """Remove the checkpoints of steps that a skip has taken back."""
         directory = self.directory / CHECKPOINTS
-        newer = [
-            path for path in directory.glob("step-*.ckpt") if not self.checkpoint or path.name > self.checkpoint.name
-        ]
+        newer = [p for p in checkpoints_in(directory) if not self.checkpoint or p.name > self.checkpoint.name]
         for path in newer:
             remove(path)
         if newer and self.checkpoint:
-            link(directory / "last.ckpt", self.checkpoint.name)
+            link(directory / LAST, self.checkpoint.name)
         elif newer:
-            (directory / "last.ckpt").unlink(missing_ok=True)
+            (directory / LAST).unlink(missing_ok=True)
 
     def begin_at(self, origin: "Run") -> None:
         """Begin with another run's settings and checkpoint; for a run that has none of its own."""
@@ -162,7 +161,7 @@ class Run:
         self._files = self._checkpoint_files()
 
     def _checkpoint_files(self) -> list[str]:
-        return sorted(path.name for path in (self.directory / CHECKPOINTS).glob("step-*.ckpt"))
+        return [path.name for path in checkpoints_in(self.directory / CHECKPOINTS)]
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -311,8 +310,7 @@ class Run:
             **execution,
             "git_commit": _git_commit(),
         }
-        with (self.directory / STARTS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(start) + "\n")
+        append_line(self.directory / STARTS, json.dumps(start))
 
     def record_result(self, result: dict[str, Any]) -> None:
         """Write the final figures; one that is not defined as null, since JSON knows no NaN."""
@@ -328,7 +326,7 @@ def yaml_error(path: Path) -> str | None:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         return f"{path}{line}: not YAML ({error.problem})"
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        return f"{path}: not YAML ({' '.join(str(error).split())[:120]})"
+        return f"{path}: not YAML ({one_line(error, 120)})"
     return None
 
 

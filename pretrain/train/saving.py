@@ -20,13 +20,12 @@ from torch.distributed import ReduceOp
 from typing_extensions import override
 
 from pretrain.errors import UserError, disk_is_full
-from pretrain.train.checkpoint import link, snapshot
+from pretrain.files import link
+from pretrain.train.checkpoint import BEST, LAST, checkpoint_name, checkpoints_in, snapshot, step_of
 from pretrain.train.divided import lost_parts, remove
 from pretrain.train.mirror import Mirror
 from pretrain.train.sharding import SAME_DIRECTORY, FullyShardedStrategy
 from pretrain.train.spikes import RewindError
-
-LAST, BEST = "last.ckpt", "best.ckpt"
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """Each asks a run to finish its step, save and end; SIGUSR1 is SLURM's warning before the time limit."""
@@ -45,6 +44,8 @@ class RunInterruptedError(Exception):
 class Writing:
     """A checkpoint on its way to the disk: written by the first process, or by all; the others only know of it.
 
+    It is written by a thread also where training waits for it: a second Ctrl-C then leaves at once.
+
     Args:
         step: The step that it is of.
         best_before: Which ones were the best before it.
@@ -55,13 +56,10 @@ class Writing:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
-    def start(self, write: Callable[[], None], in_background: bool) -> None:
-        """Write it."""
-        # A daemon, so that a second Ctrl-C leaves at once.
+    def start(self, write: Callable[[], None]) -> None:
+        """Begin to write it."""
         self._thread = threading.Thread(target=self._run, args=(write,), daemon=True)
         self._thread.start()
-        if not in_background:
-            self.wait()
 
     def _run(self, write: Callable[[], None]) -> None:
         try:
@@ -161,9 +159,9 @@ class StepCheckpoint(Checkpoint):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        there = {path.name for path in self.directory.glob("step-*.ckpt")}
+        there = {path.name for path in checkpoints_in(self.directory)}
         there |= set(self.mirror.reachable_checkpoints() if self.mirror else ())
-        self._best = {step: loss for step, loss in state_dict["best"].items() if _name(step) in there}
+        self._best = {step: loss for step, loss in state_dict["best"].items() if checkpoint_name(step) in there}
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -283,7 +281,7 @@ class StepCheckpoint(Checkpoint):
         if trainer.is_global_zero or self._divided:  # where tensors are divided, each process writes its part of them
             # Further steps change the tensors, so that a thread needs a copy of them, which divided ones are already.
             content = snapshot(checkpoint) if self.in_background and not self._divided else checkpoint
-            self._writing.start(lambda: self._write(trainer.strategy, content, step), self.in_background)
+            self._writing.start(lambda: self._write(trainer.strategy, content, step))
         if not self.in_background:
             self.finish(trainer)
 
@@ -293,9 +291,10 @@ class StepCheckpoint(Checkpoint):
         Raises:
             Exception: Whatever went wrong, but for a full disk, which may have room again by the next time.
         """
-        if self._writing is not None:
-            writing, self._writing = self._writing, None
-            if self._refused(trainer, writing.result):
+        if (writing := self._writing) is not None:
+            refused = self._refused(trainer, writing.result)
+            self._writing = None  # only now: a second Ctrl-C must know that a thread is writing
+            if refused:
                 self._best = writing.best_before
             else:
                 self._saved_step = writing.step
@@ -314,7 +313,7 @@ class StepCheckpoint(Checkpoint):
 
     def _write(self, strategy: Strategy, content: dict[str, Any], step: int) -> None:
         try:
-            strategy.save_checkpoint(content, self.directory / _name(step))
+            strategy.save_checkpoint(content, self.directory / checkpoint_name(step))
             if strategy.is_global_zero:
                 self._tidy(step)
         except OSError as error:
@@ -323,39 +322,36 @@ class StepCheckpoint(Checkpoint):
             raise
 
     def _warn(self, step: int) -> None:
+        path = self.directory / checkpoint_name(step)
         print(
-            f"pretrain: warning: {self.directory / _name(step)}: {os.strerror(errno.ENOSPC)}; the run goes on, its "
-            f"newest checkpoint is that after step {self._saved_step}: make room before the next one is due",
+            f"pretrain: warning: {path}: {os.strerror(errno.ENOSPC)}; the run goes on, its newest checkpoint is that "
+            f"after step {self._saved_step}: make room before the next one is due",
             file=sys.stderr,
             flush=True,
         )
 
     def _tidy(self, step: int) -> None:
         """Let the links point at the new files, then remove the old ones."""
-        link(self.directory / LAST, _name(step))
-        best = [_name(step) for step in self._best]
+        link(self.directory / LAST, checkpoint_name(step))
+        best = [checkpoint_name(step) for step in self._best]
         if best and (self.directory / best[0]).exists():
             link(self.directory / BEST, best[0])
         if self.mirror:
-            self.mirror.push(self.directory / _name(step), lambda names: self._surplus(names, step, best))
-        for name in self._surplus([path.name for path in self.directory.glob("step-*.ckpt")], step, best):
+            self.mirror.push(self.directory / checkpoint_name(step), lambda names: self._surplus(names, step, best))
+        for name in self._surplus([path.name for path in checkpoints_in(self.directory)], step, best):
             if not self.mirror or name not in self.mirror.in_use:
                 remove(self.directory / name)
         for part in lost_parts(self.directory):
-            if part.name < _name(step):  # what is newer, the other processes may be writing
+            if part.name < checkpoint_name(step):  # what is newer, the other processes may be writing
                 part.unlink()
 
     def _surplus(self, names: list[str], step: int, best: list[str]) -> list[str]:
         """Which of these checkpoints are neither among the last, the best nor the permanent ones, after a step."""
         # What is newer than this step was passed over when the run began, or is about to be written anew.
-        old = [name for name in sorted(names) if name <= _name(step)][: -self.keep_last]
+        old = [name for name in sorted(names) if name <= checkpoint_name(step)][: -self.keep_last]
         every = self.keep_every_n_steps
-        return [name for name in old if name not in best and not (every and int(name[5:-5]) % every == 0)]
+        return [name for name in old if name not in best and not (every and step_of(name) % every == 0)]
 
 
 def _nothing() -> None:
     pass
-
-
-def _name(step: int) -> str:
-    return f"step-{step:09d}.ckpt"

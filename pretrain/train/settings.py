@@ -67,7 +67,7 @@ class SettingsCLI(LightningCLI):
             "--hang_timeout_minutes",
             type=float | None,
             default=20.0,
-            help="End the job, and say which process hangs, when nothing was done for so long; null to wait for ever.",
+            help="End the job, and say which process hangs, after so long without progress; null to wait for ever.",
         )
         parser.add_class_arguments(LossSpikes, "spikes", skip={"run", "skips", "settle"}, instantiate=False)
         parser.add_class_arguments(

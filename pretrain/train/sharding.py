@@ -173,7 +173,7 @@ def shard(encoder: Encoder, mesh: DeviceMesh, precision: str) -> None:
         precision: The Trainer's.
 
     Raises:
-        UserError: If the mesh asks for tensor parallelism, which the encoder has not.
+        UserError: If the mesh asks for tensor parallelism, which the encoder does not support.
     """
     if isinstance(encoder, FSDPModule):
         return

@@ -7,7 +7,6 @@ from that file alone, by the ordinary resume: killed at any moment or not, it ta
 
 import json
 import math
-import os
 import statistics
 import sys
 import time
@@ -21,7 +20,8 @@ from typing_extensions import override
 
 from pretrain.corpus.batch import Batch
 from pretrain.errors import UserError
-from pretrain.train.checkpoint import data_state, read_checkpoint, sync_directory
+from pretrain.files import append_line
+from pretrain.train.checkpoint import CHECKPOINTS, checkpoint_name, checkpoints_in, data_state, read_checkpoint, step_of
 from pretrain.train.host_copy import HostCopy
 
 SKIPS = "skips.jsonl"
@@ -168,7 +168,7 @@ class LossSpikes(pl.Callback):
             UserError: If going back to this checkpoint did not help often enough.
         """
         self._settle(trainer)
-        steps = sorted(int(path.stem[5:]) for path in (self.directory / "checkpoints").glob("step-*.ckpt"))
+        steps = [step_of(path.name) for path in checkpoints_in(self.directory / CHECKPOINTS)]
         before = [number for number in steps if number <= step]
         old = [number for number in before if number <= step - self.margin]
         target = old[-1] if old else before[0] if before else 0
@@ -180,12 +180,12 @@ class LossSpikes(pl.Callback):
         if trainer.is_global_zero:
             first = 0
             if target:
-                file = self.directory / "checkpoints" / f"step-{target:09d}.ckpt"
+                file = self.directory / CHECKPOINTS / checkpoint_name(target)
                 state = data_state(read_checkpoint(file))
                 assert state is not None
                 first = state["cursor"]
             record = {"step": target, "first": first, "end": end, "spike": step, "why": what, "time": time.time()}
-            _append(self.directory / SKIPS, json.dumps(record) + "\n")
+            append_line(self.directory / SKIPS, json.dumps(record))
         trainer.strategy.barrier()  # the others read the line when they begin again
         raise RewindError(f"{what}; goes back to step {target} and leaves out the data from there to the spike")
 
@@ -220,16 +220,3 @@ def of_history(skips: Sequence[Skip]) -> Callable[[dict[str, Any]], bool]:
         return all(checkpoint["global_step"] <= skip.step for skip in skips[known:])
 
     return holds
-
-
-def _append(path: Path, line: str) -> None:
-    """Add a line, and wait for the disk; what a killed process left half-written goes first."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        kept = path.read_bytes()
-        os.ftruncate(descriptor, kept.rfind(b"\n") + 1)
-        os.pwrite(descriptor, line.encode(), kept.rfind(b"\n") + 1)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    sync_directory(path.parent)

@@ -9,7 +9,7 @@ from torch import Tensor
 from pretrain.corpus.batch import Batch
 from pretrain.corpus.padding import IGNORED
 
-LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096)
+LENGTH_BINS = (64, 128, 256, 512, 1024, 2048, 4096)
 """Bounds of the bins by length: what a sequence shows of itself, in tokens."""
 
 MOST_TOKENS = 64
@@ -64,7 +64,7 @@ class Findings(NamedTuple):
 
     def by_length(self) -> list[dict[str, float]]:
         """Targets, loss and accuracy of the bins that hold any: of sequences of ``from`` to ``to`` tokens."""
-        bounds = [0, *LENGTHS, 2**31]
+        bounds = [0, *LENGTH_BINS, 2**31]
         return [
             {"from": low + 1, "to": high, **_means(*sums)}
             for low, high, sums in zip(bounds, bounds[1:], self.lengths.tolist(), strict=False)
@@ -101,10 +101,10 @@ class Tally:
             losses: Cross-entropy of each target, shape [M].
             predictions: The most likely token at each target, shape [M].
         """
-        bins = 3 * (len(LENGTHS) + 1)
+        bins = 3 * (len(LENGTH_BINS) + 1)
         if self._sums is None:
             self._sums = torch.zeros(bins + self.size + self.size**2, dtype=torch.float64, device=losses.device)
-            self._bounds = torch.tensor(LENGTHS, device=losses.device)
+            self._bounds = torch.tensor(LENGTH_BINS, device=losses.device)
         counted = (batch.targets != IGNORED).double()
         targets = batch.targets.clamp(min=0)
         losses = losses.double() * counted
@@ -123,5 +123,5 @@ class Tally:
         assert self._sums is not None
         sums = trainer.strategy.reduce(self._sums, reduce_op="sum").cpu()
         self._sums = None
-        lengths, losses, confusion = sums.split([3 * (len(LENGTHS) + 1), self.size, self.size**2])
+        lengths, losses, confusion = sums.split([3 * (len(LENGTH_BINS) + 1), self.size, self.size**2])
         return Findings(lengths.view(-1, 3), losses, confusion.view(self.size, self.size))

@@ -11,16 +11,20 @@ import platform
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 from torch.distributed.distributed_c10d import _get_default_store
 
-from pretrain.errors import UserError
+from pretrain.errors import UserError, one_line
 
 _LOADING, _FORWARD, _BACKWARD = "loading data", "computing the loss", "computing or adding up gradients"
-_VALIDATING, _SAVING, _STARTING = "validating", "saving", "starting"
+_VALIDATING, _SAVING, _STARTING, _EVALUATING = "validating", "saving", "starting", "evaluating"
+_UNTIMED = (_STARTING, _EVALUATING)
+"""May take as long as they need: before the first batch data may come from afar, and the launcher has time limits."""
 
 
 class _Pulse(NamedTuple):
@@ -33,7 +37,7 @@ class _Pulse(NamedTuple):
 
 
 class Watchdog(pl.Callback):
-    """Ends the job with exit code 1 and one line when nothing has been done for a while.
+    """Ends the job with exit code 1 and one line after a while without progress.
 
     Args:
         timeout_minutes: For how long; None to wait for ever. Less than the process group's own timeout (Lightning's
@@ -103,14 +107,13 @@ class Watchdog(pl.Callback):
         assert self.timeout is not None
         interval = min(10.0, self.timeout / 6)
         while True:
-            # Before the first batch, data may come from afar; the launcher's own time limits hold there.
-            stands = 0.0 if self._doing == _STARTING else time.monotonic() - self._time
+            stands = 0.0 if self._doing in _UNTIMED else time.monotonic() - self._time
             try:
                 self._write(rank)
             except RuntimeError as error:  # the store; whoever ended it is given time to say why
                 if stands > self.timeout + 6 * interval:
-                    reason = str(error).split("\n")[0][:100]
-                    _end(step(), stands, processes, {0: f"does not answer ({reason})"}, self._doing)
+                    silent = {0: f"does not answer ({one_line(error, 100)})"}
+                    _end(step(), stands, processes, silent, self._doing)
             else:
                 if stands > self.timeout:
                     self._judge(rank, processes, interval, step(), stands)
@@ -118,10 +121,13 @@ class Watchdog(pl.Callback):
                 return
 
     def _judge(self, rank: int, processes: int, interval: float, step: int, stands: float) -> None:
+        done = self._done
         try:
             guilty = self._guilty(rank, processes, interval)
         except RuntimeError:  # the store: another process has ended the job meanwhile, and has said why
             os._exit(1)
+        if self._done != done:  # it has gone on meanwhile
+            return
         # One speaks for all; its end is that of the job.
         if rank == min(set(range(processes)) - guilty.keys(), default=0):
             _end(step, stands, processes, guilty, self._doing)
@@ -157,6 +163,22 @@ class Watchdog(pl.Callback):
         return {rank: f"({p.name}) hangs while {p.doing}" for rank, p in after.items() if p.done == least}
 
 
+@contextmanager
+def untimed(trainer: pl.Trainer) -> Iterator[None]:
+    """An evaluation, which may take minutes: no process is timed until all are through. All must take part.
+
+    What the process group itself waits at most (Lightning: 30 minutes) still holds where some wait for others.
+    """
+    watchdogs = [callback for callback in trainer.callbacks if isinstance(callback, Watchdog)]  # type: ignore[attr-defined]
+    before = [watchdog._doing for watchdog in watchdogs]
+    for watchdog in watchdogs:
+        watchdog._tick(_EVALUATING)
+    yield
+    trainer.strategy.barrier()
+    for watchdog, doing in zip(watchdogs, before, strict=True):
+        watchdog._tick(doing)
+
+
 def _end(step: int, stands: float, processes: int, guilty: dict[int, str], doing: str) -> None:
     """Say who hangs, and end this process at once: its main thread may never come back."""
     if guilty:
@@ -166,7 +188,7 @@ def _end(step: int, stands: float, processes: int, guilty: dict[int, str], doing
     else:
         who = f"the process hangs while {doing}"
     print(
-        f"pretrain: error: nothing was done for {stands:.0f} seconds after step {step}: {who}; the same command "
+        f"pretrain: error: no progress for {stands:.0f} seconds after step {step}: {who}; the same command "
         "continues from the newest checkpoint (--hang_timeout_minutes sets how long to wait)",
         file=sys.stderr,
         flush=True,

@@ -30,7 +30,7 @@ class Kill(pl.Callback):
         if moment == "part":
             self._write_part, sharding.write_part = sharding.write_part, self._write_part_half
         if moment == "rewind":
-            self._append, spikes._append = spikes._append, self._append_and_die
+            self._append, spikes.append_line = spikes.append_line, self._append_and_die
         if moment == "prepare":
             self._write_shard, shards.write_shard = shards.write_shard, self._write_half
 

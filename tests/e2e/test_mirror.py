@@ -217,6 +217,31 @@ def test_a_run_goes_on_from_an_s3_bucket_and_a_missing_one_is_told(
     assert Mirror(f"{bucket}/runs/a", run).checkpoints() == ["step-000000004.ckpt", "step-000000006.ckpt"]
 
 
+def test_what_cannot_be_removed_at_once_does_not_stop_a_run_that_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, memory = tmp_path / "run", fsspec.filesystem("memory")
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / "step-000000003.ckpt").touch()
+    result = f"/bucket{tmp_path}/result.json"
+    memory.pipe_file(result, b"{}")
+    remove, refusals = memory.rm_file, [ConnectionError("503 slow down")]
+
+    def rm_file(path: str) -> None:
+        if refusals:
+            raise refusals.pop()
+        remove(path)
+
+    monkeypatch.setattr(type(memory), "rm_file", staticmethod(rm_file))
+    mirror = Mirror(f"memory://bucket{tmp_path}", run)
+    mirror.begin()
+    assert not memory.exists(result)
+    memory.pipe_file(result, b"{}")
+    refusals += [ConnectionError("503 slow down")] * 100
+    mirror.begin()
+    assert "result.json: cannot be removed (503 slow down) in 9 attempts" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_what_was_taken_back_goes_from_afar_too(tmp_path: Path) -> None:
     run, afar = tmp_path / "run", tmp_path / "afar"
     for directory, steps in ((run, (650,)), (afar, (650, 990))):

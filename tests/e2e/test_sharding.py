@@ -13,7 +13,7 @@ from test_resume import equal, kill
 import pretrain
 from pretrain.cli import main
 from pretrain.train.checkpoint import read_checkpoint
-from pretrain.train.divided import whole as put_together
+from pretrain.train.divided import assemble
 from pretrain.train.logging import read_metrics
 
 STEPS = 8
@@ -40,7 +40,7 @@ def figures(run: Path, *names: str) -> dict[tuple[int, str], float]:
 
 
 def checkpoint(run: Path, step: int) -> dict[str, object]:
-    content: dict[str, object] = put_together(read_checkpoint(run / "checkpoints" / f"step-{step:09d}.ckpt"))
+    content: dict[str, object] = assemble(read_checkpoint(run / "checkpoints" / f"step-{step:09d}.ckpt"))
     return content
 
 

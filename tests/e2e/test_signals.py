@@ -10,6 +10,7 @@ import pytest
 from test_resume import equal, figures, final_state
 
 from pretrain.cli import main
+from pretrain.train import saving
 from pretrain.train.checkpoint import read_checkpoint
 
 
@@ -118,3 +119,19 @@ def test_the_help_lists_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> No
         main(["fit", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "Exit codes: 0 the run is finished; 2 a person is needed" in text
+
+
+def test_a_second_interrupt_ends_a_process_at_once_that_waits_for_a_thread_which_speaks_to_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A KeyboardInterrupt would let Python tidy up under that thread, and abort."""
+    saves = saving.StepCheckpoint(tmp_path)
+    saves._divided, saves._signal, saves._writing = True, signal.SIGINT, saving.Writing(3, {})
+
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(saving.Writing, "wait", lambda self: saves._on_signal(signal.SIGINT, None))
+    with pytest.raises(SystemExit, match="130"):
+        saves.finish(None)  # type: ignore[arg-type]

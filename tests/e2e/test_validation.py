@@ -14,11 +14,10 @@ from test_logging import scalars
 
 from pretrain import EncoderConfig, MLMDataModule, MLMModule
 from pretrain.cli import main
-from pretrain.downstream.inspect import inspect
 from pretrain.errors import UserError
 from pretrain.train.fit import fit as fit_here
 from pretrain.train.pseudo_perplexity import PseudoPerplexity
-from pretrain.train.validation import LENGTHS, RESIDUE_CLASSES
+from pretrain.train.validation import LENGTH_BINS, RESIDUE_CLASSES
 
 
 @pytest.fixture
@@ -71,7 +70,7 @@ def test_what_is_found_is_what_one_sequence_at_a_time_gives(proteins: Path, far:
     for name, loader in zip(sets, data.val_dataloader(), strict=True):
         size = data.tokenizer.vocab_size
         confusion, token_losses = torch.zeros(size, size), torch.zeros(size)
-        lengths = torch.zeros(len(LENGTHS) + 1, 3, dtype=torch.float64)
+        lengths = torch.zeros(len(LENGTH_BINS) + 1, 3, dtype=torch.float64)
         for batch in loader:
             logits = module.encoder(batch.input_ids, batch.cu_seqlens).detach()
             for place, target in zip(batch.target_positions.tolist(), batch.targets.tolist(), strict=True):
@@ -82,7 +81,7 @@ def test_what_is_found_is_what_one_sequence_at_a_time_gives(proteins: Path, far:
                 loss, best = float(F.cross_entropy(logits[place], torch.tensor(target))), int(logits[place].argmax())
                 confusion[target, best] += 1
                 token_losses[target] += loss
-                row = next((i for i, bound in enumerate(LENGTHS) if length <= bound), len(LENGTHS))
+                row = next((i for i, bound in enumerate(LENGTH_BINS) if length <= bound), len(LENGTH_BINS))
                 lengths[row] += torch.tensor([loss, target == best, 1.0], dtype=torch.float64)
         found = module.findings[name]
         assert torch.equal(found.confusion.float(), confusion)
@@ -161,14 +160,3 @@ def test_another_order_of_the_sets_is_a_change_since_the_first_one_counts(
     assert main(["fit", *command(other, "--trainer.max_steps", "3", "--allow_change")]) == 0
     starts = (tmp_path / "run" / "starts.jsonl").read_text().splitlines()
     assert any(change.startswith("data.validation: ") for change in json.loads(starts[-1])["changes"])
-
-
-def test_a_result_from_before_sets_had_names_is_told_like_any_other(tiny: Callable[..., Path], tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    assert main(["fit", "-c", str(tiny()), "--run", str(run), "--trainer.max_steps", "2"]) == 0
-    told = inspect(run)
-    assert "this run" in told
-    result = json.loads((run / "result.json").read_text())
-    del result["validation"], result["blosum62_perplexity"]
-    (run / "result.json").write_text(json.dumps(result))
-    assert inspect(run).splitlines() == [line for line in told.splitlines() if "BLOSUM62" not in line]

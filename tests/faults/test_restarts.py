@@ -47,7 +47,7 @@ def test_torchrun_brings_a_job_back_whose_process_was_killed_or_hung(
     wait = ("--hang_timeout_minutes", "null" if how == "dies" else 0.5)
     ended = torchrun("-c", config, "--run", broken, *wait, *hang(how, 11), restarts=1)
     assert ended.returncode == 0, ended.stderr[-3000:]
-    said = [line for line in ended.stderr.splitlines() if line.startswith("pretrain: error: nothing was done for")]
+    said = [line for line in ended.stderr.splitlines() if line.startswith("pretrain: error: no progress for")]
     assert len(said) == (how != "dies"), ended.stderr[-3000:]
     if said:
         assert "after step 5: rank 1 of 2 (process " in said[0]

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from pretrain.errors import UserError
 from pretrain.train.checkpoint import AtomicCheckpointIO, newest_checkpoint, read_checkpoint
-from pretrain.train.divided import PARTS, DividedTensor, OwnRows, part_name, take_out, whole, write_part
+from pretrain.train.divided import PARTS, DividedTensor, OwnRows, assemble, part_name, take_out, write_part
 
 WEIGHT = torch.arange(35.0).view(7, 5)
 MOMENT = torch.arange(3, dtype=torch.bfloat16)
@@ -48,7 +48,7 @@ def test_what_many_processes_wrote_is_read_as_what_one_would_have_written(tmp_pa
     path = save(tmp_path, 4, processes)
     lazy = read_checkpoint(path)
     assert isinstance(lazy["state_dict"]["a.weight"], DividedTensor)
-    for read in (whole(lazy), AtomicCheckpointIO().load_checkpoint(path)):
+    for read in (assemble(lazy), AtomicCheckpointIO().load_checkpoint(path)):
         assert torch.equal(read["state_dict"]["a.weight"], WEIGHT + 4)
         assert torch.equal(read["optimizer_states"][0]["state"][0]["exp_avg"], MOMENT)
         assert read["optimizer_states"][0]["state"][0]["exp_avg"].dtype == torch.bfloat16

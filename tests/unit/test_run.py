@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.downstream.card import settings_at
 from pretrain.errors import UserError
-from pretrain.train.run import RESULT, Run
+from pretrain.train.run import RESULT, STARTS, Run
 
 
 @pytest.mark.parametrize(
@@ -47,3 +48,17 @@ def test_a_figure_that_is_not_defined_is_null_in_the_result_and_nan_when_read(tm
     assert math.isnan(read["test"]["auroc"]["value"])
     assert math.isnan(read["test"]["auroc"]["interval"][1])
     assert (read["steps"], read["sources"]) == (3, ["a"])
+
+
+@pytest.mark.parametrize("torn", ['{"time": "2026-0', '{"time": "2026-0{"step": 3}\n', "\0\0\0\n"])
+def test_a_start_that_was_recorded_by_half_spoils_none_before_or_after(torn: str, tmp_path: Path) -> None:
+    changes = [["model.learning_rate: 0.1 -> 0.2"], ["model.learning_rate: 0.2 -> 0.3"]]
+    starts = [{"step": step, "changes": changed} for step, changed in zip((2, 4), changes, strict=True)]
+    (tmp_path / STARTS).write_text(json.dumps(starts[0]) + "\n" + torn)
+    run = Run(tmp_path / "other")
+    run.directory, run.step = tmp_path, 4
+    run.record_start({}, "", changes[1], {})
+    last = json.loads((tmp_path / STARTS).read_text().splitlines()[-1])
+    assert (last["step"], last["changes"]) == (4, changes[1])
+    rates = {step: settings_at({"model": {"learning_rate": 0.3}}, tmp_path, step)[0] for step in (1, 3, 5)}
+    assert [settings["model"]["learning_rate"] for settings in rates.values()] == [0.1, 0.2, 0.3]

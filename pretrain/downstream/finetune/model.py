@@ -16,9 +16,7 @@ from pretrain.downstream.finetune.pairs import PairOrder
 from pretrain.downstream.load import checkpoint_of, encoder_of
 from pretrain.downstream.pretrained_encoder import PretrainedEncoder
 from pretrain.errors import UserError
-from pretrain.train.checkpoint import data_state
-from pretrain.train.run import CHECKPOINTS
-from pretrain.train.saving import BEST
+from pretrain.train.checkpoint import BEST, CHECKPOINTS, data_state
 from pretrain.train.spikes import of_history, read_skips
 
 

@@ -13,7 +13,6 @@ from tqdm import tqdm
 
 from pretrain.corpus.readers import read_records
 from pretrain.corpus.sources import SourceOptions
-from pretrain.downstream.files import atomic_path, refuse_existing
 from pretrain.downstream.finetune.labels import Labels, LabelSpec
 from pretrain.downstream.finetune.metrics import Answers, predictions
 from pretrain.downstream.finetune.model import FineTuned, load_fine_tuned
@@ -22,6 +21,7 @@ from pretrain.downstream.finetune.pairs import Tokens, encode
 from pretrain.downstream.finetune.table import Columns, Row, read_pairs
 from pretrain.downstream.load import use_device
 from pretrain.errors import UserError
+from pretrain.files import atomic_path, refuse_existing
 
 _WINDOW = 2048
 """Sequences that are in memory and packed together at a time."""

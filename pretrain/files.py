@@ -1,4 +1,4 @@
-"""Files and directories that appear when they are complete, and never in the place of others."""
+"""Files that are there whole or not at all, also after a killed process, a full disk or a power cut."""
 
 import os
 import shutil
@@ -28,6 +28,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         partial.rename(path)
     finally:
         partial.unlink(missing_ok=True)
+    sync_directory(path.parent)
 
 
 @contextmanager
@@ -49,3 +50,38 @@ def new_directory(out: Path) -> Iterator[Path]:
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a small file."""
+    with atomic_file(path) as file:
+        file.write(text)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line, given without its end, and wait for the disk; what a killed process left half-written goes first."""
+    with path.open("a+b") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(f"{line}\n".encode())
+        file.flush()
+        os.fsync(file.fileno())
+    sync_directory(path.parent)
+
+
+def link(path: Path, target: str) -> None:
+    """Let a symbolic link point to a file beside it, in one step."""
+    aside = path.with_name(f".{path.name}.partial")
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(target)
+    aside.rename(path)
+    sync_directory(path.parent)
+
+
+def sync_directory(directory: Path) -> None:
+    """Wait until the disk has a directory's entries: a rename in it, or a link."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
