@@ -132,7 +132,7 @@ RECORDS = (
         },
         common=(*_SHORT, "--validate_every_n_steps", "60", "--trainer.max_steps", "480"),
         said="Width x layers; a single seed. 28,000 or 814,000 parameters: two million tokens leave all of them on the "
-        "plateau just below the bigram, so nothing of this foresees what a protein model of a useful size learns.",
+        "plateau just below the bigram, so nothing of this predicts what a protein model of a useful size learns.",
         seeds=(0,),
     ),
     Record(

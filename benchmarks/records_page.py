@@ -155,8 +155,8 @@ def law(runs: dict[str, dict[str, Any]], picture: Path) -> str:
     return (
         f"A law fitted to these runs, with N parameters and D tokens: {math.exp(log_e):.3f} + {math.exp(log_a):.3g} / "
         f"N^{a:.2f} + {math.exp(log_b):.3g} / D^{b:.2f} nats, at most {error:.3f} from what was measured. It holds for "
-        "this text, tokenizer and validation set. It does not say what larger models or longer runs would reach: the "
-        "bands on the right show how far laws disagree there that were fitted to parts of the points."
+        "this text, tokenizer and validation set. The right side draws it beyond the runs, where it is a guess: the "
+        "bands show how far laws disagree there that were fitted to parts of the points."
     )
 
 

@@ -6,7 +6,7 @@ by leaving out each size in turn and by drawing the points anew.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,9 @@ FIRST_STEP = 750
 
 DRAWS = 100
 TOKENS = (1e7, 1e8)
-"""For which losses are foreseen."""
-LARGER = {"BERT-mini": 1.1e7, "BERT-base": 1.1e8, "BERT-large": 3.4e8}
+"""For which losses are predicted."""
+LARGEST = 3.4e8
+"""Parameters up to which the law is drawn: those of BERT-large."""
 
 
 def fit(points: Floats) -> Floats:
@@ -70,30 +71,6 @@ def spread(laws: Sequence[Floats], n: Floats | float, d: Floats | float) -> tupl
     return low, high
 
 
-def describe(runs: dict[str, dict[str, Any]], picture: Path) -> Iterator[str]:
-    """The law of these runs and what it foresees, as Markdown; and a picture of it."""
-    rungs = [points_of(run) for run in runs.values()]
-    everything = np.concatenate(rungs)
-    law, laws = fit(everything), other_laws(rungs)
-    log_a, log_b, log_e, a, b = law
-    error = np.abs(predict(law, *everything.T[:2]) - everything[:, 2]).max()
-    yield (
-        f"The law: {math.exp(log_e):.3f} + {math.exp(log_a):.3g} / N^{a:.2f} + {math.exp(log_b):.3g} / D^{b:.2f} nats, "
-        f"at most {error:.3f} from what was measured. It is about this text, tokenizer and validation set; and beyond "
-        "the rungs it is a guess: in brackets, between which losses nine in ten laws lie that were fitted without one "
-        "of the rungs or on points drawn anew.\n"
-    )
-    yield f"| loss foreseen for | {' | '.join(f'{tokens / 1e6:,.0f} M tokens' for tokens in TOKENS)} |"
-    yield f"| --- | {' | '.join('---' for _ in TOKENS)} |"
-    for name, size in LARGER.items():
-        cells = []
-        for tokens in TOKENS:
-            low, high = spread(laws, size, tokens)
-            cells.append(f"{float(predict(law, size, tokens)):.2f} ({low:.2f} to {high:.2f})")
-        yield f"| {name}, {size / 1e6:.0f} M parameters | {' | '.join(cells)} |"
-    draw(list(runs), rungs, law, laws, picture)
-
-
 def draw(names: Sequence[str], rungs: Sequence[Floats], law: Floats, laws: Sequence[Floats], path: Path) -> None:
     """The rungs with their law; and the law far beyond them, with what it does not know."""
     colours = ("#9ec5e8", "#5a9bd4", "#1f6fb4", "#0c3f6e")
@@ -109,7 +86,7 @@ def draw(names: Sequence[str], rungs: Sequence[Floats], law: Floats, laws: Seque
         near.legend(frameon=False, fontsize=8)
         near.xaxis.set_major_formatter("{x:g}")
         near.xaxis.set_minor_formatter("{x:g}")
-        sizes = np.geomspace(rungs[0][0, 0], max(LARGER.values()), 40)
+        sizes = np.geomspace(rungs[0][0, 0], LARGEST, 40)
         last = [rung[-1] for rung in rungs]
         here = float(np.mean([tokens for _, tokens, _ in last]))
         beyond = [
@@ -119,7 +96,7 @@ def draw(names: Sequence[str], rungs: Sequence[Floats], law: Floats, laws: Seque
         for tokens, colour, name in beyond:
             low, high = spread(laws, sizes, tokens)
             far.fill_between(sizes, low, high, color=colour, alpha=0.18, linewidth=0)
-            far.plot(sizes, predict(law, sizes, tokens), color=colour, label=f"foreseen for {name}")
+            far.plot(sizes, predict(law, sizes, tokens), color=colour, label=f"predicted for {name}")
         far.plot(*np.array([(n, loss) for n, _, loss in last]).T, "o", color="black", label="measured", markersize=4)
         highest = 1.2 * max(loss for _, _, loss in last)
         far.set(xscale="log", xlabel="parameters", ylabel="validation loss, nats", ylim=(0, highest))

@@ -220,7 +220,7 @@ def draw_architecture() -> None:
             importer, room = (f"{name}.".split(".")[1] for name in (module, imported))
             if importer != room and {importer, room} <= rooms.keys():
                 counts[importer, room] += 1
-    with Drawing("architecture", 700, 370, "The rooms of the package and the imports between them") as drawing:
+    with Drawing("architecture", 700, 370, "The packages and the imports between them") as drawing:
         for (importer, imported), count in sorted(counts.items()):
             (x0, y0), (x1, y1) = rooms[importer], rooms[imported]
             beyond = {"cli": 40, "downstream": 0}.get(importer)

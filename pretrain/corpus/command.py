@@ -14,6 +14,7 @@ from pretrain.corpus.sources import SourceOptions
 from pretrain.corpus.store import MANIFEST, REPORT, Corpus
 from pretrain.corpus.tokenizer import ProteinTokenizer, Tokenizer, TokenizerAlgorithm, train_tokenizer
 from pretrain.errors import UserError
+from pretrain.files import refuse_existing, write_whole
 
 
 def run_prepare(
@@ -102,12 +103,8 @@ def train_tokenizer_file(
     Raises:
         UserError: If a source is unreadable, ``out`` exists, or ``vocab_size`` is too small.
     """
-    if out.exists():
-        raise UserError(f"{out}: exists already; choose another name, or remove it first")
+    refuse_existing(out)
     records = (record for source in sources for record in read_records(source, options))
     tokenizer = train_tokenizer((record.text.decode("utf-8", "replace") for record in records), vocab_size, algorithm)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial")
-    partial.write_text(tokenizer.serialize(), encoding="utf-8")
-    partial.rename(out)
+    write_whole(out, tokenizer.serialize())
     return tokenizer
