@@ -31,13 +31,17 @@ DEPTH = 640
 """Products that are summed up in a register, at most, before they are added to what is in memory: a longer sum would be
 less exact, and its numbers would leave the cache."""
 PANELS = 8
-"""Of the left matrix, with ROWS rows each, that a thread takes at a time, at most."""
-TASKS = 8
-"""Of a thread, at least, unless they were of fewer than ROWS rows: so that all threads end at about the same time."""
+"""Largest number of panels, of ROWS rows each, that a task has of the left matrix."""
+TASKS = 4
+"""Smallest number of tasks for each thread, unless a task would have less than a panel; so that all threads end at about
+the same time. The right matrix is read anew for each."""
+PACKED_ROWS = 64
+"""Of the right matrix, that a thread copies at a time."""
 AHEAD = 16
-"""Rows that are asked for before they are read, when columns are packed: each is in another page of memory."""
-RIGHT_SIZE = 2**21
-"""Numbers of the right matrix that are multiplied with at a time, so that they stay in the cores' common cache; more
+"""How many rows before they are copied they are asked for: each is in another page of memory, so that no cache would
+foresee it."""
+RIGHT_SIZE = 2**19
+"""Numbers of the right matrix that are multiplied with before the next ones are copied, so that they stay in a cache; more
 only if so many are in DEPTH of its rows."""
 
 PACK = ("next_task", "columns", "depth", "right", "right_stride", "packed")
@@ -47,59 +51,64 @@ MULTIPLY = (
 )
 
 
-def _pack(
+def _pack_along_depth(
+    kernel: Function, width: int, source: Array, stride: Expression, count: Expression, depth: Expression, packed: Array
+) -> None:
+    """Copies ``count`` rows of length ``depth``, with ``stride`` between two, into panels [depth, width], transposed.
+
+    What is in the last panel beyond ``count`` is any number. Where a register is longer than a row of a panel, the next
+    row is written over its end, and behind the last one there must be room.
+    """
+    whole = depth.divmod(LANES)[0] * LANES
+    with kernel.loop(count, width) as panel:
+        begin, there = source + panel * stride, packed + panel * depth
+        for first in range(0, width, LANES):
+            places = [kernel.number(i).min(count - panel - 1) for i in range(first, min(first + LANES, width))]
+            rows = [begin + place * stride for place in places]
+            with kernel.loop(whole, LANES) as k:
+                for j, column in enumerate(transposed([(row + k).load(vector(LANES)) for row in rows])):
+                    (there + k * width + (j * width + first)).store(column)
+            with kernel.loop(depth - whole) as k:
+                for i, row in enumerate(rows):
+                    (there + (whole + k) * width + (first + i)).store((row + whole + k).load())
+
+
+def _pack_across_depth(
     kernel: Function,
     width: int,
-    along_depth: bool,
     source: Array,
     stride: Expression,
     count: Expression,
     depth: Expression,
     packed: Array,
+    panel_depth: Expression,
 ) -> None:
-    """Copies ``count`` vectors of length ``depth`` into panels [depth, width], of ``width`` vectors each.
+    """Copies ``depth`` rows of length ``count``, with ``stride`` between two, into panels [panel_depth, width].
 
-    Their numbers lie side by side, ``stride`` between two vectors; or their first numbers do, ``stride`` before their
-    second ones. What is in a panel beyond ``count`` is any number. Where a register is longer than a row of a panel,
-    the next row may be written over its end, and behind the last one there must be room.
+    What is in the last panel beyond ``count`` is zero.
     """
-    if along_depth:
-        with kernel.loop(count, width) as panel:
-            _pack_along_depth(
-                kernel, width, source + panel * stride, stride, count - panel, depth, packed + panel * depth
-            )
-        return
-    # A row of all panels at a time, which lie side by side, and AHEAD of it what the caches do not foresee.
     with kernel.loop(depth) as k, kernel.loop(count, width) as panel:
-        row, there = source + k * stride + panel, packed + panel * depth + k * width
+        row, there = source + k * stride + panel, packed + panel * panel_depth + k * width
         for start in range(0, width, LANES):
             (row + stride * AHEAD + start).prefetch()
             numbers = (row + start).load_at((count - panel - start).first_places(LANES))
             (there + start).store_at(kernel.number(width - start).first_places(LANES), numbers)
 
 
-def _pack_along_depth(
-    kernel: Function, width: int, source: Array, stride: Expression, count: Expression, depth: Expression, packed: Array
-) -> None:
-    whole = depth.divmod(LANES)[0] * LANES
-    for first in range(0, width, LANES):
-        vectors = [source + kernel.number(i).min(count - 1) * stride for i in range(first, min(first + LANES, width))]
-        with kernel.loop(whole, LANES) as k:
-            columns = transposed([(numbers + k).load(vector(LANES)) for numbers in vectors])
-            for j, column in enumerate(columns):
-                (packed + k * width + (j * width + first)).store(column)
-        with kernel.loop(depth - whole) as k:
-            for i, numbers in enumerate(vectors):
-                (packed + (whole + k) * width + (first + i)).store((numbers + whole + k).load())
-
-
 def _write_pack(kernel: Function, along_depth: bool) -> None:
     columns, depth, stride = (kernel.integer(name) for name in ("columns", "depth", "right_stride"))
-    with kernel.each("next_task", _divided(columns, COLUMNS)) as panel:
-        first = panel * COLUMNS
-        source = kernel.array("right") + (first * stride if along_depth else first)
-        packed = kernel.array("packed") + first * depth
-        _pack(kernel, COLUMNS, along_depth, source, stride, (columns - first).min(COLUMNS), depth, packed)
+    right, packed = kernel.array("right"), kernel.array("packed")
+    if along_depth:
+        with kernel.each("next_task", _divided(columns, COLUMNS)) as panel:
+            first = panel * COLUMNS
+            count = (columns - first).min(COLUMNS)
+            _pack_along_depth(kernel, COLUMNS, right + first * stride, stride, count, depth, packed + first * depth)
+    else:
+        with kernel.each("next_task", _divided(depth, PACKED_ROWS)) as task:
+            first = task * PACKED_ROWS
+            source, there = right + first * stride, packed + first * COLUMNS
+            rows = (depth - first).min(PACKED_ROWS)
+            _pack_across_depth(kernel, COLUMNS, source, stride, columns, rows, there, depth)
 
 
 def _write_multiply(kernel: Function, along_depth: bool) -> None:
@@ -113,8 +122,12 @@ def _write_multiply(kernel: Function, along_depth: bool) -> None:
         count = (rows - first).min(rows_of_task)
         with kernel.loop(depth, block) as start:
             length = (depth - start).min(block)
-            source = kernel.array("left") + (first * stride + start if along_depth else start * stride + first)
-            _pack(kernel, ROWS, along_depth, source, stride, count, length, panels)
+            if along_depth:
+                source = kernel.array("left") + first * stride + start
+                _pack_along_depth(kernel, ROWS, source, stride, count, length, panels)
+            else:
+                source = kernel.array("left") + start * stride + first
+                _pack_across_depth(kernel, ROWS, source, stride, count, length, panels, length)
 
             with kernel.loop(columns, COLUMNS) as column:
                 right = kernel.array("packed") + column * depth + start * COLUMNS
