@@ -33,16 +33,16 @@ less exact, and its numbers would leave the cache."""
 PANELS = 8
 """Largest number of panels, of ROWS rows each, that a task has of the left matrix."""
 TASKS = 4
-"""Smallest number of tasks for each thread, unless a task would have less than a panel; so that all threads end at about
-the same time. The right matrix is read anew for each."""
+"""Smallest number of tasks for each thread, unless a task would have less than a panel; so that all threads end at
+about the same time. The right matrix is read anew for each."""
 PACKED_ROWS = 64
 """Of the right matrix, that a thread copies at a time."""
 AHEAD = 16
 """How many rows before they are copied they are asked for: each is in another page of memory, so that no cache would
 foresee it."""
 RIGHT_SIZE = 2**19
-"""Numbers of the right matrix that are multiplied with before the next ones are copied, so that they stay in a cache; more
-only if so many are in DEPTH of its rows."""
+"""Numbers of the right matrix that are multiplied with before the next ones are copied, so that they stay in a cache;
+more only if so many are in DEPTH of its rows."""
 
 PACK = ("next_task", "columns", "depth", "right", "right_stride", "packed")
 MULTIPLY = (
