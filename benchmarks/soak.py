@@ -20,6 +20,8 @@ from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from pretrain.train.checkpoint import CHECKPOINTS, checkpoints_in, step_of
+
 ROOT = Path(__file__).parents[1]
 WARM_UP = 1500  # steps
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -78,7 +80,7 @@ def grows(samples: list[tuple[float, int]], allowed: float) -> float:
 
 def newest_step(run: Path) -> int:
     """The step of a run's newest checkpoint; 0 before the first."""
-    return max((int(path.stem[5:]) for path in (run / "checkpoints").glob("step-*.ckpt")), default=0)
+    return max((step_of(path.name) for path in checkpoints_in(run / CHECKPOINTS)), default=0)
 
 
 def check_files(run: Path) -> list[str]:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from pretrain.errors import UserError
+from pretrain.errors import UserError, disk_is_full
 
 
 def refuse_existing(out: Path) -> None:
@@ -26,6 +26,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         partial.rename(path)
+    except OSError as error:
+        if not (disk_is_full(error) or error.filename == str(partial)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
     sync_directory(path.parent)
@@ -47,9 +51,11 @@ def new_directory(out: Path) -> Iterator[Path]:
     try:
         partial.mkdir()
         yield partial
+        sync_directory(partial)
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+    sync_directory(out.absolute().parent)
 
 
 def write_whole(path: Path, text: str) -> None:

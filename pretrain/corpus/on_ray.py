@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from pretrain.corpus.processes import Engine, Result, Task, to_first_error
-from pretrain.errors import UserError, how_to_install
+from pretrain.errors import UserError, how_to_install, one_line
 
 RETRIES = 5
 """How often a task is begun again whose process or node is lost."""
@@ -40,7 +40,7 @@ def on_ray(workers: int | None = None) -> Engine:
                 socket.create_connection((host.removeprefix("ray://"), int(port)), timeout=10).close()
             ray.init(address, logging_level=logging.WARNING)
         except (OSError, ValueError, RuntimeError, exceptions.RayError) as error:
-            said = " ".join(str(error).split())[:200]
+            said = one_line(error, 200)
             where = "on this machine" if address == "auto" else f"at {address}"
             raise UserError(
                 f"no Ray cluster {where} ({said}); start one with `ray start --head`, or name one in RAY_ADDRESS"
@@ -75,7 +75,7 @@ def on_ray(workers: int | None = None) -> Engine:
                 ) from error
             raise error.cause from error
         except exceptions.RayError as error:
-            said = " ".join(str(error).split())[:300]
+            said = one_line(error, 300)
             raise UserError(
                 f"Ray gave a task up after {RETRIES} retries ({said}); give the same command again: it continues where "
                 "it stopped"

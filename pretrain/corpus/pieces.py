@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pretrain.corpus.sources import Source, SourceOptions, Stream, open_hub, open_raw
-from pretrain.errors import UserError
+from pretrain.errors import UserError, one_line
 
 PIECE_BYTES = 2**24
 """A piece is cut when a source has given this many bytes, at the last record that ends in them."""
@@ -203,7 +203,7 @@ def _cut_table(source: Source, options: SourceOptions) -> Iterator[Piece]:
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        said = " ".join(str(error).split())[:200]
+        said = one_line(error, 200)
         raise UserError(f"{source}: damaged {source.kind} data ({said}); fetch or write the file again") from error
     if waiting:
         yield Piece(source, _serialise(waiting), first, (), position)
@@ -274,7 +274,7 @@ def _hub_tables(source: Source, options: SourceOptions) -> Iterator[tuple[Any, i
         try:
             table = next(rows, None)
         except Exception as error:  # `datasets` and what it reads with have exceptions of their own
-            said = " ".join(str(error).split())[:200]
+            said = one_line(error, 200)
             raise UserError(f"{source}: cannot be read ({said}); try again") from error
         if table is None:
             return

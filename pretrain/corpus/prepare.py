@@ -123,6 +123,7 @@ def prepare(
     Raises:
         UserError: If a source is unreadable or holds something that has no token, or something else is at ``out``.
     """
+    assert settings.split is None
     prepare_found(find_sources(sources, settings.options), out, settings, choose_engine(engine, workers))
     return Corpus(out)
 
@@ -135,6 +136,7 @@ def prepare_split(
     Raises:
         UserError: As `prepare`, or if a list of the split cannot be read, or a side would be empty.
     """
+    assert settings.split is not None
     prepare_found(find_sources(sources, settings.options), out, settings, choose_engine(engine, workers))
     return open_split(out)
 

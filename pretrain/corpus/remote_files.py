@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pretrain.errors import UserError, disk_is_full, how_to_install
+from pretrain.errors import UserError, disk_is_full, how_to_install, one_line
 
 ATTEMPTS = 9
 """Tries with one file before giving up: about four minutes, with what `_wait` waits in between."""
@@ -27,29 +27,26 @@ def with_retries(url: str, attempt: Callable[[], None], attempts: int = ATTEMPTS
         except (FileNotFoundError, PermissionError) as error:
             if error.errno == errno.EACCES and error.filename and str(error.filename) not in url:  # a file of ours
                 raise
-            raise UserError(f"{url}: {_said(error)}; check the address and your rights there") from error
+            raise UserError(f"{url}: {one_line(error, 300)}; check the address and your rights there") from error
         except ImportError as error:
-            raise UserError(f"{url}: {_said(error)}; s3:// needs {how_to_install('s3')}") from error
+            remedy = f"s3:// needs {how_to_install('s3')}" if url.startswith("s3") else "install it"
+            raise UserError(f"{url}: {one_line(error, 300)}; {remedy}") from error
         except Exception as error:  # each protocol's library has exceptions of its own
             if isinstance(error, OSError) and (disk_is_full(error) or error.errno == errno.EROFS):
                 raise
+            said = one_line(error, 300)
             if number == attempts:
                 raise UserError(
-                    f"{url}: cannot be {action} ({_said(error)}) in {attempts} attempts; check the address and the "
-                    "network, and give the same command again"
+                    f"{url}: cannot be {action} ({said}) in {attempts} attempts; check the address and the network, "
+                    "and give the same command again"
                 ) from error
             seconds = min(2.0 ** (number - 1), 60.0)
-            print(f"pretrain: warning: {url}: {_said(error)}; again in {seconds:.0f} s", file=sys.stderr, flush=True)
+            print(f"pretrain: warning: {url}: {said}; again in {seconds:.0f} s", file=sys.stderr, flush=True)
             _wait(seconds)
 
 
 def _wait(seconds: float) -> None:
     time.sleep(seconds)
-
-
-def _said(error: BaseException) -> str:
-    said = " ".join(str(error).split())
-    return said[:300] or type(error).__name__
 
 
 def file_system(url: str) -> tuple[Any, str]:
@@ -101,15 +98,19 @@ def get_file(url: str, file: Path) -> bool:
     return file.is_file()
 
 
-def remove_file(url: str) -> None:
-    """Remove a file at an address, if it is there."""
+def remove_file(url: str, attempts: int = ATTEMPTS) -> None:
+    """Remove a file at an address, if it is there, in several attempts if need be.
+
+    Raises:
+        UserError: If it cannot be removed.
+    """
 
     def attempt() -> None:
         files, remote = file_system(url)
         if files.exists(remote):
             files.rm_file(remote)
 
-    with_retries(url, attempt, action="removed")
+    with_retries(url, attempt, attempts, "removed")
 
 
 def written_at(url: str) -> float | None:

@@ -15,7 +15,7 @@ from typing import IO, Any, NamedTuple, cast
 import pyarrow as pa
 from typing_extensions import override
 
-from pretrain.errors import UserError
+from pretrain.errors import UserError, one_line
 from pretrain.shipped import shipped
 
 _SUFFIXES = {
@@ -293,7 +293,7 @@ class Stream(io.RawIOBase):
         try:
             data = self._raw.read(size)
         except Exception as error:  # each protocol's library has exceptions of its own
-            raise UserError(f"{self._source}: cannot be read ({_one_line(error)}); try again") from error
+            raise UserError(f"{self._source}: cannot be read ({one_line(error, 300)}); try again") from error
         self.position += len(data)
         return data
 
@@ -331,16 +331,13 @@ def _remote_errors(name: str) -> Iterator[None]:
         cause = error.__cause__  # fsspec's http says so of a server that is down, too
         if cause and not isinstance(cause, FileNotFoundError) and getattr(cause, "status", None) not in (404, 410):
             raise UserError(
-                f"{name}: cannot be opened ({_one_line(cause)}); check the address and the network"
+                f"{name}: cannot be opened ({one_line(cause, 300)}); check the address and the network"
             ) from error
         raise UserError(f"{name}: no such file; check the address") from error
     except Exception as error:  # each protocol's library has exceptions of its own
-        raise UserError(f"{name}: cannot be opened ({_one_line(error)}); check the address and the network") from error
-
-
-def _one_line(error: BaseException) -> str:
-    said = " ".join(str(error).split())
-    return said[:300] or type(error).__name__
+        raise UserError(
+            f"{name}: cannot be opened ({one_line(error, 200)}); check the address and the network"
+        ) from error
 
 
 def open_hub(source: Source) -> Any:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import override
 
-from pretrain.errors import UserError
+from pretrain.errors import UserError, one_line
 from pretrain.shipped import shipped
 
 if TYPE_CHECKING:
@@ -237,8 +237,7 @@ def _from_transformers(path: Path) -> Tokenizer:
     try:
         loaded = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the library raises many kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: not a tokenizer that transformers reads ({reason})") from error
+        raise UserError(f"{path}: not a tokenizer that transformers reads ({one_line(error, 200)})") from error
     if tuple(loaded.convert_ids_to_tokens(list(range(len(loaded))))) == ESM_ALPHABET:
         return ProteinTokenizer()
     if not getattr(loaded, "backend_tokenizer", None):

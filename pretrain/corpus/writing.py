@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from pretrain.corpus.store import FORMAT_VERSION, LENGTHS, MANIFEST, file_checksum, fingerprint_of, open_shard
 from pretrain.corpus.tokenizer import Tokenizer
+from pretrain.files import atomic_path
 
 
 def write_shard(
@@ -60,19 +61,10 @@ def _lists(offsets: NDArray[np.int64], values: NDArray[Any]) -> pa.LargeListArra
 
 def write_batch(file: Path, batch: pa.RecordBatch) -> str:
     """Write one record batch, whole or not at all, and return the file's checksum."""
-    partial = file.with_name(f".{file.name}.partial")
-    try:
-        with partial.open("wb") as sink:
-            with pa.ipc.new_file(sink, batch.schema) as writer:
-                writer.write_batch(batch)
-            sink.flush()
-            os.fsync(sink.fileno())
-        checksum = file_checksum(partial)
-        partial.replace(file)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(file)) from error
-    return checksum
+    with atomic_path(file) as partial:
+        with partial.open("wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
+            writer.write_batch(batch)
+        return file_checksum(partial)
 
 
 class Extent(NamedTuple):

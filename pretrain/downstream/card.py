@@ -231,4 +231,4 @@ def _recipe(settings: dict[str, Any]) -> dict[str, Any]:
 def starting_point(path: str) -> str:
     """What a model grew from, as a card names it: a run, a directory or a checkpoint, not where it lies."""
     parts = Path(path).parts
-    return "/".join(parts[-3:]) if path.endswith(".ckpt") else parts[-1]  # RUN/checkpoints/NAME.ckpt
+    return "/".join(parts[-3:]) if path.endswith(".ckpt") else (parts or (path,))[-1]  # RUN/checkpoints/NAME.ckpt

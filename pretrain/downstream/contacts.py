@@ -126,7 +126,6 @@ def contacts(
                 _WRITERS[out.suffix](partial_file, proteins, predict)
             lines.append(f"{out}: maps of {len(proteins):,} sequences by {path}; {origin}")
     if picture:
-        picture.parent.mkdir(parents=True, exist_ok=True)
         _draw(picture, [(protein, kept[protein.id]) for protein in proteins[:_PANELS]])
         lines.append(f"{picture}: {min(len(proteins), _PANELS)} of {len(proteins):,} maps")
     if known:

@@ -18,7 +18,7 @@ from pretrain.downstream.tokenizer_files import (
     read_tokenizer,
     write_tokenizer,
 )
-from pretrain.errors import UserError
+from pretrain.errors import UserError, one_line
 from pretrain.files import new_directory, refuse_existing
 from pretrain.model.config import BERT_SIZES, ESM2_SIZES, EncoderConfig
 from pretrain.model.encoder import Encoder
@@ -114,10 +114,9 @@ def _find(source: str) -> Path:
     try:
         return Path(snapshot_download(source, allow_patterns=list(_FILES)))
     except Exception as error:  # the library raises whatever its transport meets
-        reason = str(error).strip().split("\n")[0][:150]
         raise UserError(
-            f"{source}: no such directory, and the Hub gave no model of that name ({reason}); check the name and the "
-            "connection"
+            f"{source}: no such directory, and the Hub gave no model of that name ({one_line(error, 150)}); check the "
+            "name and the connection"
         ) from error
 
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from pretrain.corpus.readers import read_records
 from pretrain.corpus.tokenizer import ProteinTokenizer, encode_or_refuse
-from pretrain.errors import UserError
+from pretrain.errors import UserError, one_line
 
 _WILD_TYPE_COLUMNS = ("target_seq", "wildtype_sequence", "wild_type", "wt_sequence")
 _UNCHANGED = ("", "wt", "_wt")
@@ -211,7 +211,7 @@ def read_variants(
         with pa.input_stream(str(path)) as stream:
             text = stream.read().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())[:200]
+        reason = "no such file" if isinstance(error, FileNotFoundError) else one_line(error, 200)
         raise UserError(f"{path}: cannot be read ({reason}); a CSV file is expected") from error
     lines = csv.reader(io.StringIO(text, newline=""), strict=True)
 

@@ -1,4 +1,4 @@
-"""Whose kernels compute on a CPU: torch's, or the project's own (`cpu_attention`, `cpu_linear`)."""
+"""Whose kernels compute on a CPU: torch's, or the project's own (`cpu_linear`, `cpu_rotary`, `cpu_attention`)."""
 
 import importlib.util
 import sys

@@ -70,7 +70,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, llvm: bool) -> Non
 
         cpu_rotate(x, cos, sin, out)
         return
-    cos, sin = (part.view(len(part), *[1] * (x.dim() - 2), -1) for part in (cos, sin))
+    cos, sin = (part.view(len(part), *[1] * (x.dim() - 2), part.shape[-1]) for part in (cos, sin))
     half = x.shape[-1] // 2
     torch.mul(x, torch.cat((cos, cos), dim=-1), out=out)
     out[..., :half].addcmul_(x[..., half:], sin, value=-1)

@@ -111,10 +111,6 @@ class Expression:
         places = ir.Constant(ir.VectorType(I32, len(places)), places)
         return self._new(self.builder.shuffle_vector(self.value, other.value, places))
 
-    def __getitem__(self, place: int) -> "Expression":
-        """A number of a vector."""
-        return self._new(self.builder.extract_element(self.value, I32(place)))
-
     def _shifted_into_exponent(self, integer: "Expression") -> "Expression":
         """A vector times 2 to the power of ``integer``, which stands in the lowest bits of a vector's numbers."""
         bits = ir.VectorType(I32, self.value.type.count)
@@ -258,13 +254,6 @@ class Function:
             variable = Array(self.builder, self.builder.alloca(initial.value.type))
         variable.store(initial)
         return variable
-
-    def row(self, numbers: list[Expression]) -> Expression:
-        """A vector of numbers."""
-        value = ir.Constant(vector(len(numbers)), ir.Undefined)
-        for place, number in enumerate(numbers):
-            value = self.builder.insert_element(value, number.value, I32(place))
-        return Expression(self.builder, value)
 
     @contextmanager
     def loop(self, stop: Expression | int, step: Expression | int = 1) -> Iterator[Expression]:

@@ -1,5 +1,6 @@
 """Branching: a new run that begins where a checkpoint of another one stands."""
 
+import errno
 import json
 import os
 import shutil
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.errors import UserError
-from pretrain.files import sync_directory, write_whole
+from pretrain.files import new_directory, write_whole
 from pretrain.train.checkpoint import CHECKPOINTS, LAST, checkpoint_name, is_checkpoint_name
 from pretrain.train.divided import parts_of
 from pretrain.train.logging import METRICS_FILE, LineFile, step_of_csv
@@ -63,35 +64,33 @@ class Branch:
         assert origin is not None
         checkpoint = origin.checkpoint
         assert checkpoint is not None
-        partial = self.directory.absolute().with_name(f".{self.directory.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        (partial / CHECKPOINTS).mkdir(parents=True)
         try:
-            for file in (checkpoint, *parts_of(checkpoint)):
-                _link_or_copy(file, partial / CHECKPOINTS / file.name)
-            (partial / CHECKPOINTS / LAST).symlink_to(checkpoint.name)
-            shutil.copy(origin.directory / CONFIG, partial / CONFIG)
-            for name, step_of in ((LEDGER, step_of_csv), (METRICS_FILE, step_of_csv), (SICK, step_of_json)):
-                if (origin.directory / name).is_file():
-                    shutil.copy(origin.directory / name, partial / name)
-                    with (partial / name).open(encoding="utf-8", errors="replace") as copied:
-                        begins = copied.readline() if step_of is step_of_csv else ""
-                    lines = LineFile(partial / name, begins, origin.step, step_of)
-                    lines.flush(sync=True)
-                    lines.close()
-            if (origin.directory / SKIPS).is_file():
-                skips = (origin.directory / SKIPS).read_text(encoding="utf-8").splitlines(keepends=True)
-                kept = [line for line, skip in zip(skips, origin.skips, strict=False) if skip.step <= origin.step]
-                write_whole(partial / SKIPS, "".join(kept))
-            write_whole(partial / ORIGIN, json.dumps(self._record(checkpoint), indent=1) + "\n")
-            sync_directory(partial)
-            try:
-                partial.rename(self.directory)
-            except OSError as error:
-                raise UserError(f"{self.directory}: exists meanwhile; give the command again") from error
-            sync_directory(self.directory.absolute().parent)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            with new_directory(self.directory) as partial:
+                self._write(origin, checkpoint, partial)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+            raise UserError(f"{self.directory}: exists meanwhile; give the command again") from error
+
+    def _write(self, origin: Run, checkpoint: Path, to: Path) -> None:
+        (to / CHECKPOINTS).mkdir()
+        for file in (checkpoint, *parts_of(checkpoint)):
+            _link_or_copy(file, to / CHECKPOINTS / file.name)
+        (to / CHECKPOINTS / LAST).symlink_to(checkpoint.name)
+        shutil.copy(origin.directory / CONFIG, to / CONFIG)
+        for name, step_of in ((LEDGER, step_of_csv), (METRICS_FILE, step_of_csv), (SICK, step_of_json)):
+            if (origin.directory / name).is_file():
+                shutil.copy(origin.directory / name, to / name)
+                with (to / name).open(encoding="utf-8", errors="replace") as copied:
+                    begins = copied.readline() if step_of is step_of_csv else ""
+                lines = LineFile(to / name, begins, origin.step, step_of)
+                lines.flush(sync=True)
+                lines.close()
+        if (origin.directory / SKIPS).is_file():
+            skips = (origin.directory / SKIPS).read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line, skip in zip(skips, origin.skips, strict=False) if skip.step <= origin.step]
+            write_whole(to / SKIPS, "".join(kept))
+        write_whole(to / ORIGIN, json.dumps(self._record(checkpoint), indent=1) + "\n")
 
     def _record(self, checkpoint: Path) -> dict[str, Any]:
         assert self.origin is not None

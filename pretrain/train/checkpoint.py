@@ -3,7 +3,6 @@
 import errno
 import hashlib
 import os
-import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
@@ -17,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 from typing_extensions import override
 
-from pretrain.errors import UserError, one_line
+from pretrain.errors import UserError, disk_is_full, one_line
 from pretrain.files import atomic_path
 from pretrain.model.contacts import ContactRegression
 from pretrain.train.divided import assemble, put_in, remove
@@ -69,7 +68,7 @@ class AtomicCheckpointIO(CheckpointIO):
                 torch.save({**checkpoint, FORMAT: FORMAT_VERSION}, file)
                 _seal(file)
         except RuntimeError as error:  # what torch makes of a write that the disk refused
-            if shutil.disk_usage(path.parent).free > 2**20:
+            if not (isinstance(error.__context__, OSError) and disk_is_full(error.__context__)):
                 raise
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
 

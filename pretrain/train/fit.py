@@ -154,7 +154,7 @@ def _train(cli: FitCLI) -> int:
     if trainer.strategy.root_device.type == "cpu":
         keep_freed_memory()
     config_text = yaml.safe_dump(cli.settings, sort_keys=False)
-    rank_zero_only(run.record_start)(cli.settings, config_text, cli.changes, execution(trainer, module))
+    rank_zero_only(run.record_start)(config_text, cli.changes, execution(trainer, module))
     if run.mirror and trainer.is_global_zero:
         run.mirror.begin()
     _say(cli.header())

@@ -181,13 +181,13 @@ class Mirror:
     def _push_all(self, attempts: int) -> None:
         self._push_files(attempts)
         if RESULT in self._list("") and not (self.directory / RESULT).exists():  # the run goes on
-            self._remove(RESULT)
+            self._remove(RESULT, attempts)
         here = checkpoints_in(self.directory / CHECKPOINTS)
         newest = here[-1].stem if here else ""
         if read_skips(self.directory):  # a checkpoint there that is newer is of the history that was taken back
             for name in self._list(CHECKPOINTS):
                 if name.startswith("step-") and name.partition(".")[0] > newest:
-                    self._remove(f"{CHECKPOINTS}/{name}")
+                    self._remove(f"{CHECKPOINTS}/{name}", attempts)
         if here and here[-1].name not in self.checkpoints():
             self._put_checkpoint(here[-1], attempts)
 
@@ -214,7 +214,7 @@ class Mirror:
         kept = {name.removesuffix(".ckpt") for name in names if name.endswith(".ckpt") and name not in surplus}
         for name in names:
             if (begins := name.partition(".")[0]) not in kept and begins <= newest.stem and name.startswith("step-"):
-                self._remove(f"{CHECKPOINTS}/{name}")
+                self._remove(f"{CHECKPOINTS}/{name}", ATTEMPTS)
 
     def _push_files(self, attempts: int) -> None:
         for path in sorted(self.directory.iterdir()):
@@ -253,8 +253,8 @@ class Mirror:
 
         with_retries(f"{self.url}/{name}", attempt, 3)
 
-    def _remove(self, name: str) -> None:
-        remove_file(f"{self.url}/{name}")
+    def _remove(self, name: str, attempts: int) -> None:
+        remove_file(f"{self.url}/{name}", attempts)
 
     def _put(self, file: Path, name: str, attempts: int) -> None:
         put_file(file, f"{self.url}/{name}", attempts)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pretrain.errors import UserError
+from pretrain.files import atomic_path
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,10 +25,6 @@ def drawing(path: Path, size: tuple[float, float], rows: int = 1, columns: int =
     Raises:
         UserError: If ``path`` cannot be written.
     """
-    if not path.parent.is_dir():
-        raise UserError(
-            f"{path}: there is no directory {path.parent}; make it first, or choose another for the picture"
-        )
     import matplotlib
 
     matplotlib.use("Agg")
@@ -41,7 +38,8 @@ def drawing(path: Path, size: tuple[float, float], rows: int = 1, columns: int =
             plot.spines[["top", "right"]].set_visible(False)
             plot.grid(alpha=0.3)
             plot.set_axisbelow(True)
-        figure.savefig(path, dpi=150, format="png")
+        with atomic_path(path) as partial:
+            figure.savefig(partial, dpi=150, format="png")
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
     finally:

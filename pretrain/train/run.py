@@ -94,7 +94,7 @@ class Run:
     Args:
         directory: Where it is, or will be.
         checkpoint: Its checkpoint to begin with, rather than the newest.
-        mirror: Its copy from afar, where the newest may be.
+        mirror: Its remote copy, where the newest may be.
 
     Raises:
         UserError: If the directory holds something else, no checkpoint in it can be read, or the given one is not of
@@ -119,9 +119,9 @@ class Run:
             if not of_history(self.skips)(newest[1]):
                 raise UserError(f"{checkpoint}: was taken back after a loss spike; give an earlier one")
         else:
-            afar = mirror.reachable_checkpoints() if mirror else []
+            remote = mirror.reachable_checkpoints() if mirror else []
             bring = mirror.bring if mirror else lambda name, replace: None
-            newest = newest_checkpoint(directory / CHECKPOINTS, of_history(self.skips), afar, bring)
+            newest = newest_checkpoint(directory / CHECKPOINTS, of_history(self.skips), remote, bring)
             if mirror:
                 self._files = self._checkpoint_files()
         if newest is None and self.origin:
@@ -292,9 +292,7 @@ class Run:
         if differing:
             raise UserError(f"{self.checkpoint}: is of another model ({differing[0]}); {remedy}")
 
-    def record_start(
-        self, config: dict[str, Any], config_text: str, changes: list[str], execution: dict[str, Any]
-    ) -> None:
+    def record_start(self, config_text: str, changes: list[str], execution: dict[str, Any]) -> None:
         """Write the config, and a line about this start, what runs and the environment it runs in."""
         self.directory.mkdir(parents=True, exist_ok=True)
         write_whole(self.directory / CONFIG, config_text)

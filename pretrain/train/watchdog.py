@@ -22,9 +22,9 @@ from torch.distributed.distributed_c10d import _get_default_store
 from pretrain.errors import UserError, one_line
 
 _LOADING, _FORWARD, _BACKWARD = "loading data", "computing the loss", "computing or adding up gradients"
-_VALIDATING, _SAVING, _STARTING, _EVALUATING = "validating", "saving", "starting", "evaluating"
-_UNTIMED = (_STARTING, _EVALUATING)
-"""May take as long as they need: before the first batch data may come from afar, and the launcher has time limits."""
+_VALIDATING, _SAVING, _EVALUATING = "validating", "saving", "evaluating"
+_STARTING = "starting"
+"""May take as long as it needs: the data may have to be fetched first, and the launcher has time limits."""
 
 
 class _Pulse(NamedTuple):
@@ -107,7 +107,7 @@ class Watchdog(pl.Callback):
         assert self.timeout is not None
         interval = min(10.0, self.timeout / 6)
         while True:
-            stands = 0.0 if self._doing in _UNTIMED else time.monotonic() - self._time
+            stands = 0.0 if self._doing == _STARTING else time.monotonic() - self._time
             try:
                 self._write(rank)
             except RuntimeError as error:  # the store; whoever ended it is given time to say why
@@ -126,7 +126,7 @@ class Watchdog(pl.Callback):
             guilty = self._guilty(rank, processes, interval)
         except RuntimeError:  # the store: another process has ended the job meanwhile, and has said why
             os._exit(1)
-        if self._done != done:  # it has gone on meanwhile
+        if guilty is None or self._done != done:  # it has gone on meanwhile
             return
         # One speaks for all; its end is that of the job.
         if rank == min(set(range(processes)) - guilty.keys(), default=0):
@@ -143,10 +143,10 @@ class Watchdog(pl.Callback):
         keys = {rank: f"pretrain/pulse/{rank}" for rank in range(processes)}
         return {r: _Pulse(*json.loads(self._store.get(key))) for r, key in keys.items() if self._store.check([key])}
 
-    def _guilty(self, rank: int, processes: int, interval: float) -> dict[int, str]:
-        """Who holds the others up, and how; nobody where it cannot be told."""
+    def _guilty(self, rank: int, processes: int, interval: float) -> dict[int, str] | None:
+        """Who holds the others up, and how; nobody where it cannot be told, and None if it is an evaluation."""
         if self._store is None:
-            return {}
+            return None if self._doing == _EVALUATING else {}
         before = self._read(processes)
         for _ in range(3):
             time.sleep(interval)
@@ -158,9 +158,12 @@ class Watchdog(pl.Callback):
             if other not in after or (other in before and before[other].beat == after[other].beat)
         }
         least = min(pulse.done for pulse in after.values())
-        if silent or all(pulse.done == least for pulse in after.values()):
+        behind = {rank: pulse for rank, pulse in after.items() if pulse.done == least}
+        if silent:
             return silent
-        return {rank: f"({p.name}) hangs while {p.doing}" for rank, p in after.items() if p.done == least}
+        if any(pulse.doing == _EVALUATING for pulse in behind.values()):
+            return None
+        return {} if len(behind) == len(after) else {r: f"({p.name}) hangs while {p.doing}" for r, p in behind.items()}
 
 
 @contextmanager

@@ -155,6 +155,15 @@ def test_a_full_disk_costs_checkpoints_but_neither_the_run_nor_a_figure(
     assert audit(run, capsys)[0] == 0
 
 
+def test_a_checkpoint_for_which_the_room_that_is_left_does_not_do(small_disk: Path) -> None:
+    (small_disk / "filling").write_bytes(bytes(2**21))
+    with pytest.raises(OSError, match="No space left on device") as refused:
+        AtomicCheckpointIO().save_checkpoint({"weights": torch.zeros(2**20)}, small_disk / "step-000000002.ckpt")
+    assert refused.value.errno == errno.ENOSPC
+    assert refused.value.filename == str(small_disk / "step-000000002.ckpt")
+    assert [file.name for file in small_disk.iterdir()] == ["filling"]
+
+
 def test_while_the_disk_is_full_the_checkpoint_before_stays_and_continues(
     tiny: Callable[..., Path], fit: Callable[..., int], tmp_path: Path, small_disk: Path
 ) -> None:

@@ -277,6 +277,7 @@ def test_the_card_shows_the_curves_and_the_recipe(exported: Path) -> None:
     [
         ("/home/alice/esm2", "esm2"),
         ("runs/a/", "a"),
+        (".", "."),
         ("/home/alice/a/checkpoints/last.ckpt", "a/checkpoints/last.ckpt"),
     ],
 )

@@ -239,7 +239,7 @@ def test_what_cannot_be_removed_at_once_does_not_stop_a_run_that_goes_on(
     memory.pipe_file(result, b"{}")
     refusals += [ConnectionError("503 slow down")] * 100
     mirror.begin()
-    assert "result.json: cannot be removed (503 slow down) in 9 attempts" in capsys.readouterr().err.splitlines()[-1]
+    assert "result.json: cannot be removed (503 slow down) in 3 attempts" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_what_was_taken_back_goes_from_afar_too(tmp_path: Path) -> None:

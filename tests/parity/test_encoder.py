@@ -366,6 +366,16 @@ def test_rotary_pairs_dimension_i_with_i_plus_half() -> None:
     assert untouched.equal(parts[:, 2])
 
 
+@pytest.mark.parametrize("llvm", [False, True])
+def test_no_tokens_are_no_rotation(llvm: bool) -> None:
+    """Of the last block's queries, where a pack has no targets."""
+    parts = torch.empty(0, 1, 2, 8, requires_grad=True)
+    (query,) = rotate(parts, (torch.empty(0, 4), torch.empty(0, 4)), 1, llvm)
+    assert query.shape == (0, 2, 8)
+    query.sum().backward()
+    assert parts.grad is not None
+
+
 def test_the_gradient_of_a_rotation_is_that_of_its_formula() -> None:
     angles = torch.rand(4, 2, dtype=torch.float64)
     parts = torch.randn(4, 3, 2, 4, dtype=torch.float64, requires_grad=True)

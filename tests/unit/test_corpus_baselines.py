@@ -83,7 +83,7 @@ def test_uniform_residues_have_a_perplexity_of_twenty(tmp_path: Path) -> None:
     assert found.unigram == pytest.approx(20, rel=0.005)
 
 
-def test_told_a_relatives_residue_is_bayes_rule_written_out() -> None:
+def test_told_a_homologues_residue_is_bayes_rule_written_out() -> None:
     frequencies = np.random.default_rng(0).dirichlet(np.ones(20))
     odds = 2 ** (blosum62() / 2)
     found = nats_given_homologue(frequencies)
@@ -107,7 +107,7 @@ def test_blosum62_tells_about_as_much_of_a_residue_as_was_published() -> None:
     assert entropy - left == pytest.approx(0.698, abs=0.05)
 
 
-def test_a_corpus_of_text_has_no_relatives(tmp_path: Path) -> None:
+def test_a_corpus_of_text_has_no_homologues(tmp_path: Path) -> None:
     tokenizer = load_tokenizer("data/text/tokenizer.json")
     source = tmp_path / "text.jsonl"
     source.write_text('{"text": "the state of the union is strong and so is the state of this test"}\n' * 5)

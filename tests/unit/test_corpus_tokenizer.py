@@ -325,7 +325,7 @@ def test_a_broken_vocabulary_is_a_mistake_that_the_user_can_mend(tmp_path: Path)
     assert str(caught.value).startswith(f"{tmp_path}: not a tokenizer that transformers reads (")
 
 
-def test_an_unknown_kind_is_a_mistake_that_the_user_can_mend() -> None:
+def test_an_unknown_algorithm_is_a_mistake_that_the_user_can_mend() -> None:
     with pytest.raises(UserError) as caught:
         train_tokenizer([], 300, "bbpe")  # type: ignore[arg-type]
     assert str(caught.value) == "algorithm is 'bbpe'; give one of bpe, wordpiece, unigram"

@@ -48,8 +48,3 @@ def test_the_kernel_is_what_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pretrain.model.cpu_rotary.cpu_rotate", lambda *given: calls.append(given))
     turned(torch.randn(4, 3, 2, 8), torch.rand(4, 4), 2, llvm=True)
     assert len(calls) == 3  # queries and keys at once, and the gradient of either
-
-
-def test_no_tokens_are_no_rotation() -> None:
-    (query,) = rotate(torch.empty(0, 1, 2, 8), (torch.empty(0, 4), torch.empty(0, 4)), 1, llvm=True)
-    assert query.shape == (0, 2, 8)

@@ -72,7 +72,7 @@ def test_losses_are_of_masked_tokens_in_pre_training_only(runs: list[Path], tmp_
 
 
 def test_a_page_that_cannot_be_finished_leaves_nothing(
-    runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -81,6 +81,14 @@ def test_a_page_that_cannot_be_finished_leaves_nothing(
     there = set(tmp_path.iterdir())
     assert main(["inspect", str(runs[0]), "--html", str(tmp_path / "x.html")]) == 2
     assert set(tmp_path.iterdir()) == there
+    assert capsys.readouterr().err.startswith(f"pretrain: error: {tmp_path / 'x.html'}: No space left on device")
+
+
+def test_a_page_in_the_place_of_a_directory_is_a_mistake(
+    runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", str(runs[0]), "--html", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith(f"pretrain: error: {tmp_path}: Is a directory")
 
 
 def test_the_page_needs_no_network_and_no_script(runs: list[Path], tmp_path: Path) -> None:

@@ -74,12 +74,18 @@ def test_a_picture_of_a_corpus_is_a_png_of_one_page(kind: str, corpus: Path, tmp
 def test_a_picture_that_cannot_be_written_is_a_mistake(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    picture = tmp_path / "nowhere" / "picture.png"
+    (tmp_path / "file").touch()
+    picture = tmp_path / "file" / "picture.png"
     assert main(["inspect", str(corpus), "--picture", str(picture)]) == 2
     assert capsys.readouterr().err == (
-        f"pretrain: error: {picture}: there is no directory {picture.parent}; make it first, or choose another for the "
-        "picture\n"
+        f"pretrain: error: {picture}: cannot be written (Not a directory); choose another place\n"
     )
+
+
+def test_a_picture_makes_its_directory(corpus: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "new" / "picture.png"
+    assert main(["inspect", str(corpus), "--picture", str(picture)]) == 0
+    assert [file.name for file in picture.parent.iterdir()] == ["picture.png"]
 
 
 def test_verify_tells_an_intact_corpus_from_a_broken_one(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:

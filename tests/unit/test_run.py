@@ -57,7 +57,7 @@ def test_a_start_that_was_recorded_by_half_spoils_none_before_or_after(torn: str
     (tmp_path / STARTS).write_text(json.dumps(starts[0]) + "\n" + torn)
     run = Run(tmp_path / "other")
     run.directory, run.step = tmp_path, 4
-    run.record_start({}, "", changes[1], {})
+    run.record_start("", changes[1], {})
     last = json.loads((tmp_path / STARTS).read_text().splitlines()[-1])
     assert (last["step"], last["changes"]) == (4, changes[1])
     rates = {step: settings_at({"model": {"learning_rate": 0.3}}, tmp_path, step)[0] for step in (1, 3, 5)}

@@ -22,7 +22,7 @@ TIMEOUT = 0.3
 def judged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What hung, as a watchdog saw it, which ends nothing here."""
     found = list[str]()
-    monkeypatch.setattr(Watchdog, "_judge", lambda self, *_: found.append(self._doing))
+    monkeypatch.setattr(watchdog, "_end", lambda *given: found.append(given[-1]))
     return found
 
 
@@ -102,3 +102,32 @@ def test_a_process_that_goes_on_while_it_is_judged_is_not_ended(goes_on: bool, m
     monkeypatch.setattr(watching, "_guilty", guilty)
     watching._judge(0, 2, 1.0, 7, 1300.0)
     assert ended == ([] if goes_on else [7])
+
+
+@pytest.mark.parametrize(
+    ("doing", "guilty"),
+    [
+        ((7, "evaluating"), None),
+        ((6, "evaluating"), None),
+        ((6, "validating"), {1: "(other) hangs while validating"}),
+        ((7, "validating"), {}),
+    ],
+)
+def test_who_waits_in_an_evaluation_names_another_one_that_hangs(
+    doing: tuple[int, str], guilty: dict[int, str] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes: this one evaluates, or waits for the end of it, and the other stands where it is."""
+    watching, beats, stood = Watchdog(), iter(range(10)), Watchdog()._done
+    for _ in range(7 - stood):
+        watching._tick("evaluating" if doing != (7, "validating") else "validating")
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    monkeypatch.setattr(watching, "_store", "shared")
+    monkeypatch.setattr(watching, "_write", lambda _: None)
+
+    def pulses(_: int) -> dict[int, Any]:
+        beat = next(beats)
+        ours = watchdog._Pulse(beat, watching._done, watching._doing, "this")
+        return {0: ours, 1: watchdog._Pulse(beat, *doing, "other")}
+
+    monkeypatch.setattr(watching, "_read", pulses)
+    assert watching._guilty(0, 2, 1.0) == guilty
