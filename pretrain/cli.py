@@ -73,7 +73,7 @@ often the core on which the awaited thread would run (`benchmarks/README.md` has
 """
 
 _FILES = (errno.EMFILE, errno.ENFILE)
-_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EISDIR)
 _PLACE = "make room, or choose a place that can be written to"
 
 

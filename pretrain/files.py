@@ -1,5 +1,6 @@
 """Files that are there whole or not at all, also after a killed process, a full disk or a power cut."""
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ def refuse_existing(out: Path) -> None:
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """A path beside ``path`` for a file that becomes ``path`` when the block ends, and vanishes when it fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_parent(path)
     partial = path.with_name(f".{path.name}.partial")
     try:
         yield partial
@@ -45,7 +46,7 @@ def atomic_file(path: Path) -> Iterator[IO[str]]:
 @contextmanager
 def new_directory(out: Path) -> Iterator[Path]:
     """A directory beside ``out`` that becomes ``out`` when the block ends, and vanishes when it fails."""
-    out.parent.mkdir(parents=True, exist_ok=True)
+    _make_parent(out)
     partial = out.absolute().with_name(f".{out.absolute().name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -56,6 +57,13 @@ def new_directory(out: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     sync_directory(out.absolute().parent)
+
+
+def _make_parent(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:  # what Python says where the parent is a file
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from error
 
 
 def write_whole(path: Path, text: str) -> None:
