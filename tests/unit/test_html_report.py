@@ -108,7 +108,7 @@ def test_what_is_no_run_and_what_cannot_be_written_is_one_line(
 ) -> None:
     for arguments, said in (
         ([str(tmp_path), "--html", str(tmp_path / "x.html")], "no run (config.yaml is missing)"),
-        ([str(runs[0]), "--html", str(runs[0] / "config.yaml" / "x.html")], "config.yaml: File exists; "),
+        ([str(runs[0]), "--html", str(runs[0] / "config.yaml" / "x.html")], "x.html: Not a directory; "),
         ([*map(str, runs), "--picture", str(tmp_path / "x.png")], "several runs with --html FILE"),
     ):
         assert main(["inspect", *arguments]) == 2
