@@ -32,9 +32,6 @@ DEPTH = 640
 less exact, and its numbers would leave the cache."""
 PANELS = 8
 """Largest number of panels, of ROWS rows each, that a task has of the left matrix."""
-TASKS = 4
-"""Smallest number of tasks for each thread, unless a task would have less than a panel; so that all threads end at
-about the same time. The right matrix is read anew for each."""
 PACKED_ROWS = 64
 """Of the right matrix, that a thread copies at a time."""
 AHEAD = 16
@@ -213,7 +210,7 @@ def product(
     threads, panels = torch.get_num_threads(), -(-columns // COLUMNS)
     result = left.new_empty(rows, columns)
     padded = left.new_zeros(COLUMNS * panels) if bias is None else F.pad(bias, (0, COLUMNS * panels - columns))
-    rows_of_task = ROWS * max(1, min(PANELS, rows // (ROWS * TASKS * threads)))
+    rows_of_task = ROWS * _panels_of_task(-(-rows // ROWS), threads)
     scratch_size = -(-(ROWS * COLUMNS + rows_of_task * DEPTH) // LANES) * LANES + LANES
     scratch = left.new_empty(threads, scratch_size)
     block = -(-depth // -(-depth // DEPTH))
@@ -244,6 +241,15 @@ def product(
         _compiled().run(_name("pack", right_along), PACK, values)
         _compiled().run(_name("multiply", left_along), MULTIPLY, values)
     return result
+
+
+def _panels_of_task(panels: int, threads: int) -> int:
+    """So many that all threads end at about the same time; but the right matrix is read anew for each task."""
+
+    def longest(of_task: int) -> float:
+        return -(-panels // (of_task * threads)) * (of_task + 0.5)
+
+    return min(range(PANELS, 0, -1), key=longest)
 
 
 def _strided(vectors: Tensor) -> tuple[Tensor, int, bool]:
