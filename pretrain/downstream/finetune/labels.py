@@ -87,11 +87,10 @@ def learn_spec(task: Task, rows: Sequence[Row], separator: str, mask_label: str 
                 f"{_file(rows)}: every training label is {numbers[0]:g}; there is nothing to learn from them"
             )
         return LabelSpec(task, (), float(numbers.mean()), float(numbers.std()))
-    found: set[str] = set()
+    found: set[str | None] = set()
     for row in rows:
         found.update(_names(row, task, separator))
-    found.discard(mask_label or "")
-    classes = tuple(sorted(found))
+    classes = tuple(sorted(name for name in found if name and name != mask_label))
     allowed = {"binary": (2, 2), "multiclass": (2, 10_000), "multilabel": (1, 10_000), "token": (2, 10_000)}
     fewest, most = allowed[task]
     if not fewest <= len(classes) <= most:
@@ -113,7 +112,7 @@ def encode_labels(
         rows: The rows.
         lengths: Residues of each sequence, for labels by residue.
         separator: What parts the labels of a multilabel row.
-        mask: The letter of a residue without a label.
+        mask: The label of a residue that has none, beside null.
 
     Raises:
         UserError: On a label that is missing, of the wrong kind or length, or none of the classes.
@@ -122,9 +121,9 @@ def encode_labels(
         if len(rows) < 2:
             raise UserError(f"{rows[0].where}: is the only row of its split; how well numbers agree takes at least two")
         return Labels(np.array([_number(row) for row in rows], np.float32))
-    number = {name: i for i, name in enumerate(spec.classes)}
-    if spec.task == "token" and mask:
-        number[mask] = IGNORED
+    number: dict[str | None, int] = {name: i for i, name in enumerate(spec.classes)}
+    if spec.task == "token":
+        number |= {None: IGNORED, mask: IGNORED}
     encoded: list[list[int]] = []
     for row, length in zip(rows, lengths, strict=True):
         names = _names(row, spec.task, separator)
@@ -133,7 +132,7 @@ def encode_labels(
                 f"{row.where}: record '{row.id}' has {length} residues but {len(names)} labels; give one letter for "
                 "each residue (with data.mask_label for those without a label)"
             )
-        if spec.task == "token" and all(name == mask for name in names):
+        if spec.task == "token" and all(name in (None, mask) for name in names):
             raise UserError(f"{row.where}: record '{row.id}' has no residue with a label; remove the row")
         for name in names:
             if name not in number:
@@ -175,8 +174,8 @@ def _number(row: Row) -> float:
     return number
 
 
-def _names(row: Row, task: Task, separator: str) -> Sequence[str]:
-    """The classes that a row's label names: one, several, or one for each residue."""
+def _names(row: Row, task: Task, separator: str) -> Sequence[str | None]:
+    """The classes that a row's label names: one, several, or one for each residue, None where there is none."""
     label = row.label
     if isinstance(label, str) and not label.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in label):
         shown = label.encode("utf-8", "surrogateescape")
@@ -184,7 +183,7 @@ def _names(row: Row, task: Task, separator: str) -> Sequence[str]:
     if task == "multilabel":
         if label is None:
             raise _missing(row)
-        names = label if isinstance(label, list) else str(label).split(separator)
+        names = label if isinstance(label, list) else label.split(separator) if isinstance(label, str) else [label]
         return [name for name in (_name(row, each) for each in names) if name]  # none of the classes is an answer, too
     if label is None or label == [] or (isinstance(label, str) and not label.strip()):
         raise _missing(row)
@@ -193,7 +192,7 @@ def _names(row: Row, task: Task, separator: str) -> Sequence[str]:
             raise UserError(
                 f"{row.where}: record '{row.id}' has the label {label!r}; give a string, a letter a residue"
             )
-        return label if isinstance(label, str) else [_name(row, each) for each in label]
+        return label if isinstance(label, str) else [None if each is None else _name(row, each) for each in label]
     if isinstance(label, list | dict):
         raise UserError(
             f"{row.where}: record '{row.id}' has several labels ({label}); a {task} task has one a row: set data.task "
@@ -203,8 +202,9 @@ def _names(row: Row, task: Task, separator: str) -> Sequence[str]:
 
 
 def _name(row: Row, label: Any) -> str:
-    if isinstance(label, float):
-        if not math.isfinite(label):
-            raise UserError(f"{row.where}: record '{row.id}' has the label {label}; give a class or remove the row")
-        label = int(label) if label.is_integer() else label
+    """The class that a string or a number names."""
+    if label is None or isinstance(label, list | dict) or (isinstance(label, float) and not math.isfinite(label)):
+        raise UserError(f"{row.where}: record '{row.id}' has the label {label!r}; give a class or remove the row")
+    if isinstance(label, float) and label.is_integer():
+        label = int(label)
     return str(label).strip()

@@ -11,6 +11,7 @@ import pytest
 from labelled import finetune, label, read_csv, sequences
 from pytorch_lightning.utilities import rank_zero_only
 
+from pretrain.corpus.padding import IGNORED
 from pretrain.downstream.finetune.data import FineTuneDataModule
 from pretrain.downstream.finetune.model import load_fine_tuned
 
@@ -29,6 +30,7 @@ def parquet(labels: list[Any]) -> str:
 
 TOKENS = {"data__task": "token"}
 NUMBERS = {"data__task": "regression"}
+MANY = {"data__task": "multilabel"}
 MISTAKES: dict[str, tuple[Callable[[], str], dict[str, Any], list[str]]] = {
     "label missing": (
         lambda: table("t.csv", "sequence,label\nMKV,1\nMKL,\n"), {}, ["t.csv:3: record '3' has no label; fill it in"]
@@ -69,6 +71,22 @@ MISTAKES: dict[str, tuple[Callable[[], str], dict[str, Any], list[str]]] = {
     "lengths differ": (
         lambda: table("t.csv", "sequence,label\nMKV,HHE\nMKL,HH\n"), TOKENS,
         ["t.csv:3: record '3' has 3 residues but 2 labels"],
+    ),
+    "a multilabel that is NaN": (
+        lambda: table("t.jsonl", '{"text": "MKV", "label": NaN}\n'), MANY, ["t.jsonl:1: record '1' has the label nan"]
+    ),
+    "a null among several labels": (
+        lambda: table("t.jsonl", '{"text": "MKV", "label": ["a", null]}\n'), MANY, ["t.jsonl:1", "the label None; give"]
+    ),
+    "a multilabel that is an object": (
+        lambda: table("t.jsonl", '{"text": "MKV", "label": {"a": 1}}\n'), MANY, ["t.jsonl:1", "label {'a': 1}; give"]
+    ),
+    "a list in a list": (
+        lambda: table("t.jsonl", '{"text": "MK", "label": ["H", ["E"]]}\n'), TOKENS, ["t.jsonl:1", "label ['E']; give"]
+    ),
+    "no residue with a label, in a list": (
+        lambda: table("t.jsonl", '{"text": "MK", "label": ["H", "E"]}\n{"text": "MK", "label": [null, null]}\n'),
+        TOKENS, ["t.jsonl:2: record '2' has no residue with a label"],
     ),
     "no residue with a label": (
         lambda: table("t.csv", "sequence,label,split\nMKV,HE-,train\nMKL,---,test\n"),
@@ -248,6 +266,20 @@ def test_every_kind_of_file_gives_the_same_labels(tmp_path: Path) -> None:
         data.setup("fit")
         read.append((data.train_corpus.fingerprint, data.splits["train"].labels.fingerprint, data.spec))
     assert len(set(read)) == 1
+
+
+def test_a_number_is_one_class_however_it_is_written_and_null_is_no_label_of_a_residue(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text("".join(json.dumps({"text": "MKV", "label": each}) + "\n" for each in (3, 3.0, [3, "a"], "3;a")))
+    data = FineTuneDataModule(str(path), task="multilabel")
+    data.open()
+    assert data.spec.classes == ("3", "a")
+    assert data.splits["train"].labels.values.tolist() == [[1, 0], [1, 0], [1, 1], [1, 1]]
+    path.write_text(json.dumps({"text": "MKVL", "label": ["H", None, "E", "-"]}))
+    data = FineTuneDataModule(str(path), task="token", mask_label="-")
+    data.open()
+    assert data.spec.classes == ("E", "H")
+    assert data.splits["train"].labels.values.tolist() == [1, IGNORED, 0, IGNORED]
 
 
 def test_columns_are_found_in_upper_case_as_prepare_finds_them(tmp_path: Path) -> None:
