@@ -76,7 +76,7 @@ def score(
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow([*variants.header, *names])
         for variant, *values in zip(variants.rows, *scores, strict=True):
-            writer.writerow([*variant.fields, *(f"{value:.6f}" for value in values)])
+            writer.writerow([*variant.fields.values(), *(f"{value:.6f}" for value in values)])
     return "\n".join(
         [f"{out}: {len(variants.rows):,} variants scored by {path}", *_agreement(variants, methods, scores)]
     )

@@ -1,21 +1,18 @@
 """Tables of protein variants, as ProteinGym has them: read and checked, row by row."""
 
-import csv
-import io
 import math
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-import pyarrow as pa
-
 from pretrain.corpus.readers import read_records
 from pretrain.corpus.tokenizer import ProteinTokenizer, encode_or_refuse
-from pretrain.errors import UserError, one_line
+from pretrain.downstream.finetune.table import read_fields
+from pretrain.errors import UserError
 
 _WILD_TYPE_COLUMNS = ("target_seq", "wildtype_sequence", "wild_type", "wt_sequence")
-_UNCHANGED = ("", "wt", "_wt")
+_UNCHANGED = ("wt", "_wt")
 _TOKENIZER = ProteinTokenizer()
 _SUBSTITUTION = re.compile(r"([A-Za-z])(-?\d+)([A-Za-z])")
 
@@ -42,14 +39,14 @@ class Variant(NamedTuple):
     """One row.
 
     Attributes:
-        fields: The row as it is.
+        fields: The row as it is, by column.
         wild_type: The sequence that was changed; empty if it is not known.
         substitutions: Places in it, from 0, and the new residues; none for insertions and deletions.
         mutated: The variant's own sequence.
         measured: Its measured effect, if there is one.
     """
 
-    fields: list[str]
+    fields: dict[str, str]
     wild_type: str
     substitutions: list[tuple[int, str]]
     mutated: str
@@ -68,7 +65,6 @@ class VariantTable:
 @dataclass
 class _Reader:
     path: Path
-    header: list[str]
     columns: VariantColumns
     first_residue: int
     needs_wild_type: bool
@@ -78,8 +74,8 @@ class _Reader:
     def fail(self, reason: str) -> UserError:
         return UserError(f"{self.path}:{self.line}: {reason}")
 
-    def get(self, row: list[str], name: str | None) -> str | None:
-        return row[self.header.index(name)].strip() if name in self.header and name is not None else None
+    def get(self, row: dict[str, str], name: str | None) -> str | None:
+        return row[name].strip() if name is not None and name in row else None
 
     def residues(self, text: str, what: str) -> str:
         """A sequence in upper case, every letter known."""
@@ -101,14 +97,19 @@ class _Reader:
             raise self.fail(f"'{mutant}' changes a residue twice; name each once")
         return found
 
-    def variant(self, row: list[str]) -> Variant:
+    def variant(self, row: dict[str, str]) -> Variant:
         """A checked row."""
+        try:
+            "".join(row.values()).encode()
+        except UnicodeEncodeError:
+            raise self.fail("is no UTF-8; convert the file") from None
         mutant = self.get(row, self.columns.mutant)
         whole = self.get(row, self.columns.mutated_sequence)
         mutated = self.residues(whole, self.columns.mutated_sequence) if whole else ""
-        changes = self.substitutions(mutant) if mutant is not None else None
+        changes = self.substitutions(mutant) if mutant else None
         if changes is None and not mutated:
-            raise self.fail(f"nothing in '{self.columns.mutated_sequence}'; fill it in or remove the row")
+            names = "' or '".join(name for name in (self.columns.mutant, self.columns.mutated_sequence) if name in row)
+            raise self.fail(f"nothing in '{names}'; fill it in (WT for the wild type itself) or remove the row")
         given = self.get(row, self.columns.wild_type)
         if given is not None:
             wild_type = self.residues(given, str(self.columns.wild_type)) if given else ""
@@ -147,7 +148,9 @@ class _Reader:
             return []
         return [(a, i, b) for i, (a, b) in enumerate(zip(wild_type, mutated, strict=True)) if a != b]
 
-    def applied(self, row: list[str], wild_type: str, changes: list[tuple[str, int, str]], mutated: str) -> Variant:
+    def applied(
+        self, row: dict[str, str], wild_type: str, changes: list[tuple[str, int, str]], mutated: str
+    ) -> Variant:
         if self.needs_wild_type and mutated and len(mutated) != len(wild_type):
             raise self.fail(
                 f"{self.columns.mutated_sequence} has {len(mutated)} residues, the wild type {len(wild_type)}; "
@@ -170,11 +173,10 @@ class _Reader:
                 f"{self.columns.mutated_sequence} has {mutated[place]} at {place + self.first_residue}, but the wild "
                 f"type with '{self.columns.mutant}' has {result[place]}; correct one of them"
             )
-        return Variant(
-            row, wild_type, [(place, new) for _, place, new in changes], mutated or result, self.measured(row)
-        )
+        substitutions = [(place, new) for _, place, new in changes]
+        return Variant(row, wild_type, substitutions, mutated or result, self.measured(row))
 
-    def measured(self, row: list[str]) -> float | None:
+    def measured(self, row: dict[str, str]) -> float | None:
         text = self.get(row, self.columns.measured)
         if not text:
             return None
@@ -207,28 +209,16 @@ def read_variants(
     Raises:
         UserError: If the file cannot be read, or a row does not fit its wild type; names file and line.
     """
-    try:
-        with pa.input_stream(str(path)) as stream:
-            text = stream.read().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else one_line(error, 200)
-        raise UserError(f"{path}: cannot be read ({reason}); a CSV file is expected") from error
-    lines = csv.reader(io.StringIO(text, newline=""), strict=True)
-
-    def next_row() -> list[str] | None:
-        line = lines.line_num + 1
-        try:
-            return next(lines, None)
-        except csv.Error as error:
-            raise UserError(
-                f"{path}:{line}: not CSV ({error}); a field with a comma, a quote or a line end must stand in quotes"
-            ) from error
-
-    header = next_row() or []
+    table = list(read_fields(str(path), "csv"))
+    if not table:
+        raise UserError(f"{path}: has no variant; at least one row is needed")
+    header = list(table[0][1])
+    if "\ufffd" in "".join(header):  # which stands there for bytes that are no UTF-8
+        raise UserError(f"{path}:1: is no UTF-8; convert the file")
     if columns.mutant not in header and columns.mutated_sequence not in header:
         raise UserError(
             f"{path}: no column '{columns.mutant}' or '{columns.mutated_sequence}'; its columns are "
-            f"{', '.join(map(repr, header)) or 'none'}; name one with --mutant_column or --sequence_column"
+            f"{', '.join(map(repr, header))}; name one with --mutant_column or --sequence_column"
         )
     if columns.wild_type is not None and columns.wild_type not in header:
         raise UserError(f"{path}: no column '{columns.wild_type}'; its columns are {', '.join(map(repr, header))}")
@@ -236,20 +226,10 @@ def read_variants(
         wild_type, columns = _residues(wild_type, "the wild type"), replace(columns, wild_type=None)
     elif columns.wild_type is None:
         columns = replace(columns, wild_type=next((name for name in _WILD_TYPE_COLUMNS if name in header), None))
-    reader = _Reader(path, header, columns, first_residue, needs_wild_type, wild_type)
+    reader = _Reader(path, columns, first_residue, needs_wild_type, wild_type)
     rows = []
-    while True:
-        reader.line = lines.line_num + 1
-        row = next_row()
-        if row is None:
-            break
-        if not row:
-            continue
-        if len(row) != len(header):
-            raise reader.fail(f"has {len(row)} fields, the header has {len(header)}; correct or remove it")
+    for reader.line, row in table:
         rows.append(reader.variant(row))
-    if not rows:
-        raise UserError(f"{path}: has no variant; at least one row is needed")
     return VariantTable(header, rows, columns.measured)
 
 

@@ -11,6 +11,7 @@ from scipy.stats import spearmanr
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from pretrain.cli import main
+from pretrain.downstream.variants import VariantColumns, read_variants
 
 WILD_TYPE = "MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQ"
 MUTANTS = ["A4G", "K2R:Q11E", "V15L:M1K:F19W", "T3T", "WT", "Q33A"]
@@ -115,6 +116,13 @@ def test_the_wild_type_may_come_from_anywhere(protein_model: Path, table: Path, 
     assert all(other == scores[0] for other in scores)
 
 
+def test_without_substitutions_the_whole_sequence_says_what_is_changed(tmp_path: Path) -> None:
+    changed = WILD_TYPE.replace("KQR", "GQR")
+    (tmp_path / "t.csv").write_text(f"mutant,mutated_sequence\nA4G,{mutate('A4G')}\n,{changed}\nWT,{WILD_TYPE}\n")
+    table = read_variants(tmp_path / "t.csv", None, VariantColumns(), 1, True)
+    assert [row.substitutions for row in table.rows] == [[(3, "G")], [(7, "G")], []]
+
+
 def test_residues_may_be_numbered_from_anywhere(protein_model: Path, tmp_path: Path) -> None:
     (tmp_path / "one.csv").write_text("mutant\nA4G\n")
     (tmp_path / "far.csv").write_text("mutant\nA104G\n")
@@ -158,10 +166,13 @@ def test_deletions_have_a_pseudo_perplexity(
         ("variant\nA4G\n", "no column 'mutant' or 'mutated_sequence'; its columns are 'variant'"),
         ("mutant\n", "has no variant"),
         ("mutant\rA4G\rK4G\r", "table.csv:3: K4G says"),
-        ('"mutant"x,note\nA4G,z\n', "table.csv:1: not CSV (',' expected after '\"'); a field with"),
+        ('mutant,note\nA4G,x\n"",y\n', "table.csv:3: nothing in 'mutant'; fill it in (WT for"),
+        ("mutant,note,note\nA4G,x,y\n", "table.csv:1: column 'note' stands there twice"),
+        ("mutant,note\nA4G,caf\udce9\n", "table.csv:2: is no UTF-8"),
+        ("mutant,caf\udce9\nA4G,x\n", "table.csv:1: is no UTF-8"),
         ('mutant,note\nA4G,"z"x\n', "table.csv:2: not CSV (',' expected after '\"'); a field with"),
         ("mutated_sequence\n*\n", "table.csv:2: mutated_sequence has nothing that becomes a token; correct"),
-        ("", "its columns are none"),
+        ("", "has no variant"),
         ("mutant,masked_marginals\nA4G,1\n", "has a column 'masked_marginals' already"),
     ],
 )
@@ -169,7 +180,7 @@ def test_a_bad_row_is_named_and_nothing_is_written(
     protein_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, said: str
 ) -> None:
     table = tmp_path / "table.csv"
-    table.write_text(content)
+    table.write_text(content, errors="surrogateescape")
     run = ["score", str(protein_model), str(table), "--out", str(tmp_path / "out.csv"), "--sequence", WILD_TYPE]
     assert main(run) == 2
     (line,) = capsys.readouterr().err.splitlines()
