@@ -91,12 +91,9 @@ class PretrainedEncoder(Encoder):
             UserError: If a sequence is empty or has a symbol that the tokenizer does not know, a layer does not exist
                 or is named twice, a setting is none of those above, or there is no tokenizer.
         """
-        if isinstance(sequences, str):
-            raise UserError("embed takes a list of strings, this is a single one; put it in brackets")
         chosen = self.resolve_layers([layers] if isinstance(layers, int) else layers)
         check_choices(per, pooling, max_length)
-        tokens = [self.encode(sequence, f"sequence {number}") for number, sequence in enumerate(sequences)]
-        tokens = [ids[:max_length] for ids in tokens]
+        tokens = [ids[:max_length] for ids in self._encode_all(sequences)]
         with tqdm(total=sum(map(len, tokens)), desc="embedding", unit="token", disable=not progress) as bar:
             values, offsets = self.embed_tokens(tokens, per, pooling, chosen, bar.update)
         result = torch.from_numpy(values[:, 0] if isinstance(layers, int) else values)
@@ -121,8 +118,7 @@ class PretrainedEncoder(Encoder):
         if regression is None:
             raise UserError("the model has no contact regression; fit one by `pretrain contacts --fit`, or give one")
         regression.check(self.config, "the regression")
-        tokens = [self.encode(sequence, f"sequence {number}") for number, sequence in enumerate(sequences)]
-        return [regression.predict(self, self.lay_out([ids])[0]).cpu() for ids in tokens]
+        return [regression.predict(self, self.lay_out([ids])[0]).cpu() for ids in self._encode_all(sequences)]
 
     def encode(self, sequence: str, name: str) -> NDArray[np.unsignedinteger]:
         """A string's ids, ``<cls>`` in front and ``<eos>`` behind; ``name`` is what errors call it.
@@ -131,6 +127,11 @@ class PretrainedEncoder(Encoder):
             UserError: If it is empty, or has a symbol without an id.
         """
         return encode_or_refuse(self.tokenizer, sequence.encode(), name)
+
+    def _encode_all(self, sequences: Sequence[str]) -> list[NDArray[np.unsignedinteger]]:
+        if isinstance(sequences, str):
+            raise UserError("a list of strings is expected, this is a single one; put it in brackets")
+        return [self.encode(sequence, f"sequence {number}") for number, sequence in enumerate(sequences)]
 
     def resolve_layers(self, layers: Sequence[int]) -> list[int]:
         """Layers as numbers from 0 (the embedding) on; negative ones count from the last.

@@ -112,6 +112,13 @@ def test_a_range_that_no_chain_is_long_enough_for_is_left_out() -> None:
     assert list(precisions([structure], [np.zeros((14, 14), np.float32)])) == ["short", "medium"]
 
 
+def test_a_single_string_is_refused_rather_than_taken_letter_by_letter(protein_model: Path) -> None:
+    model = pretrain.load(protein_model)
+    maps = model.config.num_hidden_layers * model.config.num_attention_heads
+    with pytest.raises(UserError, match="list of strings"):
+        model.predict_contacts("MKTAYIAK", ContactRegression(torch.zeros(maps), torch.tensor(0.0)))
+
+
 # The command
 
 
