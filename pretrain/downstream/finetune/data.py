@@ -21,7 +21,7 @@ from pretrain.downstream.finetune.packs import (
     evaluation_batches,
     evaluation_planner,
 )
-from pretrain.downstream.finetune.pairs import SHORTEST_PAIR, PairOrder, encode
+from pretrain.downstream.finetune.pairs import SHORTEST_PAIR, PairOrder, Tokens, encode, split_pair
 from pretrain.downstream.finetune.table import Columns, Row, read_rows
 from pretrain.errors import UserError
 
@@ -41,7 +41,8 @@ class FineTuneDataModule(PackedDataModule):
 
     Args:
         train: A labelled file: CSV, TSV, JSON lines, Parquet, or FASTA with ``label=...`` in its headers. It may hold
-            all splits, if neither ``validation`` nor ``test`` is given; beside those it must hold no row of another.
+            all splits, if neither ``validation`` nor ``test`` is given; beside those none of the three may hold a row
+            that is marked as one of another split.
         validation: A labelled file; without it there is no validation.
         test: A labelled file, evaluated once, when the run is finished.
         labels: A table with ids and labels (and splits), where ``train`` holds none.
@@ -57,7 +58,8 @@ class FineTuneDataModule(PackedDataModule):
         pair_order: ``given``: the order of a pair has a meaning. ``any``: it has none, as where two proteins interact:
             training shows either at random, a new one in each epoch; everything else the same one for both.
         label_separator: What parts the labels of a multilabel row.
-        mask_label: The letter of a residue that has no label, such as one that is not resolved.
+        mask_label: The label of a residue that has none, such as one that is not resolved: a letter, or where labels
+            are lists any string (null has the same meaning there).
         tokenizer: ``esm``, or a ``tokenizer.json``, or a directory that holds one: the model's.
         max_length: Tokens of a sequence that one step sees, ``<cls>`` and ``<eos>`` included.
         global_batch_tokens: Tokens in an optimizer step, over all processes and micro-batches.
@@ -144,7 +146,7 @@ class FineTuneDataModule(PackedDataModule):
             self.splits[split] = Labelled(corpus, labels)
         self.train_corpus = self.splits["train"].corpus
         self.validation_corpus = self.splits["validation"].corpus if "validation" in self.splits else None
-        _warn_of_copies(rows, self.pair_order)
+        _warn_of_copies(rows, tokens, self.pair_order)
 
     def _rows(self) -> dict[str, list[Row]]:
         """The rows of each split that there is."""
@@ -154,15 +156,16 @@ class FineTuneDataModule(PackedDataModule):
             for split, paths in files.items()
             if paths
         }
-        marked = [row for row in rows["train"] if row.split is not None]
         if len(rows) > 1:
-            if row := next((row for row in marked if _split(row) != "train"), None):
-                raise UserError(
-                    f"{row.where}: record '{row.id}' has the split {row.split!r}, but all of {self.train[0]} is "
-                    "trained on beside data.validation or data.test; leave those two out, or remove such rows"
-                )
+            for role, its_rows in rows.items():
+                if row := next((row for row in its_rows if row.split is not None and _split(row) != role), None):
+                    raise UserError(
+                        f"{row.where}: record '{row.id}' has the split {row.split!r}, but as data.{role} all of "
+                        f"{files[role][0]} is taken, beside files for other splits; leave "
+                        "data.validation and data.test out if one file holds all splits, else remove such rows"
+                    )
             return rows
-        if not marked and self._columns.split is None:
+        if self._columns.split is None and all(row.split is None for row in rows["train"]):
             return rows
         divided: dict[str, list[Row]] = {"train": []}
         for row in rows["train"]:
@@ -233,23 +236,24 @@ def _split(row: Row) -> str | None:
 
 
 @rank_zero_only
-def _warn_of_copies(rows: dict[str, list[Row]], pair_order: PairOrder | None) -> None:
-    """Say what of the held-out data stands in train, too: it would be remembered rather than understood."""
-    seen = {_content(row, pair_order) for row in rows["train"]}
-    parts = {part for content in seen for part in content}
-    for split in ("validation", "test"):
-        here = [(row, _content(row, pair_order)) for row in rows.get(split, [])]
-        copies = [row for row, content in here if content in seen]
-        shared = [sum(part in parts for part in content) for _, content in here if content not in seen]
-        if pair_order is not None and (copies or any(shared)):
+def _warn_of_copies(rows: dict[str, list[Row]], tokens: dict[str, list[Tokens]], pair_order: PairOrder | None) -> None:
+    """Say what of the held-out data was seen before: it would be remembered rather than understood."""
+    contents = {split: [_content(each, pair_order) for each in tokens[split]] for split in rows}
+    for split, other in (("validation", "train"), ("test", "train"), ("test", "validation")):
+        here, seen = contents.get(split, []), set(contents.get(other, []))
+        parts = {part for content in seen for part in content}
+        copies = [row for row, content in zip(rows.get(split, []), here, strict=True) if content in seen]
+        shared = [sum(part in parts for part in content) for content in here if content not in seen]
+        if pair_order is not None and (copies or (other == "train" and any(shared))):
             # Of pairs it matters, too, whether one or both of the sequences are known (Park and Marcotte 2012).
             found = (
-                f"of {len(here)} pairs of {split} {len(copies)} are in train, too; of {shared.count(2)} more both "
+                f"of {len(here)} pairs of {split} {len(copies)} are in {other}, too; of {shared.count(2)} more both "
                 f"sequences are, of {shared.count(1)} one"
             )
         elif copies:
             found = (
-                f"{len(copies)} of {len(here)} sequences of {split} are in train, too (the first at {copies[0].where})"
+                f"{len(copies)} of {len(here)} sequences of {split} are in {other}, too (the first at "
+                f"{copies[0].where})"
             )
         else:
             continue
@@ -257,9 +261,8 @@ def _warn_of_copies(rows: dict[str, list[Row]], pair_order: PairOrder | None) ->
         print(message, file=sys.stderr, flush=True)
 
 
-def _content(row: Row, pair_order: PairOrder | None) -> tuple[bytes, ...]:
+def _content(tokens: Tokens, pair_order: PairOrder | None) -> tuple[bytes, ...]:
     """What two rows have in common if one is a copy of the other."""
-    if row.second is None:
-        return (row.sequence,)
-    pair = row.sequence, row.second
-    return tuple(sorted(pair)) if pair_order == "any" else pair
+    parts = (tokens,) if pair_order is None else split_pair(tokens)
+    content = tuple(part.tobytes() for part in parts)
+    return tuple(sorted(content)) if pair_order == "any" else content

@@ -39,6 +39,12 @@ def encode(row: Row, tokenizer: Tokenizer, pair_order: PairOrder) -> Tokens:
     return np.concatenate([first, second[1:]])
 
 
+def split_pair(tokens: Tokens) -> tuple[Tokens, Tokens]:
+    """The two sequences of ``<cls> A <eos> B <eos>``."""
+    middle = int(np.argmax(tokens == tokens[-1]))
+    return tokens[1:middle], tokens[middle + 1 : -1]
+
+
 def cut_pair(tokens: Tokens, length: int, swap: bool) -> Tokens:
     """A pair in ``length`` tokens: the longer sequence loses its end first, then both, as ``longest_first`` does.
 
@@ -48,8 +54,7 @@ def cut_pair(tokens: Tokens, length: int, swap: bool) -> Tokens:
         swap: Give ``<cls> B <eos> A <eos>``.
     """
     cls, eos = tokens[:1], tokens[-1:]
-    middle = int(np.argmax(tokens == eos))
-    first, second = tokens[1:middle], tokens[middle + 1 : -1]
+    first, second = split_pair(tokens)
     if swap:
         first, second = second, first
     room = length - 3

@@ -122,7 +122,15 @@ MISTAKES: dict[str, tuple[Callable[[], str], dict[str, Any], list[str]]] = {
     ),
     "rows of the test split beside a test file": (
         lambda: table("t.csv", GOOD), {"data__test": "other.csv"},
-        ["t.csv:4: record 'c' has the split 'test'", "leave those two out, or remove such rows"],
+        ["t.csv:4: record 'c' has the split 'test'", "leave data.validation and data.test out"],
+    ),
+    "rows of the train split in a validation file": (
+        lambda: table("t.csv", "sequence,label\nMKL,1\nMK,0\n"), {"data__validation": "splits.csv"},
+        ["splits.csv:2: record 'a' has the split 'train', but as data.validation all of splits.csv is taken"],
+    ),
+    "a test file for validation": (
+        lambda: table("t.csv", "sequence,label\nMKL,1\nMK,0\n"), {"data__validation": "test.csv"},
+        ["test.csv:2: record 'c' has the split 'test'"],
     ),
     "rows of the test split beside a validation file, by a table of labels": (
         lambda: table("t.fasta", ">c\nMKA\n"), {"data__labels": "splits.csv", "data__validation": "other.csv"},
@@ -227,6 +235,7 @@ def test_a_mistake_is_told_in_one_line_and_leaves_nothing_behind(
     table("labels.csv", "id,label\na,1\n")
     table("splits.csv", GOOD)
     table("other.csv", "id,sequence,label\na,MKVL,1\n")
+    table("test.csv", "id,sequence,label,split\nc,MKA,1,test\n")
     if "words.json" in overrides.values():
         table("words.json", train_tokenizer(["some text"], 300).serialize())
     path = config(**{"data__train": build(), **overrides})
@@ -327,6 +336,8 @@ def test_splits_are_rows_by_their_column_or_files_of_their_own(tmp_path: Path) -
     assert sizes("fold.csv", split_column="fold") == divided
     assert sizes("t.fasta", labels=str(tmp_path / "fold.csv"), split_column="fold") == divided
     assert sizes("train.csv", test=str(tmp_path / "fold.csv")) == {"train": 2, "test": 3}
+    (tmp_path / "test.csv").write_text("id,sequence,label,split\nc,MKA,1,Test\n")
+    assert sizes("train.csv", test=str(tmp_path / "test.csv")) == divided
 
 
 @pytest.mark.parametrize(("rank", "times"), [(0, 1), (1, 0)])
@@ -338,3 +349,15 @@ def test_copies_between_train_and_test_are_told_by_one_process(
     monkeypatch.setattr(rank_zero_only, "rank", rank)
     FineTuneDataModule(str(path)).open()
     assert capsys.readouterr().err.count("1 of 2 sequences of test are in train, too") == times
+
+
+def test_a_copy_is_one_however_it_is_written_also_between_validation_and_test(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text(GOOD + "d,mkv*,1,test\ne,MKT,1,val\nf,mkt,1,test\n")
+    FineTuneDataModule(str(path)).open()
+    told = capsys.readouterr().err
+    assert f"1 of 3 sequences of test are in train, too (the first at {path}:5)" in told
+    assert f"1 of 3 sequences of test are in validation, too (the first at {path}:7)" in told
+    assert "of validation are" not in told
