@@ -118,6 +118,13 @@ class FineTuneDataModule(PackedDataModule):
             )
         if mask_label is not None and (task != "token" or not mask_label):
             raise UserError(f"data.mask_label is {mask_label!r} but data.task is {task}; only residues have one")
+        if not label_separator:
+            raise UserError("data.label_separator is empty; give what stands between two labels, such as ';'")
+        if label_separator != ";" and task != "multilabel":
+            raise UserError(
+                f"data.label_separator is {label_separator!r} but data.task is {task}; only multilabel rows have "
+                "labels to separate: leave it out"
+            )
         self.test = [test] if test else []
         self.labels = labels
         self.task: Task = task

@@ -117,9 +117,22 @@ class FineTuneModule(StepModule):
         self.prepare(data)
 
     def prepare(self, data: FineTuneDataModule) -> None:
-        """Build the head for a data module's labels, once; its `setup` comes first."""
+        """Build the head for a data module's labels, once; its `setup` comes first.
+
+        Raises:
+            UserError: If a setting has no meaning for such labels.
+        """
         if hasattr(self, "head"):
             return
+        if data.task == "token" and self.pooling != "cls":
+            raise UserError(
+                f"model.pooling is {self.pooling} but data.task is token, where nothing is pooled; leave it out"
+            )
+        if data.task == "regression" and self.class_weights != "none":
+            raise UserError(
+                f"model.class_weights is {self.class_weights} but data.task is regression; only classes have weights: "
+                "leave it out"
+            )
         self.spec: LabelSpec = data.spec
         self.head = build_head(self.encoder.config, self.spec, self.pooling)
         self.hparams["fine_tuning"] = {
@@ -130,7 +143,7 @@ class FineTuneModule(StepModule):
             "pair_order": data.pair_order,
         }
         weight: Tensor | None = None
-        if self.class_weights == "balanced" and self.spec.task != "regression":
+        if self.class_weights == "balanced":
             counts = torch.from_numpy(data.splits["train"].labels.counts(self.spec.num_outputs)).double()
             if self.spec.task == "multilabel":  # of each class by itself, those that have it against those that do not
                 weight = (len(data.train_corpus) - counts) / counts

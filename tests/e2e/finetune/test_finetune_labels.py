@@ -210,6 +210,20 @@ MISTAKES: dict[str, tuple[Callable[[], str], dict[str, Any], list[str]]] = {
     ),
     "early stopping without validation": (lambda: table("t.csv", GOOD), {"early_stopping": 2}, ["a validation split"]),
     "mask for whole sequences": (lambda: table("t.csv", GOOD), {"data__mask_label": "?"}, ["data.task is binary"]),
+    "pooling of residues": (
+        lambda: table("t.csv", "sequence,label\nMKV,HHE\n"), {**TOKENS, "model__pooling": "mean"},
+        ["model.pooling is mean but data.task is token"],
+    ),
+    "class weights of numbers": (
+        lambda: table("t.csv", "seq,label\nMKV,1\nMKL,2\n"), {**NUMBERS, "model__class_weights": "balanced"},
+        ["model.class_weights is balanced but data.task is regression"],
+    ),
+    "a separator of one label": (
+        lambda: table("t.csv", GOOD), {"data__label_separator": "|"}, ["data.label_separator is '|' but", "binary"]
+    ),
+    "no separator": (
+        lambda: table("t.csv", GOOD), {**MANY, "data__label_separator": ""}, ["data.label_separator is empty; give"]
+    ),
     "unknown task": (
         lambda: table("t.csv", GOOD), {"data__task": "rank"}, ["data.task", "one of 'regression', 'binary'", "rank"]
     ),
