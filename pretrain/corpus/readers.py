@@ -3,14 +3,14 @@
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 
 from pretrain.corpus.pieces import ID_COLUMNS, TEXT_COLUMNS, Piece, cut, find_column
-from pretrain.corpus.sources import SourceOptions, find_sources
+from pretrain.corpus.sources import Source, SourceOptions, find_sources
 from pretrain.errors import UserError
 
 
@@ -43,12 +43,19 @@ def read_records(name: str | Path, options: SourceOptions | None = None) -> Iter
         UserError: If the source is missing, empty, truncated or not what its name says; names file and line.
     """
     options = options or SourceOptions()
-    for source in find_sources([name], options):
+    for _, record in read_located(find_sources([name], options), options):
+        yield record
+
+
+def read_located(sources: Sequence[Source], options: SourceOptions) -> Iterator[tuple[str, Record]]:
+    """As `read_records`, of several sources; beside each record what a message about it begins with: place and name."""
+    for source in sources:
         for piece in cut(source, options):
             for item in parse(piece, options):
+                where = piece.where(item.line)
                 if isinstance(item, Flaw):
-                    raise UserError(f"{piece.where(item.line)}: {item.reason}")
-                yield item
+                    raise UserError(f"{where}: {item.reason}")
+                yield f"{where}: record '{item.id}'", item
 
 
 def parse(piece: Piece, options: SourceOptions) -> Iterator[Record | Flaw]:

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.corpus.readers import read_records
-from pretrain.corpus.sources import SourceOptions
+from pretrain.corpus.readers import read_located
+from pretrain.corpus.sources import SourceOptions, find_sources
 from pretrain.corpus.tokenizer import InvalidSymbolError, TextTokenizer, Tokenizer
 from pretrain.downstream.load import load, use_device
 from pretrain.downstream.pretrained_encoder import PretrainedEncoder
@@ -68,49 +68,55 @@ def fill(
     model = load(path).to(use_device(device))
     if not 1 <= top <= model.tokenizer.vocab_size:
         raise UserError(f"top is {top}; give 1 to {model.tokenizer.vocab_size}, the size of the vocabulary")
-    named = itertools.chain(((f"text {n}", text) for n, text in enumerate(texts, 1)), _read(source, options))
-    filled = ((name, text, masks) for block in _blocks(named) for name, text, masks in _fill(model, block, top))
+    given = (_Text(f"text {n}", text, f"text {n}") for n, text in enumerate(texts, 1))
+    blocks = _blocks(itertools.chain(given, _read(source, options or SourceOptions())))
+    filled = ((one, masks) for block in blocks for one, masks in _fill(model, block, top))
     if out is None:
-        for _, text, masks in filled:
-            yield text
+        for one, masks in filled:
+            yield one.text
             yield from _lines(masks, model.tokenizer)
         return
     with atomic_file(out) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("id", "mask", "position", "rank", "token", "probability"))
         count = 0
-        for name, _, masks in filled:
+        for one, masks in filled:
             for number, mask in enumerate(masks, 1):
                 count += 1
                 for rank, (token, probability) in enumerate(zip(mask.tokens, mask.probabilities, strict=True), 1):
-                    writer.writerow((name, number, mask.position, rank, token, f"{probability:.6g}"))
+                    writer.writerow((one.id, number, mask.position, rank, token, f"{probability:.6g}"))
     yield f"{out}: {count:,} masks, the best {top} tokens for each"
 
 
-def _read(source: str | None, options: SourceOptions | None) -> Iterator[tuple[str, str]]:
-    for record in read_records(source, options) if source else ():
-        yield record.id, record.text.decode("utf-8", "replace")
+class _Text(NamedTuple):
+    id: str
+    text: str
+    what: str
+    """What errors call it."""
 
 
-def _blocks(named: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
-    named = iter(named)
-    while block := list(itertools.islice(named, _BLOCK)):
+def _read(source: str | None, options: SourceOptions) -> Iterator[_Text]:
+    for what, record in read_located(find_sources([source], options), options) if source else ():
+        yield _Text(record.id, record.text.decode("utf-8", "replace"), what)
+
+
+def _blocks(texts: Iterable[_Text]) -> Iterator[list[_Text]]:
+    texts = iter(texts)
+    while block := list(itertools.islice(texts, _BLOCK)):
         yield block
 
 
-def _fill(
-    model: PretrainedEncoder, named: Sequence[tuple[str, str]], top: int
-) -> Iterator[tuple[str, str, list[Prediction]]]:
-    tokens = [encode_masked(model.tokenizer, text, name) for name, text in named]
+def _fill(model: PretrainedEncoder, texts: Sequence[_Text], top: int) -> Iterator[tuple[_Text, list[Prediction]]]:
+    tokens = [encode_masked(model.tokenizer, one.text, one.what) for one in texts]
     places = [np.flatnonzero(ids == model.tokenizer.mask_token_id).tolist() for ids in tokens]
-    for (name, text), where, rows in zip(named, places, model.log_probabilities(tokens, places), strict=True):
+    for one, where, rows in zip(texts, places, model.log_probabilities(tokens, places), strict=True):
         best = np.argsort(-rows, axis=-1, kind="stable")[:, :top]
         chances = np.exp(np.take_along_axis(rows, best, -1))
         masks = [
             Prediction(place, [_show(model.tokenizer, token) for token in ids], probabilities)
             for place, ids, probabilities in zip(where, best.tolist(), chances.tolist(), strict=True)
         ]
-        yield name, text, masks
+        yield one, masks
 
 
 def encode_masked(tokenizer: Tokenizer, text: str, name: str) -> NDArray[np.int64]:

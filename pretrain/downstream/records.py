@@ -6,8 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.corpus.pieces import cut
-from pretrain.corpus.readers import Flaw, parse
+from pretrain.corpus.readers import read_located
 from pretrain.corpus.sources import Source, SourceOptions
 from pretrain.corpus.tokenizer import Tokenizer, encode_or_refuse
 from pretrain.errors import UserError
@@ -42,15 +41,11 @@ def read_tokens(
     Raises:
         UserError: If a source is unreadable, or a record is bad, empty or too long; names file and line.
     """
-    for source in sources:
-        for piece in cut(source, options):
-            for record in parse(piece, options):
-                if isinstance(record, Flaw):
-                    raise UserError(f"{piece.where(record.line)}: {record.reason}")
-                ids = encode_or_refuse(tokenizer, record.text, f"{piece.where(record.line)}: record '{record.id}'")
-                if max_length is not None and len(ids) > max_length and not crop:
-                    raise UserError(
-                        f"{piece.where(record.line)}: record '{record.id}' has {len(ids):,} tokens, more than "
-                        f"{max_length:,}; give --long_sequences crop or whole, or another --max_length"
-                    )
-                yield TokenizedRecord(record.id, ids[:max_length] if crop else ids, len(ids))
+    for what, record in read_located(sources, options):
+        ids = encode_or_refuse(tokenizer, record.text, what)
+        if max_length is not None and len(ids) > max_length and not crop:
+            raise UserError(
+                f"{what} has {len(ids):,} tokens, more than {max_length:,}; give --long_sequences crop or whole, or "
+                "another --max_length"
+            )
+        yield TokenizedRecord(record.id, ids[:max_length] if crop else ids, len(ids))

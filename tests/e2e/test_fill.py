@@ -62,7 +62,7 @@ def test_a_file_is_filled_as_its_strings_are(
         (["M<mask>", "--top", "0"], "top is 0; give 1 to 33"),
         (["M<mask>", "--out", "{taken}"], "exists already"),
         (["--file", "/nowhere.txt"], "/nowhere.txt: no such file"),
-        (["--file", "{unmasked}", "--out", "{new}"], "three has no <mask>"),
+        (["--file", "{unmasked}", "--out", "{new}"], "unmasked.fasta:3: record 'three' has no <mask>"),
     ],
     ids=" ".join,
 )

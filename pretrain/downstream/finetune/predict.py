@@ -1,7 +1,7 @@
 """`pretrain predict`: a fine-tuned model's answers for new sequences, in a table."""
 
 import csv
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
@@ -11,15 +11,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from pretrain.corpus.readers import read_records
-from pretrain.corpus.sources import SourceOptions
+from pretrain.corpus.sources import SourceOptions, find_sources
 from pretrain.downstream.finetune.labels import Labels, LabelSpec
 from pretrain.downstream.finetune.metrics import Answers, predictions
 from pretrain.downstream.finetune.model import FineTuned, load_fine_tuned
 from pretrain.downstream.finetune.packs import InMemoryCorpus, Labelled, evaluation_batches
 from pretrain.downstream.finetune.pairs import Tokens, encode
-from pretrain.downstream.finetune.table import Columns, Row, read_pairs
+from pretrain.downstream.finetune.table import Columns, read_pairs
 from pretrain.downstream.load import use_device
+from pretrain.downstream.records import read_tokens
 from pretrain.errors import UserError
 from pretrain.files import atomic_path, refuse_existing
 
@@ -63,13 +63,13 @@ def predict(
         raise UserError(f"pack_tokens is {pack_tokens}; give 1 or more")
     model = load_fine_tuned(run)
     place = use_device(device)
-    rows = _rows(source, options or SourceOptions(), pair_column, model)
+    read = _read(source, options or SourceOptions(), pair_column, model)
     count = truncated = 0
     with atomic_path(out) as partial:
         with _TABLES[out.suffix](partial) as write, tqdm(unit=" sequences", disable=None) as bar:
-            while window := list(islice(rows, _WINDOW)):
-                sequences = [encode(row, model.tokenizer, model.pair_order or "given") for row in window]
-                write(_columns(model.spec, window, _answers(model, sequences, pack_tokens, place)))
+            while window := list(islice(read, _WINDOW)):
+                names, sequences = map(list, zip(*window, strict=True))
+                write(_columns(model.spec, names, _answers(model, sequences, pack_tokens, place)))
                 count += len(window)
                 if model.spec.task != "token":
                     truncated += sum(len(sequence) > model.max_length for sequence in sequences)
@@ -80,13 +80,18 @@ def predict(
     return f"{out}: {count:,} predictions by {run}, after step {model.step}{cut}"
 
 
-def _rows(source: str, options: SourceOptions, pair_column: str | None, model: FineTuned) -> Iterator[Row]:
-    if model.pair_order is not None:
+def _read(
+    source: str, options: SourceOptions, pair_column: str | None, model: FineTuned
+) -> Iterator[tuple[str, Tokens]]:
+    """The name and the tokens of each sequence or pair."""
+    tokenizer = model.encoder.tokenizer
+    if (order := model.pair_order) is not None:
         columns = Columns(text=options.text_column, id=options.id_column, pair=pair_column)
-        return read_pairs(source, columns, options.kind)
+        return ((row.id, encode(row, tokenizer, order)) for row in read_pairs(source, columns, options.kind))
     if pair_column is not None:
         raise UserError(f"pair_column is '{pair_column}', but the model takes single sequences; leave it out")
-    return (Row(f"{source}:{record.line}", record.id, record.text) for record in read_records(source, options))
+    records = read_tokens(find_sources([source], options), tokenizer, options, None, crop=False)
+    return ((record.id, record.ids) for record in records)
 
 
 def _answers(model: FineTuned, sequences: list[Tokens], pack_tokens: int, device: torch.device) -> Answers:
@@ -94,14 +99,14 @@ def _answers(model: FineTuned, sequences: list[Tokens], pack_tokens: int, device
     if model.spec.task == "token":
         bounds = np.cumsum([0, *(len(sequence) - 2 for sequence in sequences)])
         labels = Labels(np.zeros(bounds[-1], np.int64), bounds)
-    data = Labelled(InMemoryCorpus(sequences, model.tokenizer), labels)
+    data = Labelled(InMemoryCorpus(sequences, model.encoder.tokenizer), labels)
     batches = evaluation_batches(data, model.max_length, pack_tokens, model.pair_order)
     return Answers.join(model.answers(batches, device))
 
 
-def _columns(spec: LabelSpec, rows: Iterable[Row], answers: Answers) -> dict[str, list[Any]]:
+def _columns(spec: LabelSpec, names: list[str], answers: Answers) -> dict[str, list[Any]]:
     predicted = predictions(spec, answers.outputs)
-    columns: dict[str, list[Any]] = {"id": [row.id for row in rows]}
+    columns: dict[str, list[Any]] = {"id": names}
     if spec.task == "regression":
         return {**columns, "prediction": predicted.tolist()}
     if spec.task == "token":

@@ -138,6 +138,18 @@ def test_the_test_split_is_looked_at_once(
     assert "the test split was looked at after step 8" in capsys.readouterr().err
 
 
+def test_a_record_that_cannot_be_predicted_for_is_named_with_its_file(
+    pretrained: Path, config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = tmp_path / "run", tmp_path / "out.csv"
+    assert finetune("-c", config(trainer__max_steps=4), "--from", pretrained, "--run", run) == 0
+    for name, sequence in (("one", "MK"), ("two", "M1")):
+        (tmp_path / f"{name}.fasta").write_text(f">a\nMK\n>b\n{sequence}\n")
+    assert main(["predict", str(run), str(tmp_path / "*.fasta"), "--out", str(out)]) == 2
+    assert f"{tmp_path}/two.fasta:3: record 'b' has '1' at position 2" in capsys.readouterr().err
+    assert not out.exists()
+
+
 @pytest.mark.parametrize(
     ("settings", "moves"),
     [
