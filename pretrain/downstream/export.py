@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import yaml
 
-from pretrain.corpus.tokenizer import Tokenizer, tokenizer_from_string
+from pretrain.corpus.tokenizer import Tokenizer
 from pretrain.downstream.card import CURVES, model_card, settings_at
 from pretrain.downstream.contact_regression import read_regression
 from pretrain.downstream.finetune.export import check_exportable, hf_class, verify_fine_tuned, write_fine_tuned
@@ -51,8 +51,7 @@ def export(run: Path, out: Path, regression: Path | None = None) -> str:
             raise UserError(f"{run}: is a fine-tuning run; a contact regression goes with a pre-trained one")
         return _export_fine_tuned(run, home, settings, out)
     encoder = encoder_of(checkpoint, run)
-    tokenizer = tokenizer_from_string(checkpoint["MLMDataModule"]["tokenizer"], str(run))
-    max_length = settings["data"]["max_length"]
+    tokenizer, max_length = encoder.tokenizer, settings["data"]["max_length"]
     contacts = "of the model that training began with; attention has changed since" if encoder.contacts else ""
     if regression:
         encoder.contacts = read_regression(regression)
@@ -85,7 +84,7 @@ def _export_fine_tuned(run: Path, home: Path, settings: dict[str, Any], out: Pat
     check_exportable(model, run)
     with new_directory(out) as partial:
         write_fine_tuned(model, partial)
-        write_tokenizer(model.tokenizer, model.max_length, partial)
+        write_tokenizer(model.encoder.tokenizer, model.max_length, partial)
         result = _result(home)
         card = fine_tuned_card(model, settings, result if result.get("best_step") == model.step else {}, out.name)
         (partial / "README.md").write_text(card, encoding="utf-8")

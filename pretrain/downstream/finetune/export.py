@@ -52,7 +52,7 @@ def write_fine_tuned(model: FineTuned, out: Path) -> None:
     labels: dict[str, Any] = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     if spec.task != "token":
         labels["problem_type"] = _PROBLEM[spec.task]
-    config = hf_config(model.encoder, model.tokenizer, model.max_length, **labels)
+    config = hf_config(model.encoder, model.encoder.tokenizer, model.max_length, **labels)
     theirs = getattr(transformers, hf_class(spec))(config)
     state = {name: t for name, t in hf_state(model.encoder).items() if not name.startswith("lm_head.")}
     theirs.load_state_dict({**state, **_head_state(model)})
@@ -77,10 +77,10 @@ def verify_fine_tuned(model: FineTuned, out: Path) -> float:
     """
     import transformers
 
-    input_ids = probe(model.tokenizer, model.max_length)
+    input_ids = probe(model.encoder.tokenizer, model.max_length)
     length = len(input_ids)
     if model.pair_order:
-        input_ids[length // 2] = model.tokenizer.eos_token_id
+        input_ids[length // 2] = model.encoder.tokenizer.eos_token_id
     cu_seqlens = torch.tensor([0, length], dtype=torch.int32)
     token = isinstance(model.head, TokenHead)
     positions = torch.arange(length) if token else torch.zeros(1, dtype=torch.int64)

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from pretrain.corpus.tokenizer import Tokenizer, tokenizer_from_string
 from pretrain.downstream.finetune.head import Head, build_head, head_outputs
 from pretrain.downstream.finetune.labels import LabelSpec
 from pretrain.downstream.finetune.metrics import Answers
@@ -16,7 +15,7 @@ from pretrain.downstream.finetune.pairs import PairOrder
 from pretrain.downstream.load import checkpoint_of, encoder_of
 from pretrain.downstream.pretrained_encoder import PretrainedEncoder
 from pretrain.errors import UserError
-from pretrain.train.checkpoint import BEST, CHECKPOINTS, data_state
+from pretrain.train.checkpoint import BEST, CHECKPOINTS
 from pretrain.train.spikes import of_history, read_skips
 
 
@@ -28,7 +27,6 @@ class FineTuned:
         encoder: The encoder; low-rank parts are merged.
         head: The head.
         spec: What its outputs mean.
-        tokenizer: The tokenizer.
         max_length: Tokens of a sequence that it was trained on, at most.
         pair_order: That of pairs, where it takes pairs; None where single sequences.
         step: After which optimizer step this is.
@@ -37,7 +35,6 @@ class FineTuned:
     encoder: PretrainedEncoder
     head: Head
     spec: LabelSpec
-    tokenizer: Tokenizer
     max_length: int
     pair_order: PairOrder | None
     step: int
@@ -72,10 +69,7 @@ def load_fine_tuned(path: Path) -> FineTuned:
     head.load_state_dict(
         {name.removeprefix(prefix): t for name, t in checkpoint["state_dict"].items() if name.startswith(prefix)}
     )
-    state = data_state(checkpoint)
-    assert state is not None
-    tokenizer = tokenizer_from_string(state["tokenizer"], str(path))
-    given = spec, tokenizer, settings["max_length"], settings["pair_order"], checkpoint["global_step"]
+    given = spec, settings["max_length"], settings["pair_order"], checkpoint["global_step"]
     return FineTuned(encoder, head.eval(), *given)
 
 

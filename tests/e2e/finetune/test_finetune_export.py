@@ -11,7 +11,6 @@ from labelled import finetune, read_csv
 from test_resume import equal
 
 from pretrain.cli import main
-from pretrain.corpus.tokenizer import ProteinTokenizer
 from pretrain.downstream import hf_files
 from pretrain.downstream.finetune.export import model_card
 from pretrain.downstream.finetune.head import build_head
@@ -91,7 +90,7 @@ def test_an_export_is_readable_by_whoever_reads_its_config_in_shards_and_without
 def test_a_card_names_what_was_fine_tuned_and_not_where_it_lay(model: dict[str, Any], start: str) -> None:
     shape = EncoderConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
     spec = LabelSpec("binary", ("no", "yes"))
-    tuned = FineTuned(Encoder(shape), build_head(shape, spec, "cls"), spec, ProteinTokenizer(), 64, None, 3)
+    tuned = FineTuned(Encoder(shape), build_head(shape, spec, "cls"), spec, 64, None, 3)
     card = model_card(tuned, {"model": {**model, "tune": "full"}, "data": {"train": "labels.csv"}}, {}, "x")
     assert f"| Fine-tuned from | {start} |" in card
 
