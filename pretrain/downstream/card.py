@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from pretrain.model.encoder import Encoder
-from pretrain.train.run import STARTS
+from pretrain.train.run import STARTS, Change
 
 CURVES = "curves.png"
 _RECIPE = {
@@ -44,17 +44,29 @@ def settings_at(settings: dict[str, Any], home: Path, step: int) -> tuple[dict[s
         with suppress(ValueError):  # one that a power cut or a full disk left by half
             starts.append(json.loads(line))
     for start in reversed(starts):
-        for change in start.get("changes", ()):
+        for recorded in start.get("changes", ()):
+            name, was, shown = _change(recorded)
             if start["step"] < step:
-                made.append((start["step"], change))
+                made.append((start["step"], shown))
                 continue
-            name, _, values = change.partition(": ")
             *parents, last = name.split(".")
             place = settings
             for parent in parents:
                 place = place.get(parent) or {}
-            place[last] = ast.literal_eval(values.partition(" -> ")[0])
+            place[last] = was
     return settings, sorted(made, key=lambda change: change[0])
+
+
+def _change(recorded: dict[str, Any] | str) -> tuple[str, Any, str]:
+    """Of a recorded change the setting's name, what it was, and the change for people."""
+    if not isinstance(recorded, str):
+        return recorded["name"], recorded["was"], str(Change(**recorded))
+    name, _, values = recorded.partition(": ")  # older versions recorded what people see
+    was = values.partition(" -> ")[0]
+    for read in (ast.literal_eval, float):
+        with suppress(ValueError, SyntaxError):
+            return name, read(was), recorded
+    return name, was, recorded
 
 
 def model_card(

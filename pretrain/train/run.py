@@ -25,12 +25,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import yaml
 from torch import Tensor
 from torch.utils._pytree import tree_map
+from typing_extensions import override
 
 from pretrain.errors import UserError, disk_is_full, one_line
 from pretrain.files import append_line, link, write_whole
@@ -86,6 +87,18 @@ _FREE = (
     "data.validation_pack_tokens",
 )
 _PACKAGES = ("torch", "pytorch-lightning", "transformers", "numpy", "pyarrow", "tokenizers")
+
+
+class Change(NamedTuple):
+    """A setting that is another one than before."""
+
+    name: str
+    was: Any
+    now: Any
+
+    @override
+    def __str__(self) -> str:
+        return f"{self.name}: {self.was!r} -> {self.now!r}"
 
 
 class Run:
@@ -227,7 +240,7 @@ class Run:
             return None
         return cast(dict[str, Any], tree_map(lambda value: math.nan if value is None else value, result))
 
-    def check(self, config: dict[str, Any], allow_change: bool, defaults: dict[str, Any]) -> list[str]:
+    def check(self, config: dict[str, Any], allow_change: bool, defaults: dict[str, Any]) -> list[Change]:
         """Compare the settings with those that the run was started with.
 
         A setting that the run does not know, since it began under an older version, had its default.
@@ -245,20 +258,21 @@ class Run:
         """
         nothing_trained = self.config is None or self.checkpoint is None
         changes = [] if nothing_trained else list(_differences(self.config or {}, config, defaults))
-        history: list[str] = []
-        for name, was, now in changes:
-            what = f"{name}: {was!r} -> {now!r}"
+        history: list[Change] = []
+        for change in changes:
+            name, was, now = change
             if name.startswith(_IDENTITY) and name not in _DROPOUT:
                 raise UserError(
                     f"{self.directory}: was started with {name} {was!r}, this config has {now!r}: that would be "
                     "another run; choose another directory with --run, or restore the setting"
                 )
             if name.startswith(_HISTORY) and name not in _FREE:
-                history.append(what)
+                history.append(change)
         if history and not allow_change:
+            told = "; ".join(map(str, history))
             raise UserError(
-                f"{self.directory}: was started with other settings ({'; '.join(history)}); add --allow_change to "
-                "continue with the new ones, or choose another directory with --run"
+                f"{self.directory}: was started with other settings ({told}); add --allow_change to continue with the "
+                "new ones, or choose another directory with --run"
             )
         return history
 
@@ -292,7 +306,7 @@ class Run:
         if differing:
             raise UserError(f"{self.checkpoint}: is of another model ({differing[0]}); {remedy}")
 
-    def record_start(self, config_text: str, changes: list[str], execution: dict[str, Any]) -> None:
+    def record_start(self, config_text: str, changes: list[Change], execution: dict[str, Any]) -> None:
         """Write the config, and a line about this start, what runs and the environment it runs in."""
         self.directory.mkdir(parents=True, exist_ok=True)
         write_whole(self.directory / CONFIG, config_text)
@@ -301,7 +315,7 @@ class Run:
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "step": self.step,
             "command": shlex.join(sys.argv),
-            "changes": changes,
+            "changes": [change._asdict() for change in changes],
             "python": platform.python_version(),
             "packages": {name: version(name) for name in _PACKAGES},
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
@@ -361,7 +375,9 @@ def _shapes(weights: Mapping[str, Any]) -> dict[str, list[int] | None]:
     }
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any], defaults: dict[str, Any], prefix: str = "") -> Any:
+def _differences(
+    old: dict[str, Any], new: dict[str, Any], defaults: dict[str, Any], prefix: str = ""
+) -> Iterator[Change]:
     for name in sorted({*old, *new}):
         default = defaults.get(name)
         was, now = old.get(name, default), new.get(name)
@@ -369,7 +385,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any], defaults: dict[str, A
         if isinstance(was, dict) and isinstance(now, dict) and not reordered:
             yield from _differences(was, now, default if isinstance(default, dict) else {}, f"{prefix}{name}.")
         elif was != now or reordered:
-            yield f"{prefix}{name}", was, now
+            yield Change(f"{prefix}{name}", was, now)
 
 
 def _names(value: Any) -> list[str]:

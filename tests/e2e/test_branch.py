@@ -60,7 +60,10 @@ def test_a_branch_takes_other_history_settings_and_logs_them(
     assert recorded["cursor"] == read_checkpoint(run / "checkpoints" / "last.ckpt")["MLMDataModule"]["cursor"]
     (start,) = map(json.loads, (branch / "starts.jsonl").read_text().splitlines())
     assert start["step"] == 10
-    assert start["changes"] == ["model.learning_rate: 0.01 -> 0.5", "trainer.max_steps: 10 -> 12"]
+    assert start["changes"] == [
+        {"name": "model.learning_rate", "was": 0.01, "now": 0.5},
+        {"name": "trainer.max_steps", "was": 10, "now": 12},
+    ]
     # From here on it is a run like any other, whose changes must be allowed; the bare flag and the word both do.
     again = ("-c", config, "--run", branch, "--trainer.max_steps", 13, "--model.learning_rate", 0.5)
     assert fit(*again) == 2

@@ -26,6 +26,7 @@ from pretrain.downstream.card import model_card
 from pretrain.downstream.export import export
 from pretrain.errors import UserError
 from pretrain.model.encoder import Encoder
+from pretrain.train.run import Change
 
 STEPS = 4
 DOCUMENTS = ["The state of the union is strong.", "  Two  spaces, a\ttab and café — naïve?", "日本語 and 🧬 emoji", "x"]
@@ -294,7 +295,8 @@ def test_the_card_tells_nothing_of_the_machine(run: Path, source: str, shown: st
 
 def test_the_card_tells_each_change_of_settings_with_its_step(copy: Path, tmp_path: Path) -> None:
     """And the card of a checkpoint before a change tells the settings that it was trained with."""
-    starts = [{"step": 2, "changes": ["model.learning_rate: 0.02 -> 0.01", "trainer.gradient_clip_val: None -> 1.0"]}]
+    changes = [Change("model.learning_rate", 0.02, 0.01), Change("trainer.gradient_clip_val", None, 1.0)]
+    starts = [{"step": 2, "changes": [change._asdict() for change in changes]}]
     with (copy / "starts.jsonl").open("a") as file:
         file.writelines(json.dumps(start) + "\n" for start in starts)
     export(copy, tmp_path / "after")

@@ -1,5 +1,6 @@
 """A mistake ends in one line that says what was found and what to do, with exit code 2 and nothing half-written."""
 
+import json
 import os
 import subprocess
 import sys
@@ -213,7 +214,8 @@ def test_an_allowed_change_of_history_takes_effect_and_is_recorded(
     assert checkpoint["global_step"] == 12
     rate = 0.5 * (3 / 12) ** 0.5
     assert checkpoint["optimizer_states"][0]["param_groups"][0]["lr"] == pytest.approx(rate)
-    assert "model.learning_rate: 0.01 -> 0.5" in (run / "starts.jsonl").read_text().splitlines()[-1]
+    start = json.loads((run / "starts.jsonl").read_text().splitlines()[-1])
+    assert {"name": "model.learning_rate", "was": 0.01, "now": 0.5} in start["changes"]
 
 
 def test_a_checkpoint_of_other_data_is_refused(

@@ -159,4 +159,4 @@ def test_another_order_of_the_sets_is_a_change_since_the_first_one_counts(
         fit_here(command(other, "--trainer.max_steps", "2"))
     assert main(["fit", *command(other, "--trainer.max_steps", "3", "--allow_change")]) == 0
     starts = (tmp_path / "run" / "starts.jsonl").read_text().splitlines()
-    assert any(change.startswith("data.validation: ") for change in json.loads(starts[-1])["changes"])
+    assert any(change["name"] == "data.validation" for change in json.loads(starts[-1])["changes"])

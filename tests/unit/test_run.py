@@ -9,7 +9,7 @@ import pytest
 
 from pretrain.downstream.card import settings_at
 from pretrain.errors import UserError
-from pretrain.train.run import RESULT, STARTS, Run
+from pretrain.train.run import RESULT, STARTS, Change, Run
 
 
 @pytest.mark.parametrize(
@@ -52,13 +52,32 @@ def test_a_figure_that_is_not_defined_is_null_in_the_result_and_nan_when_read(tm
 
 @pytest.mark.parametrize("torn", ['{"time": "2026-0', '{"time": "2026-0{"step": 3}\n', "\0\0\0\n"])
 def test_a_start_that_was_recorded_by_half_spoils_none_before_or_after(torn: str, tmp_path: Path) -> None:
-    changes = [["model.learning_rate: 0.1 -> 0.2"], ["model.learning_rate: 0.2 -> 0.3"]]
-    starts = [{"step": step, "changes": changed} for step, changed in zip((2, 4), changes, strict=True)]
-    (tmp_path / STARTS).write_text(json.dumps(starts[0]) + "\n" + torn)
+    first, second = (Change("model.learning_rate", was, now) for was, now in ((0.1, 0.2), (0.2, 0.3)))
+    (tmp_path / STARTS).write_text(json.dumps({"step": 2, "changes": [first._asdict()]}) + "\n" + torn)
     run = Run(tmp_path / "other")
     run.directory, run.step = tmp_path, 4
-    run.record_start("", changes[1], {})
+    run.record_start("", [second], {})
     last = json.loads((tmp_path / STARTS).read_text().splitlines()[-1])
-    assert (last["step"], last["changes"]) == (4, changes[1])
+    assert (last["step"], last["changes"]) == (4, [second._asdict()])
     rates = {step: settings_at({"model": {"learning_rate": 0.3}}, tmp_path, step)[0] for step in (1, 3, 5)}
     assert [settings["model"]["learning_rate"] for settings in rates.values()] == [0.1, 0.2, 0.3]
+
+
+@pytest.mark.parametrize("was", [math.inf, None, True, "a -> b", ["a: b"], {"x": -math.inf}])
+def test_a_change_is_told_and_taken_back_whatever_the_values_are(was: object, tmp_path: Path) -> None:
+    run = Run(tmp_path / "other")
+    run.directory, run.step = tmp_path, 4
+    run.record_start("", [Change("model.some.setting", was, 1.0)], {})
+    now = {"model": {"some": {"setting": 1.0}}}
+    assert settings_at(now, tmp_path, 4) == ({"model": {"some": {"setting": was}}}, [])
+    assert settings_at(now, tmp_path, 5) == (now, [(4, f"model.some.setting: {was!r} -> 1.0")])
+
+
+def test_changes_are_read_as_older_versions_recorded_them(tmp_path: Path) -> None:
+    changes = ["trainer.max_steps: 10 -> 12", "model.clip: inf -> 1.0", "model.name: 'a -> b' -> 'c'"]
+    (tmp_path / STARTS).write_text(json.dumps({"step": 4, "changes": changes}) + "\n")
+    now = {"trainer": {"max_steps": 12}, "model": {"clip": 1.0, "name": "c"}}
+    assert settings_at(now, tmp_path, 5) == (now, [(4, change) for change in changes])
+    before, _ = settings_at(now, tmp_path, 4)
+    assert before["trainer"]["max_steps"] == 10
+    assert before["model"]["clip"] == math.inf
