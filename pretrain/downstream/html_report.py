@@ -243,7 +243,7 @@ def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 
 def _table(head: list[str], rows: list[tuple[str, list[str]]]) -> str:
-    """Rows of a label, which is HTML, and cells, which are."""
+    """Labels and cells are HTML already; the head is escaped here."""
     heads = "".join(f"<th>{html.escape(name)}</th>" for name in head)
     body = "".join(f"<tr><td>{label}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>" for label, cells in rows)
     return f"<table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>"
