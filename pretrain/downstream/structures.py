@@ -75,7 +75,11 @@ def read_structures(paths: Sequence[Path]) -> list[Structure]:
 
 
 def _is_structure(file: Path) -> bool:
-    return file.name.removesuffix(".gz").endswith(_SUFFIXES)
+    return _uncompressed_name(file).lower().endswith(_SUFFIXES)
+
+
+def _uncompressed_name(file: Path) -> str:
+    return file.stem if file.suffix.lower() == ".gz" else file.name
 
 
 def _read(file: Path) -> list[Structure]:
@@ -93,7 +97,7 @@ def _read(file: Path) -> list[Structure]:
             f"{file}: holds no protein chain with residues that are {MIN_SEPARATION} apart and have Cβ or backbone "
             "atoms; leave it out"
         )
-    name = file.name.removesuffix(".gz").rpartition(".")[0]
+    name = _uncompressed_name(file).rpartition(".")[0]
     return [Structure(f"{name}_{chain.id}", chain.sequence, chain.beta) for chain in chains]
 
 

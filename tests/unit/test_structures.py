@@ -33,8 +33,10 @@ def test_sequence_and_contacts_of_a_hairpin(name: str, tmp_path: Path) -> None:
 def test_a_compressed_file_and_a_directory_are_read(tmp_path: Path) -> None:
     plain = write(hairpin(SEQUENCE), tmp_path / "b.pdb")
     (tmp_path / "a.pdb.gz").write_bytes(gzip.compress(plain.read_bytes()))
+    (tmp_path / "1ABC.PDB").write_bytes(plain.read_bytes())
+    (tmp_path / "2ABC.ENT.GZ").write_bytes(gzip.compress(plain.read_bytes()))
     (tmp_path / "notes.txt").write_text("no structure")
-    assert [found.id for found in read_structures([tmp_path])] == ["a_A", "b_A"]
+    assert [found.id for found in read_structures([tmp_path])] == ["1ABC_A", "2ABC_A", "a_A", "b_A"]
 
 
 @pytest.mark.parametrize("name", ["a.pdb", "a.cif"])
