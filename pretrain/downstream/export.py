@@ -86,7 +86,9 @@ def _export_fine_tuned(run: Path, home: Path, settings: dict[str, Any], out: Pat
         write_fine_tuned(model, partial)
         write_tokenizer(model.encoder.tokenizer, model.max_length, partial)
         result = _result(home)
-        card = fine_tuned_card(model, settings, result if result.get("best_step") == model.step else {}, out.name)
+        if result.get("best_step") != model.step:
+            result = {}
+        card = fine_tuned_card(model, settings, result, home.absolute().name)
         (partial / "README.md").write_text(card, encoding="utf-8")
         difference = verify_fine_tuned(model, partial)
     return (

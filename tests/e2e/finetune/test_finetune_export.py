@@ -76,6 +76,7 @@ def test_an_export_is_readable_by_whoever_reads_its_config_in_shards_and_without
     assert main(["export", str(run), "--out", str(out)]) == 0
     assert capfd.readouterr().err == ""
     assert len(list(out.glob("model-*.safetensors"))) > 2
+    assert "\n# run\n" in (out / "README.md").read_text()  # the run's name, as of a pre-trained one
     assert {file.stat().st_mode for file in out.iterdir()} == {(out / "config.json").stat().st_mode}
 
 
