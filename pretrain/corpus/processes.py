@@ -106,24 +106,38 @@ def to_first_error(tasks: Iterable[Task]) -> Iterator[Task | UserError]:
 def _start(function: Callable[[Any], Any]) -> None:
     global _function
     _function = function
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent's answer is enough
     end_with_parent()
     pa.set_cpu_count(1)
 
 
 def end_with_parent(worker: int = 0) -> None:
-    """Let this process end as soon as the one that started it has, however that did; also a ``worker_init_fn``.
+    """Let this process end when the one that started it does or says so, and for nobody else; a ``worker_init_fn``.
+
+    A scheduler, or a launcher such as torchrun, signals all processes of a job, and what the parent makes of it is its
+    decision: it may want a few more batches to finish a step.
 
     PyTorch's loader workers look for their parent by themselves, but then wait for ever for somebody to read what they
     have sent.
     """
-
-    def watch(parent: BaseProcess) -> None:
-        parent.join()
-        os._exit(1)
-
     if parent := multiprocessing.parent_process():
-        threading.Thread(target=watch, args=(parent,), daemon=True).start()
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # first: threads that begin later have it, too
+        for watch in (_end_after, _obey):
+            threading.Thread(target=watch, args=(parent,), daemon=True).start()
+
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+def _end_after(parent: BaseProcess) -> None:
+    parent.join()
+    os._exit(1)
+
+
+def _obey(parent: BaseProcess) -> None:
+    while True:
+        received = signal.sigwaitinfo(_SIGNALS)
+        if received.si_signo == signal.SIGTERM and received.si_pid == parent.pid:
+            os._exit(0)
 
 
 def _apply(task: Any) -> Any:

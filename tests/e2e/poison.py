@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -172,11 +173,15 @@ class SignalAtStart(pl.Callback):
 
 
 class Signal(pl.Callback):
-    """Sends its own process a signal in the middle of a step."""
+    """Sends its own process a signal in the middle of a step; before that, its children, if all are to get it."""
 
-    def __init__(self, number: int, name: str) -> None:
-        self.number, self.name = number, name
+    def __init__(self, number: int, name: str, to_all: bool = False) -> None:
+        self.number, self.name, self.to_all = number, name, to_all
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx == self.number:
-            os.kill(os.getpid(), signal.Signals[self.name])
+            children = [child.pid for child in multiprocessing.active_children()] if self.to_all else []
+            for process in (*children, os.getpid()):
+                # From elsewhere: a parent may end its children.
+                subprocess.run(["kill", "-s", self.name.removeprefix("SIG"), str(process)], check=True)
+            time.sleep(0.2 * self.to_all)  # until a child would have ended

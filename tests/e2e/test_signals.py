@@ -52,6 +52,18 @@ def test_a_signal_ends_the_run_after_the_step_and_the_same_command_continues_it(
     assert figures(straight) == figures(run)
 
 
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
+def test_a_signal_to_all_processes_of_a_job_ends_the_run_after_the_step(
+    tiny: Callable[..., Path], fit: Callable[..., int], tmp_path: Path, name: str
+) -> None:
+    """As torchrun, SLURM, `timeout` and Ctrl-C send it: the loader's workers must go on for as long as they are needed."""
+    run, config = tmp_path / "run", tiny(data__num_workers=2, trainer__accumulate_grad_batches=8)
+    to_all = [*send(name, 24), "--trainer.callbacks.to_all=true"]
+    assert fit("-c", config, "--run", run, *to_all) == 128 + signal.Signals[name]
+    assert read_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 4
+    assert fit("-c", config, "--run", run) == 0
+
+
 def test_before_the_first_step_a_signal_ends_the_process_as_a_signal_does(
     tiny: Callable[..., Path], fit: Callable[..., int], tmp_path: Path
 ) -> None:
