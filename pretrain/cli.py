@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pretrain.arguments import parser
-from pretrain.errors import CrashError, UserError
+from pretrain.errors import DISK_REFUSES, CrashError, UserError
 
 if TYPE_CHECKING:
     from pretrain.corpus.sources import SourceOptions
@@ -73,7 +73,7 @@ often the core on which the awaited thread would run (`benchmarks/README.md` has
 """
 
 _FILES = (errno.EMFILE, errno.ENFILE)
-_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EISDIR)
+_UNWRITABLE = (*DISK_REFUSES, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EISDIR)
 _PLACE = "make room, or choose a place that can be written to"
 
 

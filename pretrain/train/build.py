@@ -9,6 +9,7 @@ from jsonargparse import Namespace
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.cli import LightningArgumentParser
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from pytorch_lightning.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from typing_extensions import override
 
 import pretrain.train.pseudo_perplexity  # noqa: F401  (trainer.callbacks then knows it by its name)
@@ -29,6 +30,22 @@ from pretrain.train.step import StepModule
 from pretrain.train.tensorboard import TensorBoardPages
 from pretrain.train.throughput import Throughput
 from pretrain.train.watchdog import Watchdog
+
+_NOT_IN_A_RUN = {
+    "val_check_interval": (None, "--validate_every_n_steps"),
+    "check_val_every_n_epoch": (1, "--validate_every_n_steps"),
+    "default_root_dir": (None, "--run"),
+    "fast_dev_run": (False, "--trainer.max_steps and another --run"),
+    "limit_train_batches": (None, "--trainer.max_steps"),
+    "max_time": (
+        None,
+        "--trainer.max_steps, or end the run by a signal, as `timeout -s USR1 1h pretrain fit ...` does,",
+    ),
+    "overfit_batches": (0.0, "a small file as --data.train"),
+    "reload_dataloaders_every_n_epochs": (0, "--trainer.max_steps"),
+}
+"""Settings of the Trainer that a run makes itself, or under which it would not consist of whole steps in order: their
+defaults, and what to give instead."""
 
 
 class FitCLI(SettingsCLI):
@@ -90,10 +107,9 @@ class FitCLI(SettingsCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """A Trainer with the run's checkpoints, loggers, monitor and progress bar."""
         settings: Namespace = self.config_init.trainer
-        for name, default in (("val_check_interval", None), ("check_val_every_n_epoch", 1), ("default_root_dir", None)):
+        for name, (default, remedy) in _NOT_IN_A_RUN.items():
             if settings[name] != default:
-                remedy = "give --run" if name == "default_root_dir" else "give --validate_every_n_steps"
-                raise UserError(f"trainer.{name} is {settings[name]}, which a run sets itself; {remedy} instead")
+                raise UserError(f"trainer.{name} is {settings[name]}, which a run cannot have; give {remedy} instead")
         logger: Any = settings.logger
         loggers: list[Any] = []
         if logger is not False:
@@ -103,12 +119,12 @@ class FitCLI(SettingsCLI):
                 MetricsFile(self.run.directory, self.run.step),
                 *extra,
             ]
-        callbacks: list[pl.Callback] = [Throughput(), _ValidateLast()]
-        callbacks += [Watchdog(self.config_init.hang_timeout_minutes)]
+        callbacks: list[pl.Callback] = [_ValidateLast(), Watchdog(self.config_init.hang_timeout_minutes)]
         if loggers:
             pages = TensorBoardPages(yaml.safe_dump(self.settings, sort_keys=False))
             callbacks += [LearningRateMonitor(), pages]
         callbacks += [ProgressBar()] if settings.enable_progress_bar is not False else []
+        callbacks += [Throughput()]  # after these: what they show of a validation is no time of training
         sick = SickSteps(self.run.directory, self.run.step, self.config_init.max_sick_steps_in_a_row)
         ledger = Ledger(self.run.directory, self.run.step)
         checkpoints = self.run.directory / CHECKPOINTS
@@ -188,10 +204,12 @@ def _check_processes(strategy: Strategy) -> None:
 
 def _check_strategy(strategy: Strategy, module: StepModule) -> None:
     """Refuse strategies under which gradients are clipped, checkpoints written or matrices held in another way."""
-    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | FullyShardedStrategy):
+    known = isinstance(strategy, SingleDeviceStrategy | DDPStrategy | FullyShardedStrategy)
+    if not known or isinstance(strategy.launcher, _MultiProcessingLauncher):
+        name = type(strategy).__name__ + (", with processes that Python starts" if known else "")
         raise UserError(
-            f"trainer.strategy is {type(strategy).__name__}, under which gradients are not clipped or checkpoints not "
-            "written as a run needs it; add -c configs/ddp.yaml or -c configs/fsdp.yaml"
+            f"trainer.strategy is {name}, under which gradients are not clipped or checkpoints not written as a run "
+            "needs it; add -c configs/ddp.yaml or -c configs/fsdp.yaml"
         )
     if module.optimizer_name == "muon" and isinstance(strategy, FullyShardedStrategy):
         raise UserError(

@@ -89,7 +89,8 @@ def _fit(cli: FitCLI) -> int:
             f"{run.step}, or choose another directory with --run"
         )
     result = run.result
-    if result and cli.finished(result) and run.config and run.config["data"]["train"] == cli.settings["data"]["train"]:
+    same_data = run.config and run.config["data"]["train"] == cli.settings["data"]["train"]
+    if result and cli.finished(result) and same_data and not cli.changes:
         if run.mirror and trainer.is_global_zero:
             run.mirror.push_all()
         _say(f"{run.directory}: finished already (step {run.step} of {trainer.max_steps})")
@@ -163,6 +164,7 @@ def _train(cli: FitCLI) -> int:
     try:
         trainer.fit(module, data, ckpt_path=run.checkpoint, weights_only=True)
         if data.validation_corpus and "val/loss" not in trainer.callback_metrics:  # killed after its last checkpoint
+            trainer.loggers = []  # which have the figures from before
             trainer.validate(module, data, verbose=False)
     except RunInterruptedError as interruption:
         _say(f"\n{interruption}; the same command continues the run")

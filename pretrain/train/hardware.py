@@ -108,7 +108,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def out_of_memory(trainer: pl.Trainer, module: StepModule, data: PackedDataModule) -> str:
     """What to do about a pack that the GPU cannot hold: only what is not done already, and works."""
-    if trainer.validating:
+    if not module.training:  # the Trainer itself has forgotten by now what it did
         return (
             f"a pack of about {data.validation_pack_tokens:,} tokens of the validation does not fit into the GPU's "
             "memory; give a smaller --data.validation_pack_tokens"

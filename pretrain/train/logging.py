@@ -40,7 +40,8 @@ class EventLogger(TensorBoardLogger):
     def __init__(self, run: Path, first_step: int) -> None:
         super().__init__(run, name="", version="", default_hp_metric=False, purge_step=first_step)
         self._gone = False
-        threading.excepthook = _without_writer
+        if not isinstance(threading.excepthook, _WithoutWriters):
+            threading.excepthook = _WithoutWriters(threading.excepthook)
 
     @rank_zero_only
     @override
@@ -86,10 +87,15 @@ class EventLogger(TensorBoardLogger):
                 raise
 
 
-def _without_writer(failure: threading.ExceptHookArgs) -> None:
-    """Say nothing of what ended TensorBoard's writing thread: it is raised again where the next figure is logged."""
-    if type(failure.thread).__name__ != "_AsyncWriterThread":
-        threading.__excepthook__(failure)
+class _WithoutWriters:
+    """Says nothing of what ended TensorBoard's writing thread: it is raised again where the next figure is logged."""
+
+    def __init__(self, hook: Callable[[threading.ExceptHookArgs], Any]) -> None:
+        self._hook = hook
+
+    def __call__(self, failure: threading.ExceptHookArgs) -> None:
+        if type(failure.thread).__name__ != "_AsyncWriterThread":
+            self._hook(failure)
 
 
 class LineFile:
@@ -174,7 +180,7 @@ class MetricsFile(Logger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         if self._file is None:
             self._file = LineFile(self.path, "step,name,value\n", self.first_step, step_of_csv)
-        lines = (f"{step},{name},{float(value):.9g}\n" for name, value in _without_epoch(metrics).items())
+        lines = (f"{step},{name},{_digits(float(value))}\n" for name, value in _without_epoch(metrics).items())
         self._file.append("".join(lines))
 
     @rank_zero_only
@@ -195,6 +201,11 @@ class MetricsFile(Logger):
     @override
     def finalize(self, status: str) -> None:
         self.save()
+
+
+def _digits(value: float) -> str:
+    """As many as float32 has; all of a count."""
+    return f"{value:.0f}" if value.is_integer() else f"{value:.9g}"
 
 
 def read_metrics(path: Path) -> list[tuple[int, str, float]]:

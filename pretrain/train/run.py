@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -36,7 +36,15 @@ from typing_extensions import override
 from pretrain.errors import UserError, disk_is_full, one_line
 from pretrain.files import append_line, link, write_whole
 from pretrain.model.config import DROPOUT
-from pretrain.train.checkpoint import CHECKPOINTS, LAST, checkpoints_in, data_state, newest_checkpoint, read_checkpoint
+from pretrain.train.checkpoint import (
+    BEST,
+    CHECKPOINTS,
+    LAST,
+    checkpoints_in,
+    data_state,
+    newest_checkpoint,
+    read_checkpoint,
+)
 from pretrain.train.divided import DividedTensor, lost_parts, remove
 from pretrain.train.lock import Lock, locked
 from pretrain.train.spikes import of_history, read_skips
@@ -154,11 +162,14 @@ class Run:
         directory = self.directory / CHECKPOINTS
         newer = [p for p in checkpoints_in(directory) if not self.checkpoint or p.name > self.checkpoint.name]
         for path in newer:
-            remove(path)
+            with suppress(UserError):  # one that cannot be read may be of a later history
+                if not of_history(self.skips)(read_checkpoint(path)):
+                    remove(path)
         if newer and self.checkpoint:
             link(directory / LAST, self.checkpoint.name)
-        elif newer:
-            (directory / LAST).unlink(missing_ok=True)
+        for name in (LAST, BEST):
+            if not (directory / name).exists():
+                (directory / name).unlink(missing_ok=True)
 
     def begin_at(self, origin: "Run") -> None:
         """Begin with another run's settings and checkpoint; for a run that has none of its own."""

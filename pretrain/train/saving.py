@@ -58,8 +58,9 @@ class Writing:
 
     def start(self, write: Callable[[], None]) -> None:
         """Begin to write it."""
-        self._thread = threading.Thread(target=self._run, args=(write,), daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._run, args=(write,), daemon=True)
+        thread.start()
+        self._thread = thread  # only now: what a signal raises meanwhile must find none, or one to wait for
 
     def _run(self, write: Callable[[], None]) -> None:
         try:

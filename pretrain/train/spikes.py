@@ -12,6 +12,8 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +23,7 @@ from typing_extensions import override
 from pretrain.corpus.batch import Batch
 from pretrain.errors import UserError
 from pretrain.files import append_line
-from pretrain.train.checkpoint import CHECKPOINTS, checkpoint_name, checkpoints_in, data_state, read_checkpoint, step_of
+from pretrain.train.checkpoint import CHECKPOINTS, checkpoints_in, data_state, read_checkpoint, step_of
 from pretrain.train.host_copy import HostCopy
 
 SKIPS = "skips.jsonl"
@@ -168,26 +170,30 @@ class LossSpikes(pl.Callback):
             UserError: If going back to this checkpoint did not help often enough.
         """
         self._settle(trainer)
-        steps = [step_of(path.name) for path in checkpoints_in(self.directory / CHECKPOINTS)]
-        before = [number for number in steps if number <= step]
-        old = [number for number in before if number <= step - self.margin]
-        target = old[-1] if old else before[0] if before else 0
-        if sum(skip.step == target for skip in self.skips) >= self.max_rewinds:
+        checkpoint = self._checkpoint_before(step)
+        target = checkpoint["global_step"] if checkpoint else 0
+        in_a_row = sum(1 for _ in takewhile(lambda skip: skip.step == target, reversed(self.skips)))
+        if in_a_row >= self.max_rewinds:
             raise UserError(
                 f"{what}, after the run went back to step {target} {self.max_rewinds} times: it is not the data; "
                 "continue with a lower --model.learning_rate (and --allow_change), or with --spikes.rewind false"
             )
         if trainer.is_global_zero:
-            first = 0
-            if target:
-                file = self.directory / CHECKPOINTS / checkpoint_name(target)
-                state = data_state(read_checkpoint(file))
-                assert state is not None
-                first = state["cursor"]
+            state = data_state(checkpoint) if checkpoint else None
+            first = state["cursor"] if state else 0
             record = {"step": target, "first": first, "end": end, "spike": step, "why": what, "time": time.time()}
             append_line(self.directory / SKIPS, json.dumps(record))
         trainer.strategy.barrier()  # the others read the line when they begin again
         raise RewindError(f"{what}; goes back to step {target} and leaves out the data from there to the spike")
+
+    def _checkpoint_before(self, step: int) -> dict[str, Any] | None:
+        """The newest that is old enough, else the oldest; a damaged one is passed over, as where a run begins."""
+        there = [path for path in checkpoints_in(self.directory / CHECKPOINTS) if step_of(path.name) <= step]
+        old = [path for path in there if step_of(path.name) <= step - self.margin]
+        for path in [*reversed(old), *there[len(old) :]]:
+            with suppress(UserError):
+                return read_checkpoint(path)
+        return None
 
 
 def read_skips(directory: Path) -> list[Skip]:

@@ -192,7 +192,7 @@ class StepModule(pl.LightningModule):
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         # A number stays on the host: Lightning would put it on the GPU, and wait for the GPU to take it.
         if isinstance(value, int | float):
-            value = torch.tensor(float(value))
+            value = torch.tensor(float(value), dtype=torch.float64)  # in which tokens can be counted
         super().log(name, value, *args, **kwargs)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:

@@ -77,11 +77,27 @@ CASES = {
     ),
     "interval of Lightning's": (
         lambda tiny: ["-c", tiny(trainer__val_check_interval=7)],
-        ["trainer.val_check_interval is 7, which a run sets itself; give --validate_every_n_steps instead"],
+        ["trainer.val_check_interval is 7, which a run cannot have; give --validate_every_n_steps instead"],
     ),
     "directory of Lightning's": (
         lambda tiny: ["-c", tiny(trainer__default_root_dir="here")],
-        ["trainer.default_root_dir is here, which a run sets itself; give --run instead"],
+        ["trainer.default_root_dir is here, which a run cannot have; give --run instead"],
+    ),
+    "part of an epoch": (
+        lambda tiny: ["-c", tiny(trainer__limit_train_batches=5)],
+        ["trainer.limit_train_batches is 5, which a run cannot have; give --trainer.max_steps instead"],
+    ),
+    "trial of Lightning's": (
+        lambda tiny: ["-c", tiny(trainer__fast_dev_run=True)],
+        ["trainer.fast_dev_run is True", "give --trainer.max_steps and another --run instead"],
+    ),
+    "time": (
+        lambda tiny: ["-c", tiny(), "--trainer.max_time", "00:01:00:00"],
+        ["trainer.max_time is 00:01:00:00", "`timeout -s USR1 1h pretrain fit ...`"],
+    ),
+    "processes that Python starts": (
+        lambda tiny: ["-c", tiny(), "--trainer.devices", "2", "--trainer.strategy", "ddp_fork"],
+        ["trainer.strategy is DDPStrategy, with processes that Python starts", "add -c configs/ddp.yaml"],
     ),
     "empty packs": (
         lambda tiny: ["-c", tiny(data__validation_pack_tokens=0)],
@@ -299,7 +315,19 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_result_gets_its_result
 ) -> None:
     run, config = tmp_path / "run", tiny(trainer__max_steps=4)
     assert fit("-c", config, "--run", run) == 0
-    result = (run / "result.json").read_text()
+    result, logged = (run / "result.json").read_text(), (run / "metrics.csv").read_text()
     (run / "result.json").unlink()
     assert fit("-c", config, "--run", run) == 0
     assert (run / "result.json").read_text() == result
+    assert (run / "metrics.csv").read_text() == logged
+
+
+def test_a_finished_run_whose_settings_change_is_validated_anew(
+    tiny: Callable[..., Path], fit: Callable[..., int], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    assert fit("-c", tiny(data__validation=None), "--run", run) == 0
+    assert "val/loss" not in json.loads((run / "result.json").read_text())
+    assert fit("-c", tiny(), "--run", run, "--allow_change", "true") == 0
+    assert "val/loss" in json.loads((run / "result.json").read_text())
+    assert json.loads((run / "starts.jsonl").read_text().splitlines()[-1])["changes"][0]["name"] == "data.validation"

@@ -56,7 +56,7 @@ def test_a_signal_ends_the_run_after_the_step_and_the_same_command_continues_it(
 def test_a_signal_to_all_processes_of_a_job_ends_the_run_after_the_step(
     tiny: Callable[..., Path], fit: Callable[..., int], tmp_path: Path, name: str
 ) -> None:
-    """As torchrun, SLURM, `timeout` and Ctrl-C send it: the loader's workers must go on for as long as they are needed."""
+    """As torchrun, SLURM, `timeout` and Ctrl-C send it: the loader's workers are needed until the step is done."""
     run, config = tmp_path / "run", tiny(data__num_workers=2, trainer__accumulate_grad_batches=8)
     to_all = [*send(name, 24), "--trainer.callbacks.to_all=true"]
     assert fit("-c", config, "--run", run, *to_all) == 128 + signal.Signals[name]

@@ -11,16 +11,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from test_ledger import audit
 from test_resume import equal, events, figures, kill
 
 from pretrain.cli import main
 from pretrain.downstream.load import checkpoint_of, load
 from pretrain.errors import UserError
-from pretrain.train.checkpoint import read_checkpoint
+from pretrain.train.checkpoint import checkpoint_name, read_checkpoint
 from pretrain.train.fit import complete
 from pretrain.train.fit import fit as fit_here
-from pretrain.train.spikes import LossSpikes, RewindError, read_skips
+from pretrain.train.spikes import LossSpikes, RewindError, Skip, read_skips
 
 STEPS = 30
 PLACE = 160  # in the order; a step of the tiny run takes about a dozen sequences
@@ -164,6 +165,50 @@ def test_going_back_that_does_not_help_ends_the_run(
     assert error.startswith("pretrain: error: the loss of step 14 is ")
     assert "went back to step 12 2 times: it is not the data" in error
     assert len(skips(run)) == 2
+
+
+def test_only_so_many_times_in_a_row_is_too_often(tmp_path: Path) -> None:
+    spikes = LossSpikes(tmp_path, [Skip(40, 1, 2), Skip(40, 2, 3), Skip(30, 0, 4)], rewind=True, max_rewinds=2)
+    trainer: Any = SimpleNamespace(is_global_zero=True, strategy=SimpleNamespace(barrier=lambda: None))
+    (tmp_path / "checkpoints").mkdir()
+    for step in (30, 40):
+        torch.save(
+            {"state_dict": {}, "global_step": step, "MLMDataModule": {"cursor": step}},
+            tmp_path / "checkpoints" / checkpoint_name(step),
+        )
+    with pytest.raises(RewindError, match="goes back to step 40"):
+        spikes._go_back(trainer, 55, 99, "the loss of step 55 is high")
+
+
+def test_a_damaged_checkpoint_is_not_gone_back_to(
+    tiny: Callable[..., Path], fit: Callable[..., int], tmp_path: Path
+) -> None:
+    """It was passed over when the run began, and would be again and again."""
+    run, command = tmp_path / "run", ("-c", config(tiny), *REWIND)
+    kill_late = ("--trainer.callbacks", _callbacks("batch_end", 21))
+    assert fit(*command, "--run", run, *kill_late) == -9
+    damaged = steps_of(run)[-1]
+    damaged.write_bytes(damaged.read_bytes()[:-1000])
+    assert fit(*command, "--run", run, *spike(PLACE), "--checkpoint.every_n_steps", "100") == 0
+    (skip,) = skips(run)
+    assert skip["step"] < int(damaged.stem[5:])
+
+
+def test_what_a_skip_has_not_taken_back_stays_and_no_link_points_nowhere(
+    tiny: Callable[..., Path], fit: Callable[..., int], tmp_path: Path
+) -> None:
+    run, command = tmp_path / "run", ("-c", config(tiny), *REWIND, "--checkpoint.keep_best", "1")
+    every = ("--validate_every_n_steps", "1", "--spikes.margin", "6")
+    assert fit(*command, *every, "--run", run, "--trainer.callbacks", _callbacks("rewind", 1)) == -9
+    unreadable = run / "checkpoints" / checkpoint_name(STEPS - 1)
+    unreadable.write_bytes(b"as where the file system fails for a moment")
+    (skip,) = skips(run)
+    assert fit(*command, *every, "--run", run, "--trainer.callbacks", _callbacks("batch_start", 2 * skip["step"])) == -9
+    assert unreadable.exists()
+    for link in ("last.ckpt", "best.ckpt"):
+        path = run / "checkpoints" / link
+        assert path.exists() or not path.is_symlink()
+    assert read_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == skip["step"]
 
 
 TWO = ("--trainer.devices", "2", "--trainer.strategy", "ddp")

@@ -159,6 +159,17 @@ def test_what_fails_in_the_first_step_says_what_to_do(
     assert "\n" not in str(raised.value)
 
 
+def test_memory_that_runs_out_in_a_validation_asks_for_smaller_packs_of_it(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    monkeypatch.setattr(MLMModule, "validation_step", fail)
+    with pytest.raises(UserError, match=r"about 4,096 tokens of the validation .* smaller --data.validation_pack_tok"):
+        fit(["-c", str(tiny()), "--run", str(tmp_path / "run")])
+
+
 def test_what_went_wrong_elsewhere_is_not_taken_for_the_compiler(
     tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,16 +195,15 @@ def test_what_went_wrong_elsewhere_is_not_taken_for_the_compiler(
 def test_remedies_for_a_full_gpu_are_those_that_work(
     micro_batches: int, recompute: bool, processes: int, said: list[str], unsaid: str
 ) -> None:
-    trainer: Any = SimpleNamespace(world_size=processes, accumulate_grad_batches=micro_batches, validating=False)
-    module: Any = SimpleNamespace(encoder=SimpleNamespace(activation_checkpointing=recompute), device_mesh=None)
+    trainer: Any = SimpleNamespace(world_size=processes, accumulate_grad_batches=micro_batches)
+    encoder = SimpleNamespace(activation_checkpointing=recompute)
+    module: Any = SimpleNamespace(encoder=encoder, device_mesh=None, training=True)
     data: Any = SimpleNamespace(global_batch_tokens=512, batch_warmup=None, max_length=64, validation_pack_tokens=4096)
     message = out_of_memory(trainer, module, data)
     assert all(words in message for words in said)
     assert unsaid not in message
     data.batch_warmup = SimpleNamespace(first=64 * micro_batches * processes)  # as small as it can be
     assert "accumulate_grad_batches" not in out_of_memory(trainer, module, data)
-    trainer.validating = True
-    assert "about 4,096 tokens of the validation" in out_of_memory(trainer, module, data)
 
 
 def test_what_runs_is_printed_and_logged(
