@@ -12,7 +12,17 @@ from typing_extensions import override
 from pretrain.corpus.cache import Cache, RemoteFile, cache_directory
 from pretrain.corpus.groups import GroupOrder
 from pretrain.corpus.remote_files import read_remote
-from pretrain.corpus.store import LENGTHS, MANIFEST, Clusters, Corpus, Shard, damaged, open_shard, parse_manifest
+from pretrain.corpus.store import (
+    LENGTHS,
+    MANIFEST,
+    Clusters,
+    Corpus,
+    Shard,
+    check_shard_names,
+    damaged,
+    open_shard,
+    parse_manifest,
+)
 from pretrain.errors import UserError
 
 Int64 = NDArray[np.int64]
@@ -46,14 +56,13 @@ class RemoteCorpus(Corpus):
             self._files = [
                 RemoteFile(shard["file"], shard["sha256"], shard["num_bytes"]) for shard in self.manifest["shards"]
             ]
-            self._sizes = [shard["num_sequences"] for shard in self.manifest["shards"]]
+            check_shard_names((file.name for file in self._files), self.url)
+            sizes = [shard["num_sequences"] for shard in self.manifest["shards"]]
             entry = self.manifest["lengths"]
             lengths = RemoteFile(LENGTHS, entry["sha256"], entry["num_bytes"])
-        except KeyError as error:
+        except (KeyError, TypeError) as error:
             raise damaged(self.url, error) from error
-        if any(Path(file.name).name != file.name for file in self._files):
-            raise UserError(f"{self.url}: {MANIFEST} names a shard outside of the corpus; prepare it again")
-        self._first = np.cumsum([0, *self._sizes])
+        self._first = np.cumsum([0, *sizes])
         self._cache = Cache(self.url, cache_directory() / "remote" / self.fingerprint, cache_bytes)
         self._lengths = self._open_lengths(lengths)
         self._open: OrderedDict[int, Shard] = OrderedDict()

@@ -11,7 +11,7 @@ corpus/
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,9 +68,9 @@ class Corpus:
                 )
         except FileNotFoundError as error:
             raise UserError(f"{error.filename}: not found; {_WHAT_IT_IS}") from error
+        except UserError:
+            raise
         except (KeyError, TypeError, ValueError, pa.ArrowException) as error:
-            if isinstance(error, UserError):
-                raise
             raise damaged(self.path, error) from error
         self._first = np.cumsum([0, *sizes])
 
@@ -270,10 +270,24 @@ def parse_manifest(content: bytes, where: str | Path) -> dict[str, Any]:
 
 def _shard_files(path: Path, manifest: dict[str, Any]) -> list[Path]:
     names = [shard["file"] for shard in manifest["shards"]]
+    check_shard_names(names, path)
+    return [path / name for name in names]
+
+
+def check_shard_names(names: Iterable[str], where: str | Path, record: str = MANIFEST) -> None:
+    """Make sure that shards are files beside the one that lists them.
+
+    Args:
+        names: What it calls them.
+        where: The directory or address, for messages.
+        record: The file that lists them.
+
+    Raises:
+        UserError: If one is elsewhere.
+    """
     for name in names:
         if name != Path(name).name:
-            raise UserError(f"{path}: {MANIFEST} names the shard '{name}', outside of the corpus; prepare it again")
-    return [path / name for name in names]
+            raise UserError(f"{where}: {record} names the shard '{name}', which is not beside it; prepare it again")
 
 
 def open_shard(file: Path) -> Shard:

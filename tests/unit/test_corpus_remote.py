@@ -364,7 +364,7 @@ def test_a_manifest_that_lacks_something_or_lies_is_refused(local: Corpus, tmp_p
     outside = {**manifest, "shards": [{**entry, "file": f"../{entry['file']}"} for entry in manifest["shards"]]}
     for made, message in (
         (without, "damaged corpus (KeyError: 'lengths'); prepare it again"),
-        (outside, "manifest.json names a shard outside of the corpus; prepare it again"),
+        (outside, f"manifest.json names the shard '../{shard(local)}', which is not beside it; prepare it again"),
         ({**manifest, "num_sequences": 3}, "lengths.npy does not hold the sequences that manifest.json counts; prepare "
          "it again"),
     ):  # fmt: skip

@@ -261,7 +261,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "another format": (edit(format_version=2), f"{{path}}: corpus format 2, this version reads 1; {AGAIN}"),
     "a shard elsewhere": (
         edit(shards=[{"file": "../x", "num_sequences": 4}]),
-        f"{{path}}: {MANIFEST} names the shard '../x', outside of the corpus; {AGAIN}",
+        f"{{path}}: {MANIFEST} names the shard '../x', which is not beside it; {AGAIN}",
     ),
     "a shard of no name": (edit(shards=[{"num_sequences": 4}]), damaged("KeyError: 'file'")),
     "another count": (
