@@ -275,6 +275,30 @@ def test_what_came_badly_is_fetched_again_after_a_while(
     assert [line[-12:] for line in warnings] == ["; again in 1 s"[-12:], "; again in 2 s"[-12:]]
 
 
+def test_a_server_that_is_down_for_a_while_is_none_without_the_file(
+    server: Server, tmp_path: Path, waits: list[float]
+) -> None:
+    server.faults["manifest.json"] = ["refused"]
+    assert remote_files.get_file(f"{server.url}/manifest.json", tmp_path / "x")
+    assert waits == [1]
+    assert not remote_files.get_file(f"{server.url}/nowhere", tmp_path / "y")
+    assert waits == [1]
+
+
+def test_a_file_is_removed_although_the_connection_was_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/lost/x", b"x")
+    with monkeypatch.context() as patched:
+        patched.setattr(type(memory), "info", lost)
+        remote_files.remove_file("memory://lost/x")
+        remote_files.remove_file("memory://lost/x")  # which is not there now
+    assert not memory.exists("/lost/x")
+
+
+def lost(*_: Any, **__: Any) -> None:
+    raise ConnectionResetError("connection lost")
+
+
 def test_a_network_that_stays_bad_is_told_in_one_line(
     local: Corpus, server: Server, waits: list[float], own_cache: Path
 ) -> None:
