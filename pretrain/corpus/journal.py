@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pretrain.corpus.store import file_checksum
+from pretrain.files import write_whole
 
 JOURNAL = "journal.jsonl"
 
@@ -50,7 +51,7 @@ class Journal:
         else:
             for file in directory.iterdir():
                 shutil.rmtree(file) if file.is_dir() else file.unlink()
-        self._path.write_text("".join(f"{line}\n" for line in [head, *map(_line, self.entries.values())]))
+        write_whole(self._path, "".join(f"{line}\n" for line in [head, *map(_line, self.entries.values())]))
 
     def add(self, entry: ShardEntry) -> None:
         """Write down a finished shard."""

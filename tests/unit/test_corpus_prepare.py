@@ -306,6 +306,32 @@ def test_a_disk_that_is_really_full_leaves_no_half_shard(source: Path, tmp_path:
     assert {file.name for file in tmp_path.iterdir()} == {"x.fasta"}
 
 
+def test_a_disk_that_is_full_when_prepare_is_continued_loses_nothing(
+    source: Path, tmp_path: Path, written: list[str]
+) -> None:
+    import resource
+
+    whole = content(continued(source, tmp_path / "whole"))
+    blocks = len(written)
+    out = tmp_path / "corpus"
+    killed(source, out, 5, 1)
+
+    def run() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+        with pytest.raises(OSError, match="File too large"):
+            continued(source, out)
+        os._exit(7)
+
+    child = multiprocessing.get_context("fork").Process(target=run)
+    child.start()
+    child.join(60)
+    assert child.exitcode == 7
+    written.clear()
+    assert content(continued(source, out)) == whole
+    assert len(written) <= blocks - 5
+
+
 # --- what is kept -----------------------------------------------------------------------------------------------------
 
 
