@@ -23,7 +23,7 @@ from pretrain.corpus.shards import Filters
 from pretrain.corpus.sources import SourceOptions
 from pretrain.corpus.store import Corpus, verify
 from pretrain.corpus.tokenizer import ProteinTokenizer, tokenizer_from_string, train_tokenizer
-from pretrain.errors import UserError
+from pretrain.errors import CrashError, UserError
 
 ESM = ProteinTokenizer()
 BLOCKS = 12
@@ -119,12 +119,12 @@ def test_the_first_mistake_in_the_order_of_the_sources_is_told(workers: int, sou
         prepare([source, later], tmp_path / "corpus", Settings(ESM), workers=workers)
 
 
-def test_a_worker_that_is_killed_is_a_mistake_that_can_be_mended(
+def test_a_worker_that_is_killed_is_told_and_the_same_command_continues(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patched:
         patched.setattr(shards, "write_shard", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-        with pytest.raises(UserError, match=r"^a worker process was killed, .* with fewer --workers$"):
+        with pytest.raises(CrashError, match=r"^a worker process was killed, .* with fewer --workers$"):
             prepare([source], tmp_path / "corpus", Settings(ESM), workers=2)
     assert sequences(prepare([source], tmp_path / "corpus", Settings(ESM), workers=2)) == records(source)
 
