@@ -122,7 +122,8 @@ def _parse_paragraphs(piece: Piece, options: SourceOptions) -> Iterator[Record |
 
 def _parse_file(piece: Piece, options: SourceOptions) -> Iterator[Record | Flaw]:
     if text := piece.data.strip():
-        yield Record(Path(piece.source.name).name, text, 1)
+        name = Path(piece.source.name).name.encode("utf-8", "surrogateescape")  # a file's name may be any bytes
+        yield Record(name.decode("utf-8", "replace"), text, 1)
 
 
 def _json_objects(piece: Piece) -> Iterator[tuple[int, dict[str, Any] | str]]:

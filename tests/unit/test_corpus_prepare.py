@@ -407,6 +407,20 @@ def test_bad_records_are_skipped_counted_and_listed(workers: int, source: Path, 
     ]
 
 
+def test_a_file_may_have_any_name(tmp_path: Path) -> None:
+    text = Path(os.fsdecode(os.fsencode(tmp_path) + b"/a\tb\nc \xff.txt"))
+    text.write_bytes(b"MK")
+    fasta = text.with_suffix(".fasta")
+    fasta.write_bytes(b">a\nMK\n>b\n1\n")
+    settings = Settings(ESM, SourceOptions(document="file"), Filters(skip_bad=True))
+    corpus = prepare([text, fasta], tmp_path / "corpus", settings)
+    assert [corpus.id(i) for i in range(2)] == ["a\tb\nc \ufffd.txt", "a"]
+    assert (corpus.path / "skipped.tsv").read_text().splitlines()[1].split("\t")[:2] == [
+        f"{tmp_path}/a b c \ufffd.fasta", "3"
+    ]  # fmt: skip
+    assert prepare([text, fasta], tmp_path / "corpus", settings).fingerprint == corpus.fingerprint
+
+
 def test_a_text_that_its_tokenizer_makes_nothing_of_is_bad(tmp_path: Path) -> None:
     trained = json.loads(train_tokenizer([], 261).serialize())
     trained["normalizer"] = {"type": "Replace", "pattern": {"String": "-"}, "content": ""}
