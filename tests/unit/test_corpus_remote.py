@@ -362,9 +362,10 @@ def test_a_lack_of_rights_here_is_not_told_as_one_at_the_address(
         assert "check the address and your rights there" in str(caught.value)
 
 
-def test_a_damaged_copy_is_told_by_its_place(server: Server, own_cache: Path) -> None:
+@pytest.mark.parametrize("name", ["lengths.npy", "*.arrow"])
+def test_a_damaged_copy_is_told_by_its_place(name: str, server: Server, own_cache: Path) -> None:
     RemoteCorpus(server.url, 10**9).tokens(0)
-    (copy,) = own_cache.rglob("*.arrow")
+    (copy,) = own_cache.rglob(name)
     copy.write_bytes(bytes(copy.stat().st_size))
     with pytest.raises(UserError) as caught:
         RemoteCorpus(server.url, 10**9).tokens(0)

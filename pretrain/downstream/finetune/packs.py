@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 from typing_extensions import override
@@ -177,11 +176,6 @@ class InMemoryCorpus(Corpus):
         self.tokenizer, self.num_sequences = tokenizer, len(sequences)
         self._sequences = sequences
         self._lengths = np.array([len(sequence) for sequence in sequences])
-
-    @override
-    def lengths(self, indices: ArrayLike) -> NDArray[np.int64]:
-        lengths: NDArray[np.int64] = self._lengths[np.asarray(indices)]
-        return lengths
 
     @override
     def tokens(self, index: int) -> Tokens:
