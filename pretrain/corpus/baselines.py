@@ -8,12 +8,11 @@ from numpy.typing import NDArray
 
 from pretrain.corpus.batch import PackDataset
 from pretrain.corpus.blosum import RESIDUES, nats_given_homologue
+from pretrain.corpus.counter import Int64
 from pretrain.corpus.order import AnyOrder
 from pretrain.corpus.packing import Pack
 from pretrain.corpus.store import Corpus
 from pretrain.corpus.tokenizer import ProteinTokenizer
-
-Int64 = NDArray[np.int64]
 
 _SAMPLE_TOKENS = 2**26
 """Counting stops after about this many training tokens: more would not change a digit that is shown."""

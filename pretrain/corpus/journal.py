@@ -27,6 +27,10 @@ class ShardEntry(NamedTuple):
     before: str = ""
     """If duplicates were taken out, a checksum of the blocks before this one, where their first copies are."""
 
+    def listed(self) -> dict[str, Any]:
+        """What a manifest says of the shard."""
+        return {name: getattr(self, name) for name in ("file", "num_sequences", "num_tokens", "sha256")}
+
 
 class Journal:
     """The shards that are finished, one line each, in the directory where they are made.

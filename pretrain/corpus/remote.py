@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 from typing_extensions import override
 
 from pretrain.corpus.cache import Cache, RemoteFile, cache_directory
+from pretrain.corpus.counter import Int64
 from pretrain.corpus.groups import GroupOrder
 from pretrain.corpus.remote_files import read_remote
 from pretrain.corpus.store import (
@@ -24,8 +24,6 @@ from pretrain.corpus.store import (
     parse_manifest,
 )
 from pretrain.errors import UserError
-
-Int64 = NDArray[np.int64]
 
 
 def is_remote(name: str | Path) -> bool:

@@ -49,7 +49,7 @@ class Filters:
 
     Attributes:
         min_length: Shorter sequences are left out; in tokens, ``<cls>`` and ``<eos>`` included.
-        max_length: Longer ones are.
+        max_length: Longer sequences are left out; in tokens, as above.
         deduplicate: Keep the first of those that have the same tokens. Needs about 50 bytes of memory a sequence.
         skip_bad: Skip records that cannot be read or have no token, and list them; otherwise the first one is an error.
         windows: Cut longer sequences into several of at most this many tokens, ``<cls>`` and ``<eos>`` included.
@@ -180,7 +180,7 @@ def make_shards(
         desc="preparing",
         unit="B",
         unit_scale=True,
-        disable=not sys.stderr.isatty(),
+        disable=None,  # shown on a terminal only
     )
     ends: deque[int] = deque()
     before = hashlib.sha256()

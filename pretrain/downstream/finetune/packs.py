@@ -11,8 +11,9 @@ from torch.utils.data import Dataset
 from typing_extensions import override
 
 from pretrain.corpus.batch import Batch
+from pretrain.corpus.counter import Int64
 from pretrain.corpus.order import Order
-from pretrain.corpus.packing import Int64, Pack, StepPlanner, validation_packs
+from pretrain.corpus.packing import Pack, StepPlanner, validation_packs
 from pretrain.corpus.padding import IGNORED
 from pretrain.corpus.store import Corpus
 from pretrain.corpus.tokenizer import Tokenizer
