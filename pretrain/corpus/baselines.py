@@ -1,6 +1,6 @@
 """What a perplexity is to be compared with, on the very positions that validation asks about."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -8,17 +8,20 @@ from numpy.typing import NDArray
 
 from pretrain.corpus.batch import PackDataset
 from pretrain.corpus.blosum import RESIDUES, nats_given_homologue
+from pretrain.corpus.counter import Int64
 from pretrain.corpus.order import AnyOrder
 from pretrain.corpus.packing import Pack
 from pretrain.corpus.store import Corpus
 from pretrain.corpus.tokenizer import ProteinTokenizer
 
-Int64 = NDArray[np.int64]
-
 _SAMPLE_TOKENS = 2**26
 """Counting stops after about this many training tokens: more would not change a digit that is shown."""
 
 _CHUNK = 1024
+"""Sequences looked up at a time."""
+
+_CHUNK_TOKENS = 2**20
+"""Tokens counted at a time, or a sequence more: documents may be long."""
 
 _PRIOR = 10.0
 """Weight, in observations, of the unigram distribution in each bigram context (a Dirichlet prior)."""
@@ -61,8 +64,7 @@ def perplexities(train: Corpus, validation: PackDataset, packs: Iterable[Pack], 
     pairs = np.zeros(len(wanted))
     seen = 0
     visits = sum(order.sizes)
-    for first in range(0, visits, _CHUNK):
-        _, indices = order(np.arange(first, min(first + _CHUNK, visits)))
+    for indices in _chunks(train, order, visits):
         tokens = np.concatenate([train.tokens(index) for index in indices.tolist()]).astype(np.int64)
         before, after = tokens[:-1], tokens[1:]
         inside = (after != train.tokenizer.cls_token_id) & (after != train.tokenizer.eos_token_id)
@@ -84,6 +86,14 @@ def perplexities(train: Corpus, validation: PackDataset, packs: Iterable[Pack], 
         nats[places] = nats_given_homologue(single[places] / single[places].sum())
         told = float(np.exp(nats[target].mean()))
     return Baselines(_perplexity(unigram), _perplexity(bigram), told)
+
+
+def _chunks(train: Corpus, order: AnyOrder, visits: int) -> Iterator[Int64]:
+    """The sequences that the order visits first, as many at a time as fit into a chunk."""
+    for first in range(0, visits, _CHUNK):
+        _, indices = order(np.arange(first, min(first + _CHUNK, visits)))
+        chunk_of = np.cumsum(train.lengths(indices)) // _CHUNK_TOKENS
+        yield from np.split(indices, np.flatnonzero(np.diff(chunk_of)) + 1)
 
 
 def _perplexity(probabilities: NDArray[np.float64]) -> float:

@@ -15,14 +15,12 @@ import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 from typing_extensions import override
 
-from pretrain.corpus.counter import RandomStream, below, bits, derive_key
+from pretrain.corpus.counter import Int64, RandomStream, below, bits, derive_key
 from pretrain.corpus.names import NameTable, hash_names, read_lines
 from pretrain.corpus.order import Order
 from pretrain.corpus.store import CLUSTERS, Clusters, open_shard
 from pretrain.corpus.writing import write_batch
 from pretrain.errors import UserError
-
-Int64 = NDArray[np.int64]
 
 
 class ClusterOrder(Order):
@@ -97,7 +95,7 @@ def _member(table: str, wanted: np.uint64) -> str:
     return next(member.decode("utf-8", "replace") for member in members if hash_names([member])[0] == wanted)
 
 
-def write_clusters(directory: Path, shards: Sequence[str], table: str, windows: bool) -> dict[str, Any]:
+def write_clusters(directory: Path, shards: Sequence[str], table: str, has_windows: bool) -> dict[str, Any]:
     """Look up the cluster of each sequence, and write the sequences by cluster beside the shards.
 
     Needs about 70 bytes of memory a line of the table.
@@ -106,7 +104,7 @@ def write_clusters(directory: Path, shards: Sequence[str], table: str, windows: 
         directory: Where the shards are.
         shards: Their names.
         table: As `read_clusters` takes it; it may name sequences that the corpus does not hold.
-        windows: Whether long sequences were cut; the windows are then members of their sequence's cluster.
+        has_windows: Whether long sequences were cut; the windows are then members of their sequence's cluster.
 
     Returns:
         What the manifest records.
@@ -118,7 +116,7 @@ def write_clusters(directory: Path, shards: Sequence[str], table: str, windows: 
     missing, first_missing = 0, ""
     for shard in shards:
         names = open_shard(directory / shard).ids.to_pylist()
-        found, place = known.find(names, windows)
+        found, place = known.find(names, has_windows)
         clusters.append(known.values[place])
         first_missing = first_missing if missing or found.all() else names[int(np.argmin(found))]
         missing += int((~found).sum())

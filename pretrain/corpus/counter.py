@@ -12,6 +12,7 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+Int64 = NDArray[np.int64]
 U64 = NDArray[np.uint64]
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -63,7 +64,7 @@ def uniform(random_bits: U64) -> NDArray[np.float64]:
     return (random_bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def below(random_bits: U64, bound: ArrayLike) -> NDArray[np.int64]:
+def below(random_bits: U64, bound: ArrayLike) -> Int64:
     """Bits to integers in [0, bound), for bounds below 2**32: a multiply and a shift, bias under 2**-32 * bound."""
     upper = random_bits >> np.uint64(32)
     return ((upper * np.asarray(bound, np.uint64)) >> np.uint64(32)).astype(np.int64)

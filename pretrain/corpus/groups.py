@@ -3,12 +3,10 @@
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from pretrain.corpus.counter import RandomStream, bits, derive_key
+from pretrain.corpus.counter import Int64, RandomStream, bits, derive_key
 from pretrain.corpus.order import Order
-
-Int64 = NDArray[np.int64]
 
 
 class _Epoch(NamedTuple):

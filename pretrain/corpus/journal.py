@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pretrain.corpus.store import file_checksum
+from pretrain.files import write_whole
 
 JOURNAL = "journal.jsonl"
 
@@ -25,6 +26,10 @@ class ShardEntry(NamedTuple):
     """Records left out, by the reason: ``short``, ``long``, ``bad``, ``duplicate``."""
     before: str = ""
     """If duplicates were taken out, a checksum of the blocks before this one, where their first copies are."""
+
+    def listed(self) -> dict[str, Any]:
+        """What a manifest says of the shard."""
+        return {name: getattr(self, name) for name in ("file", "num_sequences", "num_tokens", "sha256")}
 
 
 class Journal:
@@ -50,7 +55,7 @@ class Journal:
         else:
             for file in directory.iterdir():
                 shutil.rmtree(file) if file.is_dir() else file.unlink()
-        self._path.write_text("".join(f"{line}\n" for line in [head, *map(_line, self.entries.values())]))
+        write_whole(self._path, "".join(f"{line}\n" for line in [head, *map(_line, self.entries.values())]))
 
     def add(self, entry: ShardEntry) -> None:
         """Write down a finished shard."""

@@ -7,10 +7,9 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.corpus.counter import U64, RandomStream, below, bits, derive_key, uniform
+from pretrain.corpus.counter import U64, Int64, RandomStream, below, bits, derive_key, uniform
 from pretrain.errors import UserError
 
-Int64 = NDArray[np.int64]
 Bool = NDArray[np.bool_]
 
 MaskUnit = Literal["token", "span", "word"]

@@ -9,16 +9,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from typing_extensions import override
 
 from pretrain.corpus.clusters import ClusterOrder
-from pretrain.corpus.counter import RandomStream, derive_key
+from pretrain.corpus.counter import Int64, RandomStream, derive_key
 from pretrain.corpus.order import AnyOrder, Order
 from pretrain.corpus.store import Corpus, Shard
 from pretrain.errors import UserError
-
-Int64 = NDArray[np.int64]
 
 MAX_BLOCK = 1_000_000
 """Draws after which the proportions must have come out exactly."""

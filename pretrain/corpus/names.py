@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from pretrain.corpus.counter import U64
 from pretrain.corpus.sources import Source, Stream
-
-U64 = NDArray[np.uint64]
 
 _READ_BYTES = 2**22
 
@@ -53,15 +52,15 @@ class NameTable(NamedTuple):
     hashes: U64
     values: NDArray[Any]
 
-    def find(self, names: Sequence[str], windows: bool) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+    def find(self, names: Sequence[str], has_windows: bool) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
         """Of each name, whether it is in the table, and where: as it stands, or else by its accession.
 
         Args:
             names: What to look for.
-            windows: Look for a window by the sequence that it is cut from, too.
+            has_windows: Look for a window by the sequence that it is cut from, too.
         """
         found, place = self._find(names)
-        for other_form in (accession, *((whole_name, lambda name: accession(whole_name(name))) if windows else ())):
+        for other_form in (accession, *((whole_name, lambda name: accession(whole_name(name))) if has_windows else ())):
             missing = [(number, names[number]) for number in np.flatnonzero(~found).tolist()]
             others = {number: other for number, name in missing if (other := other_form(name)) != name}
             if others:

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from pretrain.corpus.processes import Engine, Result, Task, to_first_error
-from pretrain.errors import UserError, how_to_install, one_line
+from pretrain.errors import CrashError, UserError, how_to_install, one_line
 
 RETRIES = 5
 """How often a task is begun again whose process or node is lost."""
@@ -76,7 +76,7 @@ def on_ray(workers: int | None = None) -> Engine:
             raise error.cause from error
         except exceptions.RayError as error:
             said = one_line(error, 300)
-            raise UserError(
+            raise CrashError(
                 f"Ray gave a task up after {RETRIES} retries ({said}); give the same command again: it continues where "
                 "it stopped"
             ) from error

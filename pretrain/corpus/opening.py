@@ -70,9 +70,8 @@ def open_or_prepare(
         with Path(source.name).open("rb") as file:
             key.update(hashlib.file_digest(file, "sha256").digest())
     cached = cache_directory() / key.hexdigest()[:16]
-    if not is_corpus(cached):
-        settings = Settings(tokenizer, options, Filters(windows=windows))
-        prepare_found(found, cached, settings, choose_engine(), is_corpus)
+    settings = Settings(tokenizer, options, Filters(windows=windows))
+    prepare_found(found, cached, settings, choose_engine(), is_corpus)
     return Corpus(cached)
 
 

@@ -5,7 +5,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pretrain.corpus.counter import RandomStream, bits, derive_key
+from pretrain.corpus.counter import Int64, RandomStream, bits, derive_key
 
 ORDER_VERSION = 2
 """Written into checkpoints. Any change of which sequences, crops or masks a seed gives must raise it."""
@@ -25,10 +25,10 @@ class AnyOrder(Protocol):
     seed: int
     sizes: tuple[int, ...]
 
-    def __call__(self, positions: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def __call__(self, positions: ArrayLike) -> tuple[Int64, Int64]:
         """The epoch and the sequence's index in the corpus at each of ``positions`` (any n >= 0)."""
 
-    def places(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+    def places(self, indices: Int64) -> Int64:
         """What an epoch visits exactly once, numbered over all parts: the sequence itself, or its cluster."""
 
 
@@ -56,7 +56,7 @@ class Order:
         self._low_mask = np.uint64(2 ** (width // 2) - 1)
         self._high_mask = np.uint64(2 ** (width - width // 2) - 1)
 
-    def __call__(self, positions: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def __call__(self, positions: ArrayLike) -> tuple[Int64, Int64]:
         """Where the order stands at ``positions`` (any n >= 0): the epoch n // N and the sequence's index in [0, N)."""
         n = np.atleast_1d(np.asarray(positions, np.int64))
         epochs, place = np.divmod(n, self.num_sequences)
@@ -68,7 +68,7 @@ class Order:
             outside = outside[indices[outside] >= self.num_sequences]
         return epochs, indices.astype(np.int64)
 
-    def places(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+    def places(self, indices: Int64) -> Int64:
         """What an epoch visits exactly once: the sequences."""
         return indices
 

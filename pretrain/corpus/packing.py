@@ -12,17 +12,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from torch.utils.data import DistributedSampler
 from typing_extensions import override
 
-from pretrain.corpus.counter import RandomStream, below, bits, derive_key
+from pretrain.corpus.counter import Int64, RandomStream, below, bits, derive_key
 from pretrain.corpus.masking import Masking
 from pretrain.corpus.order import AnyOrder
 from pretrain.corpus.store import Corpus
 from pretrain.errors import UserError
-
-Int64 = NDArray[np.int64]
 
 _SAMPLE = 1024
 """Number of crops sampled to estimate their mean length, which sets how far the planner looks ahead and how fast the
@@ -91,8 +88,8 @@ class Pack:
         starts: First token of each sequence's crop, shape [N].
         lengths: Tokens in each crop, shape [N].
         maskable: Tokens of each crop that masking may choose (all but ``<cls>`` and ``<eos>``), shape [N].
-        targets: Number of those that it is planned to choose (see `Masking.target_counts`), in a batch
-            of those that were, shape [N].
+        targets: Planned number of targets (`Masking.target_counts`); in `Batch.pack`, the number actually chosen;
+            shape [N].
         step_targets: Planned targets of the whole step, over all packs and ranks: what the loss is divided by.
         after: Where the data stands once the step is finished.
     """
@@ -208,8 +205,8 @@ def share_out(pack: Pack, parts: int, attention_cost: float = 0.0) -> list[Pack]
     Args:
         pack: What to divide; at least ``parts`` sequences.
         parts: How many packs to make.
-        attention_cost: Cost of a token at distance one more, relative to the linear layers' cost of a token: a crop
-            of L tokens costs ``L * (1 + attention_cost * L)``.
+        attention_cost: Cost of attending to one token relative to a token's linear layers: a crop of L tokens costs
+            ``L * (1 + attention_cost * L)``.
     """
     longest_first = np.lexsort((pack.indices, -pack.lengths))
     if parts == 1:

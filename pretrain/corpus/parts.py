@@ -25,7 +25,7 @@ from pretrain.corpus.repeat import check_repeated, describe
 from pretrain.corpus.shards import BLOCK_BYTES, Filters, Portion, make_shards
 from pretrain.corpus.sources import PART, SourceOptions, find_sources
 from pretrain.corpus.split import Split
-from pretrain.corpus.store import FORMAT_VERSION, open_shard
+from pretrain.corpus.store import FORMAT_VERSION, check_shard_names, open_shard
 from pretrain.corpus.tokenizer import tokenizer_from_string
 from pretrain.corpus.whole import make_whole
 from pretrain.errors import UserError
@@ -159,24 +159,24 @@ def read_part(path: Path) -> Part:
             raise UserError(f"{path}: made by another version; prepare this part again")
         content["entries"] = [ShardEntry(**entry) for entry in content["entries"]]
         part = Part(path, **content)
+        check_shard_names((entry.file for entry in part.entries if entry.file is not None), path, PART)
         if not 1 <= part.number <= part.of:
             raise ValueError(f"part {part.number} of {part.of}")
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
             f"{path / PART}: not found; --merge joins directories that `pretrain prepare --shard I/N` made"
         ) from error
+    except UserError:
+        raise
     except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"{path}: damaged part ({type(error).__name__}: {error}); prepare it again") from error
     for entry in part.entries:
         if entry.file is not None:
-            _check_shard(path, entry)
+            _check_shard(path / entry.file, entry)
     return part
 
 
-def _check_shard(path: Path, entry: ShardEntry) -> None:
-    file = path / Path(entry.file or "").name
+def _check_shard(file: Path, entry: ShardEntry) -> None:
     try:
         found = len(open_shard(file).offsets) - 1
     except (OSError, pa.ArrowException) as error:

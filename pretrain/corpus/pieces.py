@@ -74,8 +74,8 @@ def read_whole(source: Source) -> Piece:
         UserError: If it cannot be read or decompressed.
     """
     with Stream(source) as stream:
-        columns = _header(source, stream) if source.kind in ("csv", "tsv") else ()
-        return Piece(source, stream.read(sys.maxsize), 2 if columns else 1, columns, stream.position)
+        columns, line = _header(source, stream) if source.kind in ("csv", "tsv") else ((), 1)
+        return Piece(source, stream.read(sys.maxsize), line, columns, stream.position)
 
 
 def _cut_bytes(source: Source, options: SourceOptions) -> Iterator[Piece]:
@@ -83,11 +83,10 @@ def _cut_bytes(source: Source, options: SourceOptions) -> Iterator[Piece]:
     with Stream(source) as stream:
         line, columns = 1, tuple[str, ...]()
         if source.kind in ("csv", "tsv"):
-            columns = _header(source, stream)
+            columns, line = _header(source, stream)
             if not "".join(columns).strip() and not stream.peek(1):
                 return
             find_column(source, columns, options.text_column, TEXT_COLUMNS)  # a wrong name shows at once
-            line = 2
         data, wanted = b"", PIECE_BYTES
         while True:
             data += stream.read(wanted - len(data))
@@ -118,7 +117,12 @@ def _last_line_end(data: bytes) -> int:
 
 
 def _last_paragraph_end(data: bytes) -> int:
-    return max((end + len(mark) for mark in (b"\n\n", b"\n\r\n") if (end := data.rfind(mark)) >= 0), default=0)
+    end = data.rfind(b"\n") + 1
+    while begin := data.rfind(b"\n", 0, end - 1) + 1:
+        if data[begin:end].isspace():
+            return end
+        end = begin
+    return 0
 
 
 def _no_end(data: bytes) -> int:
@@ -158,19 +162,34 @@ _LAST_END: dict[str, Callable[[bytes], int]] = {
 }
 
 
-def _header(source: Source, stream: Stream) -> tuple[str, ...]:
-    line = stream.first_line(r"\r?\n" if source.kind == "tsv" else r"\r\n?|\n").decode("utf-8", "replace")
-    return tuple(line.split("\t") if source.kind == "tsv" else next(csv.reader([line]), ()))
+def _header(source: Source, stream: Stream) -> tuple[tuple[str, ...], int]:
+    """The names of the columns, which must end within a million bytes, and the number of the line behind them."""
+    head = stream.peek(2**20)
+    if source.kind == "tsv":
+        row, end, _ = head.partition(b"\n")
+        stream.read(len(row + end))
+        return tuple(row.removesuffix(b"\r").decode("utf-8", "replace").split("\t")), 2
+    lines = io.StringIO(head.decode("latin-1"), newline="")
+    rows = csv.reader(lines, strict=True)
+    try:
+        names = next(rows, [])
+    except csv.Error as error:
+        raise UserError(f"{source}:1: the header is {not_csv(error)}") from error
+    stream.read(lines.tell())
+    return tuple(name.encode("latin-1").decode("utf-8", "replace") for name in names), 1 + rows.line_num
+
+
+def not_csv(error: csv.Error) -> str:
+    """What is said of lines that are no row."""
+    return f"not CSV ({error}); a field with a comma, a quote or a line end must stand in quotes"
 
 
 def find_column(source: Source, columns: Sequence[str], wanted: str | None, usual: Sequence[str]) -> str | None:
-    """The column wanted, or the first usual one that there is, in upper or lower case."""
+    """As `choose_column`; an error where there is none that is needed."""
     shown = ", ".join(repr(column) for column in columns[:20]) + (", ..." if len(columns) > 20 else "")
-    if wanted is not None:
-        if wanted not in columns:
-            raise UserError(f"{source}: no column '{wanted}'; its columns are {shown}")
-        return wanted
-    found = usual_column(columns, usual)
+    found = choose_column(columns, wanted, usual)
+    if found is None and wanted is not None:
+        raise UserError(f"{source}: no column '{wanted}'; its columns are {shown}")
     if found is None and usual is TEXT_COLUMNS:
         raise UserError(
             f"{source}: no column {' or '.join(usual)}; its columns are {shown}; rename one to text, or name it, as in "
@@ -179,8 +198,10 @@ def find_column(source: Source, columns: Sequence[str], wanted: str | None, usua
     return found
 
 
-def usual_column(columns: Sequence[str], usual: Sequence[str]) -> str | None:
-    """The first usual column that there is, in upper or lower case."""
+def choose_column(columns: Sequence[str], wanted: str | None, usual: Sequence[str]) -> str | None:
+    """The column wanted, or else the first usual one, in upper or lower case; None where it is not there."""
+    if wanted is not None:
+        return wanted if wanted in columns else None
     by_lower = {column.lower(): column for column in reversed(columns)}
     return next((by_lower[name] for name in usual if name in by_lower), None)
 

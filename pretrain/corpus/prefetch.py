@@ -1,8 +1,9 @@
 """Training ahead of the download: in which order a corpus is read, and what must be there when."""
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from pretrain.corpus.counter import Int64
 from pretrain.corpus.groups import GroupOrder
 from pretrain.corpus.mixture import JoinedCorpus, whole_order
 from pretrain.corpus.order import AnyOrder
@@ -13,8 +14,6 @@ from pretrain.errors import UserError
 
 GROUP_SHARDS = 32
 """Shards that are shuffled together, where nothing else is said: about a gigabyte."""
-
-Int64 = NDArray[np.int64]
 
 
 class PrefetchingOrder:

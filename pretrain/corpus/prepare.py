@@ -228,11 +228,10 @@ def write_report(directory: Path, to: Path, entries: Sequence[ShardEntry]) -> No
 
 
 def _write_corpus(directory: Path, entries: Sequence[ShardEntry], settings: Settings, prepared: dict[str, Any]) -> None:
-    fields = ("file", "num_sequences", "num_tokens", "sha256")
-    shards = [{field: getattr(entry, field) for field in fields} for entry in entries if entry.file]
+    shards = [entry.listed() for entry in entries if entry.file]
     if settings.clusters:
-        names, windows = [shard["file"] for shard in shards], settings.filters.windows is not None
-        prepared = {**prepared, "clusters": write_clusters(directory, names, settings.clusters, windows)}
+        names, has_windows = [shard["file"] for shard in shards], settings.filters.windows is not None
+        prepared = {**prepared, "clusters": write_clusters(directory, names, settings.clusters, has_windows)}
     write_manifest(directory, shards, settings.tokenizer, prepared)
     ours = {REPORT, MANIFEST, LENGTHS, *([CLUSTERS] if settings.clusters else []), *(entry.file for entry in entries)}
     for file in sorted(directory.iterdir(), key=lambda file: file.name == JOURNAL):  # the journal last

@@ -113,8 +113,7 @@ def _finish(
         return Extent(int(num_bytes), numbers[1:])
 
     write_report(work, work, entries)
-    fields = ("file", "num_sequences", "num_tokens", "sha256")
-    shards = [{field: getattr(entry, field) for field in fields} for entry in entries if entry.file]
+    shards = [entry.listed() for entry in entries if entry.file]
     write_manifest(work, shards, settings.tokenizer, prepared, extent)
     for name in (REPORT, LENGTHS, MANIFEST):  # the manifest last: with it, it is a corpus
         if (work / name).exists():

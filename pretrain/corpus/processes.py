@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
 
-from pretrain.errors import UserError
+from pretrain.errors import CrashError, UserError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -67,7 +67,8 @@ def in_processes(function: Callable[[Task], Result], tasks: Iterable[Task], work
     A single task is done in this process: small sources are not worth another.
 
     Raises:
-        UserError: If a worker was killed, or making a task or the function raises it; the first in the tasks' order.
+        UserError: If making a task or the function raises it; the first in the tasks' order.
+        CrashError: If a worker was killed.
     """
     rest: Iterator[Task | UserError] = to_first_error(tasks)
     first = list(itertools.islice(rest, 2))
@@ -88,7 +89,7 @@ def in_processes(function: Callable[[Task], Result], tasks: Iterable[Task], work
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool as error:
-        raise UserError(
+        raise CrashError(
             "a worker process was killed, probably out of memory; give the same command again, with fewer --workers"
         ) from error
     finally:

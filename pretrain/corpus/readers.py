@@ -4,12 +4,13 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from pretrain.corpus.pieces import ID_COLUMNS, TEXT_COLUMNS, Piece, cut, find_column
+from pretrain.corpus.pieces import ID_COLUMNS, TEXT_COLUMNS, Piece, choose_column, cut, find_column, not_csv
 from pretrain.corpus.sources import Source, SourceOptions, find_sources
 from pretrain.errors import UserError
 
@@ -129,7 +130,8 @@ def _parse_paragraphs(piece: Piece, options: SourceOptions) -> Iterator[Record |
 
 def _parse_file(piece: Piece, options: SourceOptions) -> Iterator[Record | Flaw]:
     if text := piece.data.strip():
-        yield Record(Path(piece.source.name).name, text, 1)
+        name = Path(piece.source.name).name.encode("utf-8", "surrogateescape")  # a file's name may be any bytes
+        yield Record(name.decode("utf-8", "replace"), text, 1)
 
 
 def _json_objects(piece: Piece) -> Iterator[tuple[int, dict[str, Any] | str]]:
@@ -145,18 +147,17 @@ def _json_objects(piece: Piece) -> Iterator[tuple[int, dict[str, Any] | str]]:
 
 
 def _parse_json_lines(piece: Piece, options: SourceOptions) -> Iterator[Record | Flaw]:
-    text_fields = (options.text_column,) if options.text_column else TEXT_COLUMNS
-    id_fields = (options.id_column,) if options.id_column else ID_COLUMNS
-    expected = "' or '".join(text_fields)
+    expected = options.text_column or "' or '".join(TEXT_COLUMNS)
     for line, fields in _json_objects(piece):
         if isinstance(fields, str):
             yield Flaw(line, fields)
             continue
-        text = next((fields[name] for name in text_fields if name in fields), None)
+        text_field, id_field = _json_columns(options, tuple(fields))
+        text = None if text_field is None else fields[text_field]
         if not isinstance(text, str) or not text:
             yield Flaw(line, f"an object with a non-empty string '{expected}' is expected")
             continue
-        given = next((fields[name] for name in id_fields if fields.get(name) is not None), None)
+        given = None if id_field is None else fields[id_field]
         if options.id_column and given is None:
             yield Flaw(line, f"an object with '{options.id_column}' is expected")
             continue
@@ -170,6 +171,13 @@ def _parse_json_lines(piece: Piece, options: SourceOptions) -> Iterator[Record |
         yield record
 
 
+@lru_cache
+def _json_columns(options: SourceOptions, names: tuple[str, ...]) -> tuple[str | None, str | None]:
+    """Which of an object's fields are its text and its id."""
+    text = choose_column(names, options.text_column, TEXT_COLUMNS)
+    return text, choose_column(names, options.id_column, ID_COLUMNS)
+
+
 def _csv_rows(piece: Piece) -> Iterator[tuple[int, list[bytes] | str]]:
     # What is no UTF-8 goes through unchanged: whether it is allowed is for the tokenizer to say.
     lines = csv.reader(io.StringIO(piece.data.decode("utf-8", "surrogateescape"), newline=""), strict=True)
@@ -178,7 +186,7 @@ def _csv_rows(piece: Piece) -> Iterator[tuple[int, list[bytes] | str]]:
         try:
             row = next(lines, None)
         except csv.Error as error:
-            yield line, f"not CSV ({error}); a field with a comma, a quote or a line end must stand in quotes"
+            yield line, not_csv(error)
             continue
         if row is None:
             return

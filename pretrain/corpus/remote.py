@@ -6,16 +6,24 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import ArrayLike, NDArray
 from typing_extensions import override
 
 from pretrain.corpus.cache import Cache, RemoteFile, cache_directory
+from pretrain.corpus.counter import Int64
 from pretrain.corpus.groups import GroupOrder
 from pretrain.corpus.remote_files import read_remote
-from pretrain.corpus.store import LENGTHS, MANIFEST, Clusters, Corpus, Shard, damaged, open_shard, parse_manifest
+from pretrain.corpus.store import (
+    LENGTHS,
+    MANIFEST,
+    Clusters,
+    Corpus,
+    Shard,
+    check_shard_names,
+    damaged,
+    open_shard,
+    parse_manifest,
+)
 from pretrain.errors import UserError
-
-Int64 = NDArray[np.int64]
 
 
 def is_remote(name: str | Path) -> bool:
@@ -46,16 +54,21 @@ class RemoteCorpus(Corpus):
             self._files = [
                 RemoteFile(shard["file"], shard["sha256"], shard["num_bytes"]) for shard in self.manifest["shards"]
             ]
-            self._sizes = [shard["num_sequences"] for shard in self.manifest["shards"]]
+            check_shard_names((file.name for file in self._files), self.url)
+            sizes = [shard["num_sequences"] for shard in self.manifest["shards"]]
             entry = self.manifest["lengths"]
             lengths = RemoteFile(LENGTHS, entry["sha256"], entry["num_bytes"])
-        except KeyError as error:
+        except (KeyError, TypeError) as error:
             raise damaged(self.url, error) from error
-        if any(Path(file.name).name != file.name for file in self._files):
-            raise UserError(f"{self.url}: {MANIFEST} names a shard outside of the corpus; prepare it again")
-        self._first = np.cumsum([0, *self._sizes])
+        self._first = np.cumsum([0, *sizes])
         self._cache = Cache(self.url, cache_directory() / "remote" / self.fingerprint, cache_bytes)
-        self._lengths = self._open_lengths(lengths)
+        copy = self._cache.fetch(lengths)
+        try:
+            self._take_lengths(copy)
+        except UserError:
+            raise
+        except ValueError as error:
+            raise _damaged_copy(copy, error) from error
         self._open: OrderedDict[int, Shard] = OrderedDict()
         self.max_open = len(self._files)
         self._window: tuple[int, int] | None = None
@@ -79,10 +92,6 @@ class RemoteCorpus(Corpus):
     @override
     def has_words(self) -> bool:
         return self._shard(0).word_starts is not None
-
-    @override
-    def lengths(self, indices: ArrayLike) -> Int64:
-        return self._lengths[np.asarray(indices, np.int64)].astype(np.int64)
 
     @override
     def clusters(self) -> Clusters:
@@ -123,15 +132,6 @@ class RemoteCorpus(Corpus):
     def _bring(self, needed: list[int], next_ones: list[int], before: list[int]) -> None:
         self._cache.bring(*([self._files[number] for number in some] for some in (needed, next_ones, before)))
 
-    def _open_lengths(self, file: RemoteFile) -> NDArray[np.unsignedinteger]:
-        path = self._cache.fetch(file)
-        lengths: NDArray[np.unsignedinteger] = np.load(path, mmap_mode="r", allow_pickle=False)
-        if len(lengths) != self.num_sequences:
-            raise UserError(
-                f"{self.url}: {LENGTHS} does not hold the sequences that {MANIFEST} counts; prepare it again"
-            )
-        return lengths
-
     @override
     def _shard(self, number: int) -> Shard:
         self._cache.after_fork()
@@ -144,10 +144,7 @@ class RemoteCorpus(Corpus):
                 except FileNotFoundError:  # evicted in between
                     continue
                 except pa.ArrowException as error:
-                    raise UserError(
-                        f"{self._cache.directory / self._files[number].name}: damaged ({error}); delete this file and "
-                        "give the same command again"
-                    ) from error
+                    raise _damaged_copy(self._cache.directory / self._files[number].name, error) from error
             else:
                 raise UserError(
                     f"{self._cache.directory}: {self._files[number].name} vanishes as soon as it is there; give each "
@@ -160,6 +157,10 @@ class RemoteCorpus(Corpus):
                 self._cache.evict()
         self._open.move_to_end(number)
         return self._open[number]
+
+
+def _damaged_copy(file: Path, error: Exception) -> UserError:
+    return UserError(f"{file}: damaged ({error}); delete this file and give the same command again")
 
 
 class _Shards:

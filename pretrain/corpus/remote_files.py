@@ -1,27 +1,35 @@
 """Files at fsspec URLs: read, written and removed, in several attempts if need be."""
 
+import contextlib
 import errno
 import math
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 from pretrain.errors import UserError, disk_is_full, how_to_install, one_line
+
+Found = TypeVar("Found")
 
 ATTEMPTS = 9
 """Tries with one file before giving up: about four minutes, with what `_wait` waits in between."""
 
 
-def with_retries(url: str, attempt: Callable[[], None], attempts: int = ATTEMPTS, action: str = "read") -> None:
+def with_retries(url: str, attempt: Callable[[], Found], attempts: int = ATTEMPTS, action: str = "read") -> Found:
     """Try something with an address until it succeeds, waiting longer each time; each failure is told on stderr.
+
+    Returns:
+        What the attempt that succeeds returns.
 
     Raises:
         UserError: If there is no such file, or the last attempt fails.
         OSError: If the local disk is full, or not to be written to.
     """
-    for number in range(1, attempts + 1):
+    number = 0
+    while True:
+        number += 1
         try:
             return attempt()
         except (FileNotFoundError, PermissionError) as error:
@@ -89,13 +97,15 @@ def get_file(url: str, file: Path) -> bool:
         UserError: If it cannot be read.
     """
 
-    def attempt() -> None:
+    def attempt() -> bool:
         files, remote = file_system(url)
-        if files.exists(remote):
+        try:  # `exists` would say no of a lost connection, too
             files.get_file(remote, str(file))
+        except FileNotFoundError:
+            return False
+        return True
 
-    with_retries(url, attempt)
-    return file.is_file()
+    return with_retries(url, attempt)
 
 
 def remove_file(url: str, attempts: int = ATTEMPTS) -> None:
@@ -107,7 +117,7 @@ def remove_file(url: str, attempts: int = ATTEMPTS) -> None:
 
     def attempt() -> None:
         files, remote = file_system(url)
-        if files.exists(remote):
+        with contextlib.suppress(FileNotFoundError):
             files.rm_file(remote)
 
     with_retries(url, attempt, attempts, "removed")
@@ -117,24 +127,24 @@ def written_at(url: str) -> float | None:
     """When a file at an address was written, in seconds since 1970 (0 if that is not told); None if there is none.
 
     Object stores tell whole seconds, rounded down: it is the end of that second, before which it was surely written.
+    Not for the web, of which fsspec does not tell whether a file is missing or its server is down.
 
     Raises:
         UserError: If that cannot be found out.
     """
-    found: list[float | None] = []
 
-    def attempt() -> None:
+    def attempt() -> float | None:
         files, remote = file_system(url)
-        if not files.exists(remote):
-            found.append(None)
-            return
-        try:
-            found.append(math.floor(files.modified(remote).timestamp()) + 1.0)
-        except NotImplementedError:
-            found.append(0.0)
+        with contextlib.suppress(FileNotFoundError):
+            try:
+                modified: float = files.modified(remote).timestamp()
+                return math.floor(modified) + 1.0
+            except NotImplementedError:
+                files.info(remote)
+                return 0.0
+        return None
 
-    with_retries(url, attempt, 3)
-    return found[0]
+    return with_retries(url, attempt, 3)
 
 
 def read_remote(url: str) -> bytes:
@@ -143,11 +153,10 @@ def read_remote(url: str) -> bytes:
     Raises:
         UserError: If it is not there, or cannot be had in three attempts.
     """
-    content: list[bytes] = []
 
-    def attempt() -> None:
+    def attempt() -> bytes:
         files, path = file_system(url)
-        content.append(files.cat_file(path))
+        content: bytes = files.cat_file(path)
+        return content
 
-    with_retries(url, attempt, 3)
-    return content[0]
+    return with_retries(url, attempt, 3)

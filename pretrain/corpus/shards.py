@@ -8,6 +8,7 @@ its own are those of its entry in the journal.
 import hashlib
 import json
 import os
+import re
 import socket
 import sys
 import time
@@ -48,7 +49,7 @@ class Filters:
 
     Attributes:
         min_length: Shorter sequences are left out; in tokens, ``<cls>`` and ``<eos>`` included.
-        max_length: Longer ones are.
+        max_length: Longer sequences are left out; in tokens, as above.
         deduplicate: Keep the first of those that have the same tokens. Needs about 50 bytes of memory a sequence.
         skip_bad: Skip records that cannot be read or have no token, and list them; otherwise the first one is an error.
         windows: Cut longer sequences into several of at most this many tokens, ``<cls>`` and ``<eos>`` included.
@@ -179,7 +180,7 @@ def make_shards(
         desc="preparing",
         unit="B",
         unit_scale=True,
-        disable=not sys.stderr.isatty(),
+        disable=None,  # shown on a terminal only
     )
     ends: deque[int] = deque()
     before = hashlib.sha256()
@@ -269,7 +270,7 @@ def make_shard(job: Job, block: Block) -> ShardEntry:
                 if not job.filters.skip_bad:
                     raise UserError(f"{piece.where(item.line)}: {item.reason}")
                 skipped["bad"] += 1
-                report.append(f"{piece.source}\t{item.line or ''}\t{' '.join(item.reason.split())}\n")
+                report.append("\t".join(map(_field, (piece.source, item.line or "", item.reason))) + "\n")
             elif len(encoded) < shortest:
                 skipped["short"] += 1
             elif len(encoded) > longest:
@@ -290,6 +291,12 @@ def make_shard(job: Job, block: Block) -> ShardEntry:
     sha256 = write_shard(file, ids, tokens, job.tokenizer.dtype, word_starts)
     num_tokens = sum(map(len, tokens))
     return ShardEntry(block.number, checksum, file.name, len(ids), num_tokens, sha256, dict(skipped))
+
+
+def _field(value: object) -> str:
+    """What a column of the report holds: a file's name may have line ends, and may be no UTF-8."""
+    text = str(value).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return re.sub(r"\s", " ", text)
 
 
 def _checksum(pieces: Sequence[Piece]) -> str:

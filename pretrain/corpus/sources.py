@@ -4,7 +4,6 @@ import glob
 import io
 import json
 import os
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -279,12 +278,6 @@ class Stream(io.RawIOBase):
         data = self.read(size)
         self._ahead = data + self._ahead
         return data
-
-    def first_line(self, end: str) -> bytes:
-        """The bytes up to the first line end, as a regular expression gives it, or a million of them."""
-        line, *rest = re.split(end.encode(), self.read(2**20), maxsplit=1)
-        self._ahead = b"".join(rest)
-        return line
 
     def _next(self, size: int) -> bytes:
         return cast(bytes, self._inflated.read(size)) if self.compression else self._read_raw(size)

@@ -61,7 +61,7 @@ class _Job(NamedTuple):
     directory: Path
     split: Split
     table: NameTable | None
-    windows: bool
+    has_windows: bool
 
 
 class _Task(NamedTuple):
@@ -70,7 +70,7 @@ class _Task(NamedTuple):
 
 
 def split_shards(
-    directory: Path, into: Path, entries: Sequence[ShardEntry], split: Split, engine: Engine, windows: bool = False
+    directory: Path, into: Path, entries: Sequence[ShardEntry], split: Split, engine: Engine, has_windows: bool = False
 ) -> tuple[list[ShardEntry], list[ShardEntry]]:
     """Write the shards of ``directory`` again as those of ``into/train`` and ``into/validation``.
 
@@ -80,19 +80,19 @@ def split_shards(
         entries: The shards, as they stand in the journal.
         split: Which sequences go where.
         engine: What maps over the shards; the result does not depend on it.
-        windows: Whether long sequences were cut; ``name#n`` is then on the side of ``name``.
+        has_windows: Whether long sequences were cut; ``name#n`` is then on the side of ``name``.
 
     Raises:
         UserError: If a list cannot be read, a sequence is in no cluster, or one side would be empty.
     """
     table = _read_table(split)
-    settings: dict[str, Any] = {**asdict(split), "windows": windows}
+    settings: dict[str, Any] = {**asdict(split), "windows": has_windows}
     if table is not None:
         settings["table"] = hashlib.sha256(table.hashes.tobytes() + table.values.tobytes()).hexdigest()
     for name in SIDES:
         (into / name).mkdir(parents=True, exist_ok=True)
     journals = [Journal(into / name, settings) for name in SIDES]
-    job = _Job(directory, split, table, windows)
+    job = _Job(directory, split, table, has_windows)
     tasks = (
         _Task(entry, tuple(journal.entries.get(entry.number) for journal in journals))
         for entry in entries
@@ -111,7 +111,7 @@ def split_shards(
             raise UserError(f"{which} leaves no sequence of {total:,} for {name}; give another share or list")
     if split.ids and table:
         held = (into / SIDES[1] / entry.file for entry in made[1] if entry.file)
-        _warn_of_missing(split.ids, table, held, windows)
+        _warn_of_missing(split.ids, table, held, has_windows)
     return made
 
 
@@ -138,9 +138,9 @@ def _split_shard(job: _Job, into: Path, task: _Task) -> tuple[ShardEntry, ...]:
 
 def _is_validation(job: _Job, names: Sequence[str]) -> NDArray[np.bool_]:
     if job.table is None:
-        wholes = map(whole_name, names) if job.windows else names
+        wholes = map(whole_name, names) if job.has_windows else names
         return _below(hash_names(name.encode() for name in wholes), job.split.share or 0.0)
-    found, place = job.table.find(names, job.windows)
+    found, place = job.table.find(names, job.has_windows)
     if job.split.clusters and not found.all():
         missing = names[int(np.flatnonzero(~found)[0])]
         raise UserError(
@@ -151,11 +151,11 @@ def _is_validation(job: _Job, names: Sequence[str]) -> NDArray[np.bool_]:
     return validation
 
 
-def _warn_of_missing(ids: str, table: NameTable, shards: Iterator[Path], windows: bool) -> None:
+def _warn_of_missing(ids: str, table: NameTable, shards: Iterator[Path], has_windows: bool) -> None:
     """Say how many of the listed names there are: what goes by another name here is trained on."""
     seen = np.zeros(len(table.hashes), np.bool_)
     for shard in shards:
-        _, place = table.find(open_shard(shard).ids.to_pylist(), windows)
+        _, place = table.find(open_shard(shard).ids.to_pylist(), has_windows)
         seen[place] = True
     for names in _listed(ids):
         missing = np.isin(hash_names(names), table.hashes[~seen])

@@ -11,8 +11,9 @@ corpus/
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 
 from pretrain.corpus.tokenizer import Tokenizer, tokenizer_from_string
-from pretrain.errors import UserError
+from pretrain.errors import UserError, one_line
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -66,11 +67,12 @@ class Corpus:
                 raise UserError(
                     f"{self.path}: the shards do not hold the sequences that {MANIFEST} counts; prepare it again"
                 )
+            self._take_lengths(self.path / LENGTHS)
         except FileNotFoundError as error:
             raise UserError(f"{error.filename}: not found; {_WHAT_IT_IS}") from error
+        except UserError:
+            raise
         except (KeyError, TypeError, ValueError, pa.ArrowException) as error:
-            if isinstance(error, UserError):
-                raise
             raise damaged(self.path, error) from error
         self._first = np.cumsum([0, *sizes])
 
@@ -85,6 +87,15 @@ class Corpus:
             self.tokenizer: Tokenizer = tokenizer_from_string(manifest["tokenizer"]["serialized"], where)
         except (KeyError, TypeError) as error:
             raise damaged(where, error) from error
+
+    def _take_lengths(self, file: Path) -> None:
+        """Map the lengths of all sequences; a plain ``ValueError`` says that the file is damaged."""
+        try:
+            self._lengths: NDArray[np.integer] = np.lib.format.open_memmap(file, mode="r").view(np.ndarray)
+        except (ValueError, SyntaxError, TokenError) as error:  # the last two of NumPy's parser, for the header
+            raise ValueError(f"{LENGTHS}: {one_line(error)}") from error
+        if self._lengths.shape != (self.num_sequences,) or self._lengths.dtype.kind != "u":
+            raise UserError(f"{self}: {LENGTHS} does not hold the sequences that {MANIFEST} counts; prepare it again")
 
     def __reduce__(self) -> tuple[type["Corpus"], tuple[Path]]:
         return Corpus, (self.path,)
@@ -138,15 +149,7 @@ class Corpus:
 
     def lengths(self, indices: ArrayLike) -> NDArray[np.int64]:
         """Tokens in each of the sequences, ``<cls>`` and ``<eos>`` included; shape as ``indices``."""
-        indices = np.asarray(indices, np.int64)
-        lengths = np.empty(indices.shape, np.int64)
-        shard_of = np.searchsorted(self._first, indices, side="right") - 1
-        for number in np.unique(shard_of):
-            here = shard_of == number
-            local = indices[here] - self._first[number]
-            offsets = self.shards[number].offsets
-            lengths[here] = offsets[local + 1] - offsets[local]
-        return lengths
+        return self._lengths[np.asarray(indices, np.int64)].astype(np.int64)
 
     def tokens(self, index: int) -> NDArray[np.unsignedinteger]:
         """The ids of one sequence, with ``<cls>`` and ``<eos>``: a read-only view of the file."""
@@ -270,10 +273,24 @@ def parse_manifest(content: bytes, where: str | Path) -> dict[str, Any]:
 
 def _shard_files(path: Path, manifest: dict[str, Any]) -> list[Path]:
     names = [shard["file"] for shard in manifest["shards"]]
+    check_shard_names(names, path)
+    return [path / name for name in names]
+
+
+def check_shard_names(names: Iterable[str], where: str | Path, record: str = MANIFEST) -> None:
+    """Make sure that shards are files beside the one that lists them.
+
+    Args:
+        names: What it calls them.
+        where: The directory or address, for messages.
+        record: The file that lists them.
+
+    Raises:
+        UserError: If one is elsewhere.
+    """
     for name in names:
         if name != Path(name).name:
-            raise UserError(f"{path}: {MANIFEST} names the shard '{name}', outside of the corpus; prepare it again")
-    return [path / name for name in names]
+            raise UserError(f"{where}: {record} names the shard '{name}', which is not beside it; prepare it again")
 
 
 def open_shard(file: Path) -> Shard:

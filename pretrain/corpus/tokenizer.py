@@ -87,7 +87,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def serialize(self) -> str:
-        """The tokenizer as text: what `load_tokenizer` reads back from a corpus."""
+        """The tokenizer as text: what `tokenizer_from_string` reads back."""
 
 
 class ProteinTokenizer(Tokenizer):

@@ -22,13 +22,15 @@ def make_whole(out: Path, is_made: Callable[[Path], bool], fill: Callable[[Path]
     Raises:
         UserError: If something else is at ``out``, or the disk is full.
     """
+    if is_made(out):  # perhaps where nothing can be written to
+        return
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise UserError(f"{out}: cannot be made, as {error.filename} is a file; choose another place") from error
     partial = out.absolute().parent / f".{out.name}.partial"  # processes elsewhere may have another working directory
     with exclusive(out.parent / f".{out.name}.lock"):
-        if is_made(out):
+        if is_made(out):  # by whoever had the lock
             return
         if out.exists():
             raise UserError(f"{out}: exists already and is no corpus; remove it first")
@@ -64,4 +66,5 @@ def exclusive(path: Path) -> Iterator[None]:
                 yield
             finally:
                 path.unlink(missing_ok=True)
+                fcntl.flock(lock, fcntl.LOCK_UN)  # closing leaves it to a process that was forked meanwhile
             return

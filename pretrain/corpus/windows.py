@@ -29,8 +29,8 @@ def into_windows(
         yield name, tokens, word_starts
         return
     inside = len(tokens) - 2
-    windows = -(-inside // (max_length - 2))
-    bounds = 1 + np.arange(windows + 1) * inside // windows
+    num_windows = -(-inside // (max_length - 2))
+    bounds = 1 + np.arange(num_windows + 1) * inside // num_windows
     for number, (begin, end) in enumerate(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True), 1):
         places = np.r_[0, begin:end, len(tokens) - 1]
         yield window_name(name, number), tokens[places], None if word_starts is None else word_starts[places]

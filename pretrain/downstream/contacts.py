@@ -1,7 +1,6 @@
 """`pretrain contacts`: which residues touch, read from attention; where structures say it, how often that is right."""
 
 import csv
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -107,7 +106,7 @@ def contacts(
         write_regression(regression, save_to, about)
         lines.append(f"{save_to}: {origin}")
 
-    bar = tqdm(total=len(proteins), desc="contacts", unit=" sequences", disable=not sys.stderr.isatty())
+    bar = tqdm(total=len(proteins), desc="contacts", unit=" sequences", disable=None)
     kept: dict[str, NDArray[np.float32]] = {}
 
     def predict(protein: _Protein) -> NDArray[np.float32]:

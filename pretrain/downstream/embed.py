@@ -7,7 +7,6 @@ nothing else. So a call that was interrupted goes on behind its last part, and t
 import hashlib
 import json
 import shutil
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -147,7 +146,7 @@ class _Progress:
     def __init__(self, total: int | None, longest: int | None) -> None:
         self.records = self.tokens = self.long = 0
         self._longest = longest
-        self.bar = tqdm(total=total, desc="embedding", unit=" tokens", unit_scale=True, disable=not sys.stderr.isatty())
+        self.bar = tqdm(total=total, desc="embedding", unit=" tokens", unit_scale=True, disable=None)
 
     def add(self, block: Sequence[TokenizedRecord]) -> None:
         self.records += len(block)

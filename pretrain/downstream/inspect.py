@@ -148,8 +148,12 @@ def _describe_corpus(corpus: Corpus, statistics: _Statistics) -> str:
     if corpus.num_clusters:
         lines.append(f"  clusters     {corpus.num_clusters:,}: an epoch visits each once, by one of its sequences")
     if skipped := corpus.skipped:
-        report = f"; the bad ones are listed in {REPORT}" if "bad" in skipped else ""
-        lines.append(f"  left out     {'  '.join(f'{reason} {n:,}' for reason, n in sorted(skipped.items()))}{report}")
+        is_side = "split" in corpus.prepared  # what was left out was so before the split
+        both = " (train and validation together)" if is_side else ""
+        listed = corpus.path.absolute().parent / REPORT if is_side else REPORT
+        report = f"; the bad ones are listed in {listed}" if "bad" in skipped else ""
+        counts = "  ".join(f"{reason} {n:,}" for reason, n in sorted(skipped.items()))
+        lines.append(f"  left out     {counts}{both}{report}")
     return "\n".join(lines)
 
 

@@ -17,7 +17,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
 from pretrain.corpus.packed import PackedDataModule
-from pretrain.corpus.store import Corpus, verify
+from pretrain.corpus.store import LENGTHS, Corpus, verify
 from pretrain.errors import CrashError, UserError
 from pretrain.model.allocator import keep_freed_memory
 from pretrain.train.build import FitCLI
@@ -121,7 +121,8 @@ def _fit(cli: FitCLI) -> int:
 def _verify_if_younger(corpus: Corpus, checkpoint: Path) -> None:
     """Compare a corpus with its checksums where a file of it is younger than the checkpoint that was trained on it."""
     trained = checkpoint.stat().st_mtime
-    if any(file.stat().st_mtime > trained for file in corpus.path.glob("*.arrow")):
+    files = (*corpus.path.glob("*.arrow"), *corpus.path.glob(LENGTHS))  # none of a remote corpus
+    if any(file.stat().st_mtime > trained for file in files):
         _say(f"{corpus}: has changed or was copied since the checkpoint; comparing it with its checksums")
         verify(corpus.path)
 

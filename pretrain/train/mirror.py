@@ -232,19 +232,16 @@ class Mirror:
     # --- one file -----------------------------------------------------------------------------------------------------
 
     def _list(self, below: str) -> list[str]:
-        found: list[str] = []
-
-        def attempt() -> None:
+        def attempt() -> list[str]:
             files, path = file_system(f"{self.url}/{below}".rstrip("/"))
             try:
                 entries = files.ls(path, detail=True)
             except FileNotFoundError:
                 entries = []
             names = [PurePosixPath(entry["name"]).name for entry in entries if entry["type"] == "file"]
-            found[:] = sorted(name for name in names if not name.startswith("."))
+            return sorted(name for name in names if not name.startswith("."))
 
-        with_retries(self.url, attempt, 3)
-        return found
+        return with_retries(self.url, attempt, 3)
 
     def _get(self, name: str, to: Path) -> None:
         def attempt() -> None:

@@ -6,18 +6,16 @@ from typing import cast
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from typing_extensions import override
 
 from pretrain.corpus.batch import PackDataset
+from pretrain.corpus.counter import Int64
 from pretrain.corpus.datamodule import MLMDataModule
 from pretrain.corpus.packing import Pack, validation_packs
 from pretrain.errors import UserError
 from pretrain.train.module import MLMModule
 from pretrain.train.watchdog import untimed
-
-Int64 = NDArray[np.int64]
 
 
 class PseudoPerplexity(pl.Callback):

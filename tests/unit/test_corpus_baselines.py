@@ -1,6 +1,7 @@
 """The numbers to beat: unigram and bigram perplexity, against a count by hand."""
 
 import math
+import tracemalloc
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -44,6 +45,7 @@ def test_baselines_are_those_of_a_count_by_hand(
     max_length: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(baselines, "_CHUNK", 7)  # several chunks: no pair may be lost or made where they meet
+    monkeypatch.setattr(baselines, "_CHUNK_TOKENS", 50)
     train = corpus(tmp_path, "train", random_sequences(60, 0))
     validation = PackDataset(corpus(tmp_path, "validation", random_sequences(9, 1)), MASKING)
     planner = Planner(validation.corpus, Order(9, 0), MASKING, max_length)
@@ -71,6 +73,17 @@ def test_baselines_are_those_of_a_count_by_hand(
     assert found.unigram == pytest.approx(math.exp(np.mean(unigram)))
     assert found.bigram == pytest.approx(math.exp(np.mean(bigram)))
     assert found.bigram < found.unigram
+
+
+def test_memory_does_not_grow_with_the_length_of_documents(tmp_path: Path) -> None:
+    train = corpus(tmp_path, "train", ["LAGVSERT" * 2**13] * 128)  # 2**23 tokens
+    validation = PackDataset(corpus(tmp_path, "validation", random_sequences(9, 1)), MASKING)
+    packs = [Planner(validation.corpus, Order(9, 0), MASKING, 64).describe(np.zeros(9, int), np.arange(9))]
+    tracemalloc.start()
+    baselines.perplexities(train, validation, packs, Order(len(train), 0))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100 * 2**20  # bytes
 
 
 def test_uniform_residues_have_a_perplexity_of_twenty(tmp_path: Path) -> None:

@@ -260,6 +260,10 @@ MISTAKES: dict[str, tuple[str, Content, str] | tuple[str, Content, str, str]] = 
     ),
     # CSV and TSV
     "empty CSV": ("x.csv", b"", EMPTY),
+    "CSV header without an end": (
+        "x.csv", b'id,"text\n1,MK\n', "{file}:1: the header is not CSV (unexpected end of data); a field with a comma, "
+        "a quote or a line end must stand in quotes",
+    ),
     "CSV of a header": ("x.csv", b"id,text\n", EMPTY),
     "CSV without a header": ("x.csv", b"a,MK\nb,MK\n", f"{{file}}: {NO_COLUMN}; its columns are 'a', 'MK'; {NAME_ONE}"),
     "CSV without the column asked for": (

@@ -9,13 +9,16 @@ from typing import Any
 
 import pytest
 
-from pretrain.corpus import opening, shards
+from pretrain.corpus import opening, shards, whole
 from pretrain.corpus import prepare as prepare_module
 from pretrain.corpus.journal import ShardEntry
-from pretrain.corpus.opening import open_or_prepare
+from pretrain.corpus.opening import open_or_prepare, open_or_store
+from pretrain.corpus.parts import prepare_part
 from pretrain.corpus.prepare import Settings, prepare
+from pretrain.corpus.shards import Portion
 from pretrain.corpus.store import Corpus, is_corpus
 from pretrain.corpus.tokenizer import ProteinTokenizer, train_tokenizer
+from pretrain.corpus.whole import exclusive
 from pretrain.errors import UserError
 
 ESM, TEXT = ProteinTokenizer(), train_tokenizer([], 261)
@@ -138,6 +141,37 @@ def test_a_lock_file_that_its_holder_removed_protects_nothing(
     monkeypatch.setattr(prepare_module, "make_shards", watched)
     prepare([fasta], tmp_path / "corpus", Settings(ESM))
     assert held
+
+
+def test_a_process_forked_meanwhile_does_not_keep_the_lock(tmp_path: Path) -> None:
+    path, (reader, writer) = tmp_path / "lock", os.pipe()
+    with exclusive(path):
+        pid = os.fork()
+        if not pid:
+            os.close(writer)
+            os.read(reader, 1)
+            os._exit(0)
+        waiting = path.open("w")
+    fcntl.flock(waiting, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    waiting.close()
+    os.close(writer)
+    os.waitpid(pid, 0)
+    os.close(reader)
+
+
+def test_what_is_ready_needs_no_place_that_can_be_written_to(
+    fasta: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = [ESM.encode(b"MK")]
+
+    def everything() -> list[str]:
+        part = prepare_part([fasta], tmp_path / "part", Settings(ESM), Portion(1, 1))
+        prepared = prepare([fasta], tmp_path / "corpus", Settings(ESM)), open_or_prepare([fasta], ESM)
+        return [str(part.path), *map(str, prepared), str(open_or_store(["a"], tokens, ESM))]
+
+    made = everything()
+    monkeypatch.setattr(whole, "exclusive", lambda path: pytest.fail(f"{path}: wanted a lock"))
+    assert everything() == made
 
 
 # --- the cache --------------------------------------------------------------------------------------------------------

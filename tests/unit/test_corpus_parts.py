@@ -199,6 +199,13 @@ def other_filters(path: Path) -> None:
     edit("settings", {**part["settings"], "min_length": 30})(path)
 
 
+def neighbours(path: Path) -> None:
+    """Name a shard of another part; there is one of that name here, too."""
+    shutil.copy(path.parent / "part1" / "shard-00000.arrow", path)
+    first, *rest = json.loads((path / "part.json").read_text())["entries"]
+    edit("entries", [{**first, "file": "../part1/shard-00000.arrow", "num_sequences": 16}, *rest])(path)
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], object] | None, str]] = {
     "missing": (None, "1 of 3 parts missing: 2; prepare and give all of them"),
     "twice": (edit("number", 1), "{2}: is part 1 of 3, as {1}; give each part once"),
@@ -223,6 +230,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object] | None, str]] = {
     "damaged": (
         lambda path: (path / "part.json").write_text("{}"),
         "{2}: damaged part (KeyError: 'format_version'); prepare it again",
+    ),
+    "a shard of its neighbour": (
+        neighbours,
+        "{2}: part.json names the shard '../part1/shard-00000.arrow', which is not beside it; prepare it again",
     ),
     "another version": (edit("format_version", 2), "{2}: made by another version; prepare this part again"),
     "lost shard": (

@@ -23,7 +23,7 @@ from pretrain.corpus.shards import Filters
 from pretrain.corpus.sources import SourceOptions
 from pretrain.corpus.store import Corpus, verify
 from pretrain.corpus.tokenizer import ProteinTokenizer, tokenizer_from_string, train_tokenizer
-from pretrain.errors import UserError
+from pretrain.errors import CrashError, UserError
 
 ESM = ProteinTokenizer()
 BLOCKS = 12
@@ -119,12 +119,12 @@ def test_the_first_mistake_in_the_order_of_the_sources_is_told(workers: int, sou
         prepare([source, later], tmp_path / "corpus", Settings(ESM), workers=workers)
 
 
-def test_a_worker_that_is_killed_is_a_mistake_that_can_be_mended(
+def test_a_worker_that_is_killed_is_told_and_the_same_command_continues(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patched:
         patched.setattr(shards, "write_shard", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-        with pytest.raises(UserError, match=r"^a worker process was killed, .* with fewer --workers$"):
+        with pytest.raises(CrashError, match=r"^a worker process was killed, .* with fewer --workers$"):
             prepare([source], tmp_path / "corpus", Settings(ESM), workers=2)
     assert sequences(prepare([source], tmp_path / "corpus", Settings(ESM), workers=2)) == records(source)
 
@@ -306,6 +306,32 @@ def test_a_disk_that_is_really_full_leaves_no_half_shard(source: Path, tmp_path:
     assert {file.name for file in tmp_path.iterdir()} == {"x.fasta"}
 
 
+def test_a_disk_that_is_full_when_prepare_is_continued_loses_nothing(
+    source: Path, tmp_path: Path, written: list[str]
+) -> None:
+    import resource
+
+    whole = content(continued(source, tmp_path / "whole"))
+    blocks = len(written)
+    out = tmp_path / "corpus"
+    killed(source, out, 5, 1)
+
+    def run() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+        with pytest.raises(OSError, match="File too large"):
+            continued(source, out)
+        os._exit(7)
+
+    child = multiprocessing.get_context("fork").Process(target=run)
+    child.start()
+    child.join(60)
+    assert child.exitcode == 7
+    written.clear()
+    assert content(continued(source, out)) == whole
+    assert len(written) <= blocks - 5
+
+
 # --- what is kept -----------------------------------------------------------------------------------------------------
 
 
@@ -379,6 +405,20 @@ def test_bad_records_are_skipped_counted_and_listed(workers: int, source: Path, 
         f"{table}\t4\trecord 'c' has '1' at position 2; {allowed}",
         f"{empty}\t\tis empty; at least one sequence is needed",
     ]
+
+
+def test_a_file_may_have_any_name(tmp_path: Path) -> None:
+    text = Path(os.fsdecode(os.fsencode(tmp_path) + b"/a\tb\nc \xff.txt"))
+    text.write_bytes(b"MK")
+    fasta = text.with_suffix(".fasta")
+    fasta.write_bytes(b">a\nMK\n>b\n1\n")
+    settings = Settings(ESM, SourceOptions(document="file"), Filters(skip_bad=True))
+    corpus = prepare([text, fasta], tmp_path / "corpus", settings)
+    assert [corpus.id(i) for i in range(2)] == ["a\tb\nc \ufffd.txt", "a"]
+    assert (corpus.path / "skipped.tsv").read_text().splitlines()[1].split("\t")[:2] == [
+        f"{tmp_path}/a b c \ufffd.fasta", "3"
+    ]  # fmt: skip
+    assert prepare([text, fasta], tmp_path / "corpus", settings).fingerprint == corpus.fingerprint
 
 
 def test_a_text_that_its_tokenizer_makes_nothing_of_is_bad(tmp_path: Path) -> None:

@@ -112,6 +112,24 @@ def test_a_lost_connection_is_tried_again(
     assert there(bucket) == here(tmp_path)
 
 
+def test_a_corpus_is_not_replaced_where_the_connection_is_lost_as_it_is_looked_for(
+    source: Path, bucket: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(COMMAND) == 0
+    made = there(bucket)
+
+    def lost(*_: Any, **__: Any) -> None:
+        raise ConnectionResetError("connection lost")
+
+    monkeypatch.setattr(remote_files, "_wait", lambda _: None)
+    with monkeypatch.context() as patched:
+        for method in ("info", "modified"):
+            patched.setattr(type(bucket), method, lost)
+        assert main([*COMMAND, "--min_length", "9"]) == 2
+    assert f"{URL}/manifest.json: cannot be read (connection lost) in 3 attempts" in capsys.readouterr().err
+    assert there(bucket) == made
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 def test_a_corpus_made_in_an_s3_bucket(
     source: Path, s3: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -275,6 +275,30 @@ def test_what_came_badly_is_fetched_again_after_a_while(
     assert [line[-12:] for line in warnings] == ["; again in 1 s"[-12:], "; again in 2 s"[-12:]]
 
 
+def test_a_server_that_is_down_for_a_while_is_none_without_the_file(
+    server: Server, tmp_path: Path, waits: list[float]
+) -> None:
+    server.faults["manifest.json"] = ["refused"]
+    assert remote_files.get_file(f"{server.url}/manifest.json", tmp_path / "x")
+    assert waits == [1]
+    assert not remote_files.get_file(f"{server.url}/nowhere", tmp_path / "y")
+    assert waits == [1]
+
+
+def test_a_file_is_removed_although_the_connection_was_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/lost/x", b"x")
+    with monkeypatch.context() as patched:
+        patched.setattr(type(memory), "info", lost)
+        remote_files.remove_file("memory://lost/x")
+        remote_files.remove_file("memory://lost/x")  # which is not there now
+    assert not memory.exists("/lost/x")
+
+
+def lost(*_: Any, **__: Any) -> None:
+    raise ConnectionResetError("connection lost")
+
+
 def test_a_network_that_stays_bad_is_told_in_one_line(
     local: Corpus, server: Server, waits: list[float], own_cache: Path
 ) -> None:
@@ -338,9 +362,10 @@ def test_a_lack_of_rights_here_is_not_told_as_one_at_the_address(
         assert "check the address and your rights there" in str(caught.value)
 
 
-def test_a_damaged_copy_is_told_by_its_place(server: Server, own_cache: Path) -> None:
+@pytest.mark.parametrize("name", ["lengths.npy", "*.arrow"])
+def test_a_damaged_copy_is_told_by_its_place(name: str, server: Server, own_cache: Path) -> None:
     RemoteCorpus(server.url, 10**9).tokens(0)
-    (copy,) = own_cache.rglob("*.arrow")
+    (copy,) = own_cache.rglob(name)
     copy.write_bytes(bytes(copy.stat().st_size))
     with pytest.raises(UserError) as caught:
         RemoteCorpus(server.url, 10**9).tokens(0)
@@ -364,7 +389,7 @@ def test_a_manifest_that_lacks_something_or_lies_is_refused(local: Corpus, tmp_p
     outside = {**manifest, "shards": [{**entry, "file": f"../{entry['file']}"} for entry in manifest["shards"]]}
     for made, message in (
         (without, "damaged corpus (KeyError: 'lengths'); prepare it again"),
-        (outside, "manifest.json names a shard outside of the corpus; prepare it again"),
+        (outside, f"manifest.json names the shard '../{shard(local)}', which is not beside it; prepare it again"),
         ({**manifest, "num_sequences": 3}, "lengths.npy does not hold the sequences that manifest.json counts; prepare "
          "it again"),
     ):  # fmt: skip

@@ -132,13 +132,15 @@ def test_text_written_is_text_read(documents: list[str], gz: str, end: bytes, bl
 @given(
     documents=st.lists(st.lists(words, min_size=1, max_size=3), min_size=1, max_size=5),
     end=line_ends,
-    blank=st.integers(1, 3),
+    blank=st.lists(st.sampled_from([b"", b" ", b"\t "]), min_size=1, max_size=3),
     size=sizes,
 )
-def test_paragraphs_written_are_paragraphs_read(documents: list[list[str]], end: bytes, blank: int, size: int) -> None:
+def test_paragraphs_written_are_paragraphs_read(
+    documents: list[list[str]], end: bytes, blank: list[bytes], size: int
+) -> None:
     lines, expected = [], []
     for document in documents:
-        lines += [b""] * blank
+        lines += blank
         text = [line.encode() for line in document]
         expected.append(Record(str(len(lines) + 1), b"\n".join(text), len(lines) + 1))
         lines += text
@@ -282,6 +284,7 @@ def test_columns_have_the_names_that_are_given() -> None:
     names = {"text_column": "body", "id_column": "key"}
     assert read("x.csv", b"key,text,body,id\na,no,MK,no\n", **names) == [Record("a", b"MK", 2)]
     assert read("x.jsonl", b'{"key": "a", "text": "no", "body": "MK", "id": 0}', **names) == [Record("a", b"MK", 1)]
+    assert read("x.jsonl", b'{"Text": "MK"}', text_column="Text") == [Record("1", b"MK", 1)]
     sink = io.BytesIO()
     pq.write_table(pa.table({"key": ["a"], "text": ["no"], "body": ["MK"], "id": [0]}), sink)
     assert read("x.parquet", sink.getvalue(), **names) == [Record("a", b"MK", 1)]
@@ -308,6 +311,20 @@ def test_records_are_read_one_at_a_time(tmp_path: Path) -> None:
     assert next(records) == Record("a", b"MK", 1)
     with pytest.raises(UserError):
         next(records)
+
+
+def test_a_paragraph_is_cut_off_where_it_ends(tmp_path: Path) -> None:
+    path = written(tmp_path, "x.txt", b"a\nb\n \t\n" * 100)
+    with cut_at(20), patch.object(pieces, "MAX_RECORD_BYTES", 40):
+        found = list(read_records(path, SourceOptions(document="paragraph")))
+    assert found == [Record(str(line), b"a\nb", line) for line in range(1, 300, 3)]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_header_of_csv_may_have_several_lines(end: str) -> None:
+    content = f'id,"the\nname","text"{end}a,"b\nc",MK{end}d,e,LA{end}'.encode()
+    with cut_at(10):
+        assert read("x.csv", content) == [Record("a", b"MK", 3), Record("d", b"LA", 5)]
 
 
 def test_a_source_is_not_read_ahead_of_its_records(tmp_path: Path) -> None:

@@ -239,7 +239,7 @@ def overwrite(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], N
     return act
 
 
-MANIFEST, SHARD = "manifest.json", "shard-00000.arrow"
+MANIFEST, LENGTHS, SHARD = "manifest.json", "lengths.npy", "shard-00000.arrow"
 NOT_FOUND = "not found; a corpus is a directory that `pretrain prepare` made"
 AGAIN = "prepare it again"
 
@@ -261,7 +261,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "another format": (edit(format_version=2), f"{{path}}: corpus format 2, this version reads 1; {AGAIN}"),
     "a shard elsewhere": (
         edit(shards=[{"file": "../x", "num_sequences": 4}]),
-        f"{{path}}: {MANIFEST} names the shard '../x', outside of the corpus; {AGAIN}",
+        f"{{path}}: {MANIFEST} names the shard '../x', which is not beside it; {AGAIN}",
     ),
     "a shard of no name": (edit(shards=[{"num_sequences": 4}]), damaged("KeyError: 'file'")),
     "another count": (
@@ -269,6 +269,15 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "tokenizer missing": (edit(tokenizer={}), damaged("KeyError: 'serialized'")),
     "tokenizer damaged": (edit(tokenizer={"serialized": "{"}), "{path}: not JSON (…); a tokenizer.json is expected"),
+    "no lengths": (lambda path: (path / LENGTHS).unlink(), f"{{path}}/{LENGTHS}: {NOT_FOUND}"),
+    "empty lengths": (overwrite(LENGTHS, lambda _: b""), damaged("ValueError: …")),
+    "truncated lengths": (overwrite(LENGTHS, lambda b: b[:-1]), damaged("ValueError: …")),
+    "rubbish for lengths": (overwrite(LENGTHS, lambda _: os.urandom(900)), damaged("ValueError: …")),
+    "a header that is no Python": (overwrite(LENGTHS, lambda b: b.replace(b"}", b"(")), damaged("ValueError: …")),
+    "lengths of another corpus": (
+        lambda path: np.save(path / LENGTHS, np.ones(5, np.uint8)),
+        f"{{path}}: {LENGTHS} does not hold the sequences that manifest.json counts; {AGAIN}",
+    ),
     "empty shard": (overwrite(SHARD, lambda _: b""), damaged("ArrowInvalid: …")),
     "truncated shard": (overwrite(SHARD, lambda b: b[: len(b) // 2]), damaged("ArrowInvalid: …")),
     "shard without its last byte": (overwrite(SHARD, lambda b: b[:-1]), damaged("ArrowInvalid: …")),

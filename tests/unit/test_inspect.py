@@ -8,8 +8,9 @@ import pytest
 
 from pretrain.cli import main
 from pretrain.corpus import pieces, shards
-from pretrain.corpus.prepare import Settings, prepare
+from pretrain.corpus.prepare import Settings, prepare, prepare_split
 from pretrain.corpus.shards import Filters
+from pretrain.corpus.split import Split
 from pretrain.corpus.tokenizer import ProteinTokenizer, train_tokenizer
 from pretrain.downstream import inspect as inspect_module
 from pretrain.downstream.inspect import inspect
@@ -40,6 +41,17 @@ def test_a_corpus_is_described_by_its_lengths_and_tokens(corpus: Path) -> None:
     assert lines["tokens"] == "A 99.98%  W 0.02%"
     assert lines["left"] == "out     bad 1; the bad ones are listed in skipped.tsv"
     assert int(lines["shards"].split(",")[0]) > 3
+
+
+def test_one_side_of_a_split_names_the_report_that_it_shares(tmp_path: Path) -> None:
+    source = tmp_path / "x.fasta"
+    source.write_text("".join(f">{n}\nMK\n" for n in range(50)) + ">bad\n1\n")
+    settings = Settings(ProteinTokenizer(), filters=Filters(skip_bad=True), split=Split(share=0.5))
+    for side in prepare_split([source], tmp_path / "two", settings):
+        assert told(inspect(side.path))["left"] == (
+            f"out     bad 1 (train and validation together); the bad ones are listed in {tmp_path}/two/skipped.tsv"
+        )
+    assert (tmp_path / "two" / "skipped.tsv").is_file()
 
 
 def test_lengths_are_exact_quantiles_for_any_shards(corpus: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.corpus.packing import Int64
+from pretrain.corpus.counter import Int64
 from pretrain.corpus.padding import IGNORED
 from pretrain.downstream.finetune.table import Row
 from pretrain.errors import UserError

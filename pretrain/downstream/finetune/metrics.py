@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics.functional import classification, regression
 
 from pretrain.corpus.batch import Batch
-from pretrain.corpus.packing import Int64
+from pretrain.corpus.counter import Int64
 from pretrain.downstream.finetune.labels import LabelSpec
 
 BOOTSTRAP_SAMPLES = 1000

@@ -6,14 +6,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 from typing_extensions import override
 
 from pretrain.corpus.batch import Batch
+from pretrain.corpus.counter import Int64
 from pretrain.corpus.order import Order
-from pretrain.corpus.packing import Int64, Pack, StepPlanner, validation_packs
+from pretrain.corpus.packing import Pack, StepPlanner, validation_packs
 from pretrain.corpus.padding import IGNORED
 from pretrain.corpus.store import Corpus
 from pretrain.corpus.tokenizer import Tokenizer
@@ -177,11 +177,6 @@ class InMemoryCorpus(Corpus):
         self.tokenizer, self.num_sequences = tokenizer, len(sequences)
         self._sequences = sequences
         self._lengths = np.array([len(sequence) for sequence in sequences])
-
-    @override
-    def lengths(self, indices: ArrayLike) -> NDArray[np.int64]:
-        lengths: NDArray[np.int64] = self._lengths[np.asarray(indices)]
-        return lengths
 
     @override
     def tokens(self, index: int) -> Tokens:

@@ -4,10 +4,10 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
-from pretrain.corpus.pieces import ID_COLUMNS, TEXT_COLUMNS, Piece, read_whole, usual_column
+from pretrain.corpus.pieces import ID_COLUMNS, TEXT_COLUMNS, Piece, choose_column, read_whole
 from pretrain.corpus.readers import Flaw, parse, parse_fields
 from pretrain.corpus.sources import Source, SourceOptions, find_sources
 from pretrain.errors import UserError
@@ -132,18 +132,13 @@ def _row(path: str, line: int, fields: dict[str, Any], columns: Columns) -> Row:
 @lru_cache
 def _find_columns(columns: Columns, names: tuple[str, ...]) -> Columns:
     """What the columns are called among these; None for those that are not there."""
-
-    def find(wanted: str | None, *usual: str) -> str | None:
-        if wanted is None:
-            return usual_column(names, usual)
-        return wanted if wanted in names else None
-
-    text, pair = find(columns.text, *TEXT_COLUMNS), find(columns.pair)
+    find = partial(choose_column, names)
+    text, pair = find(columns.text, TEXT_COLUMNS), find(columns.pair, ())
     if text is None and columns.text is None and columns.pair is None:
-        both = ((find(None, one), find(None, two)) for one, two in PAIR_COLUMNS)
+        both = ((find(None, (one,)), find(None, (two,))) for one, two in PAIR_COLUMNS)
         text, pair = next((names for names in both if all(names)), (None, None))
-    label, split = find(columns.label, _LABEL), find(columns.split, "split")
-    return Columns(label, text, find(columns.id, *ID_COLUMNS), split, pair)
+    label, split = find(columns.label, (_LABEL,)), find(columns.split, ("split",))
+    return Columns(label, text, find(columns.id, ID_COLUMNS), split, pair)
 
 
 def _name(line: int, fields: dict[str, Any], column: str | None) -> str:
