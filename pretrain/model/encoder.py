@@ -125,7 +125,7 @@ class Encoder(nn.Module):
         for block in self.blocks:
             inputs = hidden, rotation, layout, rows if block is self.blocks[-1] else None
             if self.activation_checkpointing and torch.is_grad_enabled():
-                hidden = checkpoint(block, *inputs, use_reentrant=False)
+                hidden = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=self.config.drops)
             else:
                 hidden = block(*inputs)
         normed: Tensor = self.norm(hidden)

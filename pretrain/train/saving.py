@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,6 +30,9 @@ from pretrain.train.spikes import RewindError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """Each asks a run to finish its step, save and end; SIGUSR1 is SLURM's warning before the time limit."""
+
+
+_LONGEST_COPY = timedelta(days=2)
 
 
 class RunInterruptedError(Exception):
@@ -177,7 +181,8 @@ class StepCheckpoint(Checkpoint):
             # step, and between the hosts.
             trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
             if trainer.strategy.root_device.type == "cuda":
-                self._group = torch.distributed.new_group(backend="gloo")
+                timeout = getattr(trainer.strategy, "_timeout", None)  # what the strategy's own group waits
+                self._group = torch.distributed.new_group(backend="gloo", timeout=timeout)
         self._divided = isinstance(trainer.strategy, FullyShardedStrategy)
         step = trainer.global_step
         if (newest := self._agreed(trainer, step)) != (oldest := -self._agreed(trainer, -step)):
@@ -230,7 +235,8 @@ class StepCheckpoint(Checkpoint):
     def _finish_copies(self, trainer: pl.Trainer) -> None:
         if self.mirror:
             self.mirror.finish()
-            trainer.strategy.barrier()  # a launcher would end the process that copies when the others have ended
+            if trainer.world_size > 1:  # a launcher would end the process that copies when the others have ended
+                torch.distributed.monitored_barrier(self._group, timeout=_LONGEST_COPY)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
@@ -85,20 +86,13 @@ class StepModule(pl.LightningModule):
     def configure_model(self) -> None:
         """Compile the blocks, if asked to; divide the encoder among the processes, where the strategy does so (FSDP2).
 
-        Lightning may ask repeatedly. The blocks are alike, so one compilation a shape serves all but the last.
+        Lightning may ask repeatedly.
         """
         if self.flash_attention != "FA2":
             activate_flash_attention(self.flash_attention)
         self.encoder.use_cpu_kernels(self.cpu_kernels)
         if self.compile_blocks:
-            # A few shapes each for training and validation, with and without rows; beyond that, torch would quietly
-            # run uncompiled.
-            torch._dynamo.config.recompile_limit = 32
-            torch._dynamo.config.fail_on_recompile_limit_hit = True
-            # Under DDP torch would cut each block into pieces, so that gradients are sent early; blocks do as pieces.
-            torch._dynamo.config.optimize_ddp = False
-            for block in self.encoder.blocks:
-                block.compile(dynamic=False)
+            compile_blocks(self.encoder, self.trainer.strategy.root_device)
         if self.device_mesh is not None:
             shard(self.encoder, self.device_mesh, self.trainer.precision)
 
@@ -161,6 +155,18 @@ class StepModule(pl.LightningModule):
         seed = data.seed if isinstance(data, PackedDataModule) else 0
         place = self.trainer.global_step, self.trainer.global_rank, batch_idx % self.trainer.accumulate_grad_batches
         torch.manual_seed(int(derive_key(seed, RandomStream.DROPOUT, *place)[0]))
+
+    @override
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+        optimizer.zero_grad(set_to_none=not self._in_buckets())
+
+    @override
+    def on_validation_model_zero_grad(self) -> None:
+        self.zero_grad(set_to_none=not self._in_buckets())
+
+    def _in_buckets(self) -> bool:
+        """Whether gradients lie in DDP's buckets: until they are sent, those outside take as much memory once more."""
+        return isinstance(self.trainer.strategy, DDPStrategy)
 
     def configure_gradient_clipping(
         self,
@@ -225,6 +231,28 @@ class StepModule(pl.LightningModule):
             )
         if checkpoint.get("optimizer_states"):
             restore(checkpoint, *self._new_optimizer())
+
+
+def compile_blocks(encoder: Encoder, device: torch.device, **options: Any) -> None:
+    """Compile an encoder's blocks by ``torch.compile``; since they are alike, once a shape for all but the last.
+
+    Args:
+        encoder: Blocks are compiled when they first see a shape.
+        device: Where it is trained.
+        options: For ``torch.compile``.
+    """
+    # A few shapes each for training and validation, with and without rows; beyond that, torch would quietly run
+    # uncompiled.
+    torch._dynamo.config.recompile_limit = 32
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    # Under DDP torch would cut each block into pieces, so that gradients are sent early; blocks do as pieces.
+    torch._dynamo.config.optimize_ddp = False
+    if device.type == "cuda":
+        # Compiled code is for a number of CPU threads. A GPU's backward pass runs in a thread of its own, which has one
+        # of them since the loader's pinning thread began, and where it computes blocks again would compile them again.
+        torch.set_num_threads(1)
+    for block in encoder.blocks:
+        block.compile(dynamic=False, **options)
 
 
 def over_processes(trainer: pl.Trainer, tensor: Tensor, operation: ReduceOp.RedOpType) -> Tensor:

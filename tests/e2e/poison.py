@@ -185,3 +185,12 @@ class Signal(pl.Callback):
                 # From elsewhere: a parent may end its children.
                 subprocess.run(["kill", "-s", self.name.removeprefix("SIG"), str(process)], check=True)
             time.sleep(0.2 * self.to_all)  # until a child would have ended
+
+
+class InBuckets(pl.Callback):
+    """Fails where a gradient lies elsewhere than with others, in DDP's buckets, once these are there."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+        if trainer.global_step > 1 and any(g.untyped_storage().nbytes() == g.nbytes for g in gradients):
+            raise AssertionError(f"micro-batch {batch_idx}: a gradient has memory of its own")

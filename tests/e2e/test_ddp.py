@@ -14,7 +14,7 @@ from pretrain.train.ledger import audit
 from pretrain.train.logging import read_metrics
 
 
-def fit(*arguments: object) -> None:
+def fit_by_lightning(*arguments: object) -> None:
     command = [sys.executable, "-m", "pretrain", "fit", *map(str, arguments)]
     environment = {**os.environ, "MASTER_ADDR": "127.0.0.1"}
     subprocess.run(command, check=True, env=environment, timeout=300, stdout=subprocess.DEVNULL)
@@ -24,10 +24,11 @@ def test_one_and_two_processes_and_a_change_between_them_give_the_same_losses(
     tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
     two = ("--trainer.devices", 2, "--trainer.strategy", "ddp", "--trainer.accumulate_grad_batches", 2)
-    fit("-c", tiny(), "--run", tmp_path / "one")
-    fit("-c", tiny(trainer__max_steps=3), "--run", tmp_path / "elastic")
-    fit("-c", tiny(trainer__max_steps=6), "--run", tmp_path / "elastic", *two, "--allow_change", "true")
-    fit("-c", tiny(), "--run", tmp_path / "elastic", "--allow_change", "true")  # the last steps with one process again
+    fit_by_lightning("-c", tiny(), "--run", tmp_path / "one")
+    fit_by_lightning("-c", tiny(trainer__max_steps=3), "--run", tmp_path / "elastic")
+    fit_by_lightning("-c", tiny(trainer__max_steps=6), "--run", tmp_path / "elastic", *two, "--allow_change", "true")
+    # The last steps with one process again.
+    fit_by_lightning("-c", tiny(), "--run", tmp_path / "elastic", "--allow_change", "true")
 
     ledgers = [(tmp_path / run / "ledger.csv").read_bytes() for run in ("one", "elastic")]
     assert ledgers[0] == ledgers[1]
@@ -44,3 +45,12 @@ def test_one_and_two_processes_and_a_change_between_them_give_the_same_losses(
     states = [read_checkpoint(tmp_path / run / "checkpoints/last.ckpt")["state_dict"] for run in ("one", "elastic")]
     for name, tensor in states[0].items():
         assert torch.allclose(tensor, states[1][name], atol=1e-4), name
+
+
+def test_gradients_of_all_micro_batches_are_kept_once(
+    tiny: Callable[..., Path], fit: Callable[..., int], tmp_path: Path
+) -> None:
+    """As `pretrain plan` counts them."""
+    ddp = ("-c", "ddp", "--trainer.devices", 2, "--trainer.accumulate_grad_batches", 3)
+    looks = "--trainer.callbacks+=poison.InBuckets"
+    assert fit("-c", tiny(), *ddp, "--run", tmp_path / "run", looks, processes=2) == 0

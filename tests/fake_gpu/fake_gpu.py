@@ -14,6 +14,7 @@ import importlib.util
 import json
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,6 +41,7 @@ from pretrain.corpus.batch import Batch  # noqa: E402
 from pretrain.train.memory import TrainingMemory  # noqa: E402
 from pretrain.train.sick import SickSteps  # noqa: E402
 from pretrain.train.spikes import LossSpikes  # noqa: E402
+from pretrain.train.step import compile_blocks  # noqa: E402
 from pretrain.train.throughput import Throughput  # noqa: E402
 
 GPU = torch.device("cuda", 0)
@@ -209,9 +211,12 @@ def compilations() -> Any:
             with GPU:
                 encoder = Encoder(SMALL)
             encoder.activation_checkpointing = recompute
-            for block in encoder.blocks:
-                block.compile(backend=counter, dynamic=False, fullgraph=True)
-            for tokens in (512, 512, 512, 640, 512, 640):
+            torch.set_num_threads(2)
+            compile_blocks(encoder, GPU, backend=counter, fullgraph=True)
+            pinning = threading.Thread(target=torch.set_num_threads, args=(1,))  # as the loader's pinning thread begins
+            pinning.start()
+            pinning.join()
+            for tokens in (512, 512, 640, 512, 768, 640):
                 pack = fake_pack(tokens, 9)
                 with torch.autocast("cuda", torch.bfloat16):
                     loss, _ = encoder.loss(*pack)
