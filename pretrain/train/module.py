@@ -131,7 +131,7 @@ class MLMModule(StepModule):
         return optimizer, self.schedule(optimizer)
 
     @override
-    def batch_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def batch_loss(self, batch: Batch) -> Tensor:
         return self.encoder.loss(
             batch.input_ids, batch.cu_seqlens, batch.max_seqlen, batch.target_positions, batch.targets
         )

@@ -67,8 +67,8 @@ class StepModule(pl.LightningModule):
         self.sick = torch.zeros(())
 
     @abstractmethod
-    def batch_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The loss summed over a batch's targets, and how many of them are predicted best."""
+    def batch_loss(self, batch: Batch) -> Tensor:
+        """The loss summed over a batch's targets."""
 
     @abstractmethod
     def build_optimizer(self) -> tuple[Optimizer, LRScheduler]:
@@ -141,8 +141,8 @@ class StepModule(pl.LightningModule):
         the step was split; Lightning divides by the micro-batches and DDP by the processes, which is undone here.
         """
         self._seed_dropout(batch_idx)
-        loss, correct = self.batch_loss(batch)
-        self._train_loss.add(loss, correct, batch)
+        loss = self.batch_loss(batch)
+        self._train_loss.add(loss, batch)
         shares = self.trainer.accumulate_grad_batches * self.trainer.world_size
         # Zero, or NaN where the loss is NaN or infinite: then so is every gradient, on all processes, whatever the
         # backward pass makes of it, and the step is skipped.
@@ -199,7 +199,7 @@ class StepModule(pl.LightningModule):
         """Log the step's figures, once, when its last micro-batch is done."""
         if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
             return
-        loss, _ = self._train_loss.collect(self.trainer)
+        loss = self._train_loss.collect(self.trainer)
         after = batch.pack.after
         figures = {
             **self.train_figures(loss),
@@ -238,31 +238,31 @@ def over_processes(trainer: pl.Trainer, tensor: Tensor, operation: ReduceOp.RedO
 
 
 class RunningLoss:
-    """Sums of loss, correct predictions and targets, on the device, read once a step."""
+    """Sums of loss and targets, on the device, read once a step."""
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
         """Begin anew."""
-        self._sums: Tensor | None = None
+        self._sum: Tensor | None = None
         self._targets = 0
 
-    def add(self, loss: Tensor, correct: Tensor, batch: Batch) -> None:
-        """Count a batch's summed loss and its correct predictions."""
-        sums = torch.stack((loss.detach().double(), correct.double()))
-        self._sums = sums if self._sums is None else self._sums + sums
+    def add(self, loss: Tensor, batch: Batch) -> None:
+        """Count a batch's summed loss."""
+        loss = loss.detach().double()
+        self._sum = loss if self._sum is None else self._sum + loss
         self._targets += int(batch.pack.targets.sum())  # known without a look at the device
 
-    def collect(self, trainer: pl.Trainer) -> tuple[Tensor, Tensor]:
-        """Mean loss and accuracy over all targets of all processes; begins anew."""
-        assert self._sums is not None
+    def collect(self, trainer: pl.Trainer) -> Tensor:
+        """Mean loss over all targets of all processes; begins anew."""
+        assert self._sum is not None
         # Filled on the device: to copy the number there would be to wait for the device.
-        sums = torch.cat((self._sums, self._sums.new_full((1,), self._targets)))
-        loss, correct, targets = over_processes(trainer, sums, ReduceOp.SUM)
+        sums = torch.stack((self._sum, self._sum.new_full((), self._targets)))
+        loss, targets = over_processes(trainer, sums, ReduceOp.SUM)
         self.reset()
-        targets = targets.clamp(min=1)
-        return (loss / targets).float(), (correct / targets).float()
+        mean: Tensor = loss / targets.clamp(min=1)
+        return mean.float()
 
 
 def _fit_loop_at(step: int, accumulate_grad_batches: int, saved: dict[str, Any]) -> dict[str, Any]:
