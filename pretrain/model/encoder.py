@@ -6,6 +6,7 @@ the same weights.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -209,16 +210,16 @@ class Encoder(nn.Module):
         return torch.where(masked, 0.0, scale[sequence]).to(weight.dtype)
 
 
+@dataclass(frozen=True)
 class Rows:
     """The places of a pack that the last block is asked for, and how they divide among the sequences."""
 
-    def __init__(self, positions: Int[Tensor, " M"], layout: Layout) -> None:
-        self.positions = positions
-        self.layout = layout
+    positions: Int[Tensor, " M"]
+    layout: Layout
 
     @classmethod
     def of(cls, positions: Int[Tensor, " M"], sequence: Int[Tensor, " T"], pack: Layout) -> "Rows":
-        """Rows at ``positions`` (ascending) of a pack; ``sequence`` tells whose each token is."""
+        """Rows at ``positions`` (ascending) of a pack; ``sequence`` says whose each token is."""
         num_sequences = len(pack.cu_seqlens) - 1
         counts = torch.zeros(num_sequences + 1, dtype=torch.int32, device=positions.device)
         counts.index_add_(0, sequence[positions] + 1, torch.ones_like(positions, dtype=torch.int32))
