@@ -220,7 +220,9 @@ def newest_checkpoint(
     here = {path.name for path in checkpoints_in(directory)}
     for name in sorted(here.union(elsewhere), reverse=True):
         path = directory / name
-        for brought in [False] * (name in here) + [True] * (name in elsewhere):
+        for brought, names in ((False, here), (True, elsewhere)):
+            if name not in names:
+                continue
             try:
                 if brought:
                     bring(name, name in here)

@@ -22,7 +22,7 @@ from pretrain.train.optim import build_optimizer
 from pretrain.train.pretrained import load_initial_weights
 from pretrain.train.schedule import InverseSqrtScheduler, Schedule, ShapedScheduler
 from pretrain.train.step import StepModule
-from pretrain.train.validation import Findings, Tally
+from pretrain.train.validation import Findings, Tally, prefixes
 
 
 class MLMModule(StepModule):
@@ -178,7 +178,7 @@ class MLMModule(StepModule):
         for number, (name, found) in enumerate(self.findings.items()):
             loss = found.loss
             values = {"loss": loss, "perplexity": loss.exp(), "accuracy": found.accuracy}
-            for prefix in ["val"] * (number == 0) + [f"val/{name}"] * bool(name):
+            for prefix in prefixes(name, first=number == 0):
                 figures |= {f"{prefix}/{figure}": value for figure, value in values.items()}
         if data and isinstance(data.tokenizer, ProteinTokenizer):
             by_class = self.findings[names[0]].class_accuracies(data.tokenizer.tokens)
