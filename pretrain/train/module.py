@@ -99,8 +99,8 @@ class MLMModule(StepModule):
         self.eps = eps
         self.weight_decay = weight_decay
         self.decay = decay
-        # Plain values only, so that checkpoints load with weights_only=True: without the schedule, and without the
-        # first weights, which the checkpoint's take the place of.
+        # Plain values only, so that checkpoints load with weights_only=True: without the schedule, without the first
+        # weights, which the checkpoint's take the place of, and without what says how it is computed, not what.
         self.hparams.update(
             encoder=asdict(encoder),
             learning_rate=learning_rate,
@@ -112,8 +112,6 @@ class MLMModule(StepModule):
             weight_decay=weight_decay,
             decay=decay,
             scheduler_name=scheduler_name,
-            activation_checkpointing=activation_checkpointing,
-            compile=compile,
         )
         self.findings: dict[str, Findings] = {}
         self.sample: tuple[Batch, Tensor] | None = None
