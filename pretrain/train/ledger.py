@@ -106,7 +106,7 @@ def audit(directory: Path, data_class: type[PackedDataModule] = MLMDataModule) -
         What was found, when all is well.
 
     Raises:
-        UserError: If there is no ledger, or at the first step that consumed something else than the order says.
+        UserError: If there is no ledger, or at the first step that consumed something other than the order says.
     """
     if not (directory / CONFIG).is_file():
         raise UserError(f"{directory}: no run ({CONFIG} is missing), so there is nothing to audit")
@@ -168,7 +168,7 @@ def audit(directory: Path, data_class: type[PackedDataModule] = MLMDataModule) -
 class _Visits:
     """Checks that a plan, step by step, visits everything of an epoch once before the next epoch begins.
 
-    What that is says the order: the sequences, or their clusters; in a mixture, of each component by itself.
+    What there is, the order says: the sequences, or their clusters; in a mixture, of each component by itself.
     """
 
     def __init__(self, order: AnyOrder) -> None:

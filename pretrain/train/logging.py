@@ -29,7 +29,7 @@ METRICS_FILE = "metrics.csv"
 class EventLogger(TensorBoardLogger):
     """TensorBoard events directly in the run directory.
 
-    On a full disk the curves have a gap, which ``metrics.csv`` has not: no reason to end a run.
+    On a full disk the curves have a gap, which ``metrics.csv`` does not have: no reason to end a run.
 
     Args:
         run: The run directory.
@@ -48,7 +48,7 @@ class EventLogger(TensorBoardLogger):
 
     @rank_zero_only
     def show(self, step: int, write: Callable[[Any], None]) -> None:
-        """Let ``write`` put something else than figures into the writer (torch's ``SummaryWriter``), at a step."""
+        """Let ``write`` put something other than figures into the writer (torch's ``SummaryWriter``), at a step."""
         self._unless_the_disk_is_full(step, lambda: write(self.experiment))
 
     def _unless_the_disk_is_full(self, step: int | None, write: Callable[[], None]) -> None:

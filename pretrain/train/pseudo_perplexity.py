@@ -1,4 +1,4 @@
-"""Pseudo-perplexity on a sample: how well a token is told from all others of its sequence."""
+"""Pseudo-perplexity on a sample: how well a token is predicted from all others of its sequence."""
 
 from collections.abc import Iterator
 

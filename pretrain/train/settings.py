@@ -107,7 +107,7 @@ class SettingsCLI(LightningCLI):
 
     @override
     def instantiate_classes(self) -> None:
-        """Build what the settings name; a class that refuses one of its own is told in one line."""
+        """Build what the settings name; what a class refuses of its own is reported in one line."""
         try:
             super().instantiate_classes()
         except ValueError as error:

@@ -42,7 +42,7 @@ class StepModule(pl.LightningModule):
     Attributes:
         initialized_from: Where the weights are from that training starts with, if they are not random.
         max_steps: Optimizer steps of the run, for a schedule that ends with it; the Trainer's, once there is one.
-        optimizer_name: Which optimizer `build_optimizer` builds, for what does not go with each.
+        optimizer_name: Which optimizer `build_optimizer` builds, for checks of what goes with one only.
         flash_attention: Whose kernels attention on a GPU calls: ``FA2`` are torch's own.
         cpu_kernels: Whose kernels compute on a CPU: torch's, the project's own (``LLVM``), or the faster (``auto``).
         sick: 1 where the last step was skipped because its loss or gradient was not finite.

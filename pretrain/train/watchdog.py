@@ -144,7 +144,7 @@ class Watchdog(pl.Callback):
         return {r: _Pulse(*json.loads(self._store.get(key))) for r, key in keys.items() if self._store.check([key])}
 
     def _guilty(self, rank: int, processes: int, interval: float) -> dict[int, str] | None:
-        """Who holds the others up, and how; nobody where it cannot be told, and None if it is an evaluation."""
+        """Who holds the others up, and how; nobody where that is not clear, and None if it is an evaluation."""
         if self._store is None:
             return None if self._doing == _EVALUATING else {}
         before = self._read(processes)
