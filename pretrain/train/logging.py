@@ -68,10 +68,12 @@ class EventLogger(TensorBoardLogger):
             self._kwargs["purge_step"] = step
 
     @rank_zero_only
+    @override
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
         """Nothing: the run's config.yaml says more."""
 
     @rank_zero_only
+    @override
     def save(self) -> None:
         """Nothing: the writer flushes by itself every two minutes and at the end; Lightning would at every step."""
 
@@ -177,6 +179,7 @@ class MetricsFile(Logger):
         self._file.append("".join(lines))
 
     @rank_zero_only
+    @override
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
         """Nothing: the run's config.yaml says more."""
 

@@ -138,6 +138,7 @@ class MLMModule(StepModule):
     def train_figures(self, loss: Tensor) -> dict[str, Tensor]:
         return {"train/loss": loss, "train/perplexity": loss.exp()}
 
+    @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the contact regression: where it came from may be gone by the time that it is exported."""
         if self.contacts is not None:
@@ -148,10 +149,11 @@ class MLMModule(StepModule):
         super().on_load_checkpoint(checkpoint)
         self.contacts = contacts_in(checkpoint)
 
+    @override
     def on_validation_epoch_start(self) -> None:
-        """Begin to count."""
         self._tallies: list[Tally] = []
 
+    @override
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add up what is found in a pack of a validation set."""
         losses, predictions = self.encoder.score(
@@ -163,6 +165,7 @@ class MLMModule(StepModule):
         if batch_idx == dataloader_idx == 0:
             self.sample = batch, predictions
 
+    @override
     def on_validation_epoch_end(self) -> None:
         """Log the means over all targets of all processes: exact, however the packs were divided.
 

@@ -195,6 +195,7 @@ class StepCheckpoint(Checkpoint):
         if self._signal is None:  # SLURM's SIGTERM follows its warning, which asks for more
             self._signal = number
 
+    @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
@@ -215,6 +216,7 @@ class StepCheckpoint(Checkpoint):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._validation = (trainer.global_step, float(trainer.callback_metrics.get("val/loss", math.inf)))
 
+    @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the finished run.
 

@@ -88,6 +88,7 @@ class SettingsCLI(LightningCLI):
             "data.tokenizer", "model.encoder.mask_token_id", lambda name: load_tokenizer(name).mask_token_id
         )
 
+    @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse what was given; Lightning's own version warns when that is also what stands in ``sys.argv``."""
         for given in _config_files(args):

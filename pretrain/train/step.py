@@ -82,6 +82,7 @@ class StepModule(pl.LightningModule):
         """Floating-point operations of forward and backward over a pack, as executed."""
         return self.encoder.config.training_flops(pack.lengths, pack.targets)
 
+    @override
     def configure_model(self) -> None:
         """Compile the blocks, if asked to; divide the encoder among the processes, where the strategy does so (FSDP2).
 
@@ -102,6 +103,7 @@ class StepModule(pl.LightningModule):
         if self.device_mesh is not None:
             shard(self.encoder, self.device_mesh, self.trainer.precision)
 
+    @override
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The optimizer, and the schedule stepped at every optimizer step."""
         optimizer, scheduler = self._new_optimizer()
@@ -118,11 +120,13 @@ class StepModule(pl.LightningModule):
             group.setdefault("initial_lr", group["lr"])  # which ReduceLROnPlateau alone does not note
         return optimizer, scheduler
 
+    @override
     def lr_scheduler_step(self, scheduler: LRScheduler, metric: Any) -> None:
         """Step the schedule; one that follows the validation loss waits for it."""
         if not isinstance(scheduler, ReduceLROnPlateau):
             scheduler.step()
 
+    @override
     def on_validation_end(self) -> None:
         """Step a schedule that follows the validation loss."""
         scheduler = self.lr_schedulers()
@@ -130,10 +134,12 @@ class StepModule(pl.LightningModule):
         if isinstance(scheduler, ReduceLROnPlateau) and fitting:
             scheduler.step(float(self.trainer.callback_metrics["val/loss"]))
 
+    @override
     def on_train_start(self) -> None:
         """Forget a window that an earlier run left unfinished: it is computed again from its start."""
         self._train_loss.reset()
 
+    @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The micro-batch's share of the step's loss.
 
@@ -162,6 +168,7 @@ class StepModule(pl.LightningModule):
         place = self.trainer.global_step, self.trainer.global_rank, batch_idx % self.trainer.accumulate_grad_batches
         torch.manual_seed(int(derive_key(seed, RandomStream.DROPOUT, *place)[0]))
 
+    @override
     def configure_gradient_clipping(
         self,
         optimizer: Optimizer,
@@ -195,6 +202,7 @@ class StepModule(pl.LightningModule):
             value = torch.tensor(float(value))
         super().log(name, value, *args, **kwargs)
 
+    @override
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Log the step's figures, once, when its last micro-batch is done."""
         if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
@@ -209,6 +217,7 @@ class StepModule(pl.LightningModule):
         }
         self.log_dict(figures)
 
+    @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Let training continue at the checkpoint's step, whatever the accumulation was, under this module's settings.
 

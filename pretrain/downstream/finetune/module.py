@@ -199,17 +199,18 @@ class FineTuneModule(StepModule):
         backward = {"full": 1.0, "frozen": 0.0, "last": self.last_layers / layers, "lora": 0.5}[self.tune]
         return whole * (1 + 2 * backward) / 3
 
+    @override
     def on_validation_epoch_start(self) -> None:
-        """Begin to collect."""
         self._answers = []
         self._validation_loss.reset()
 
+    @override
     def validation_step(self, batch: LabelledBatch, batch_idx: int) -> None:
-        """Collect a pack's outputs beside its labels."""
         outputs = head_outputs(self.encoder, self.head, batch)
         self._validation_loss.add(self._compare(outputs, batch.targets), batch)
         self._answers.append(Answers.of(batch, outputs))
 
+    @override
     def on_validation_epoch_end(self) -> None:
         """Log the loss, and the task's metrics over the whole split, in the order of its sequences."""
         loss = self._validation_loss.collect(self.trainer)
