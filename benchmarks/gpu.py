@@ -240,7 +240,7 @@ def parity(options: argparse.Namespace, device: torch.device) -> Parity:
         batch = batch.to(device)
         count = int(batch.pack.targets.sum())
         with torch.autocast(device.type, torch.bfloat16):
-            total, _ = module.encoder.loss(
+            total = module.encoder.loss(
                 batch.input_ids, batch.cu_seqlens, batch.max_seqlen, batch.target_positions, batch.targets
             )
         padded = padded_batch(batch, shape.pad_token_id)

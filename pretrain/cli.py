@@ -18,8 +18,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The exit code: 0 done, 1 ended from outside, 2 a mistake that the user can mend (each told in one line;
-        ``--debug`` adds the traceback), 128 + n ended by signal n.
+        The exit code: 0 done, 1 ended from outside, 2 a mistake that the user can mend (each reported in one
+        line; ``--debug`` adds the traceback), 128 + n ended by signal n.
     """
     if "OMP_WAIT_POLICY" not in os.environ:  # read when torch is imported, so before that
         os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
@@ -80,7 +80,12 @@ _PLACE = "make room, or choose a place that can be written to"
 def _reading(options: argparse.Namespace) -> "SourceOptions":
     from pretrain.corpus.sources import SourceOptions
 
-    return SourceOptions(options.kind, options.document, options.text_column, options.id_column)
+    return SourceOptions(
+        kind=options.kind,
+        document=options.document,
+        text_column=options.text_column,
+        id_column=options.id_column,
+    )
 
 
 def _prepare(options: argparse.Namespace) -> None:
@@ -90,18 +95,37 @@ def _prepare(options: argparse.Namespace) -> None:
     from pretrain.corpus.split import Split
     from pretrain.corpus.tokenizer import load_tokenizer
 
-    filters = Filters(options.min_length, options.max_length, options.deduplicate, options.skip_bad, options.windows)
-    split = Split.of(options.validation_share, options.split_clusters, options.validation_ids)
+    filters = Filters(
+        min_length=options.min_length,
+        max_length=options.max_length,
+        deduplicate=options.deduplicate,
+        skip_bad=options.skip_bad,
+        windows=options.windows,
+    )
+    split = Split.of(share=options.validation_share, clusters=options.split_clusters, ids=options.validation_ids)
     settings = Settings(load_tokenizer(options.tokenizer), _reading(options), filters, split, options.clusters)
-    given = options.shard, options.merge, options.workers, options.engine
-    print(run_prepare(options.sources, options.out, settings, *given))
+    made = run_prepare(
+        options.sources,
+        options.out,
+        settings,
+        part=options.shard,
+        merge=options.merge,
+        workers=options.workers,
+        engine=options.engine,
+    )
+    print(made)
 
 
 def _tokenizer(options: argparse.Namespace) -> None:
     from pretrain.corpus.command import train_tokenizer_file
 
-    given = options.vocab_size, options.algorithm, _reading(options)
-    tokenizer = train_tokenizer_file(options.sources, options.out, *given)
+    tokenizer = train_tokenizer_file(
+        options.sources,
+        options.out,
+        vocab_size=options.vocab_size,
+        algorithm=options.algorithm,
+        options=_reading(options),
+    )
     print(f"{options.out}: {tokenizer.vocab_size:,} ids")
 
 
@@ -151,33 +175,72 @@ def _export(options: argparse.Namespace) -> None:
 def _predict(options: argparse.Namespace) -> None:
     from pretrain.downstream.finetune.predict import predict
 
-    given = options.pack_tokens, options.device, options.pair_column
-    print(predict(options.run, options.source, options.out, _reading(options), *given))
+    done = predict(
+        options.run,
+        options.source,
+        options.out,
+        options=_reading(options),
+        pack_tokens=options.pack_tokens,
+        device=options.device,
+        pair_column=options.pair_column,
+    )
+    print(done)
 
 
 def _embed(options: argparse.Namespace) -> None:
     from pretrain.downstream.embed import EmbedOptions, embed
 
     what = EmbedOptions(
-        options.per, options.pooling, tuple(options.layers), options.max_length, options.long_sequences, options.dtype
+        per=options.per,
+        pooling=options.pooling,
+        layers=tuple(options.layers),
+        max_length=options.max_length,
+        long_sequences=options.long_sequences,
+        dtype=options.dtype,
     )
-    print(embed(options.model, options.sources, options.out, what, _reading(options), options.device))
+    done = embed(
+        options.model,
+        options.sources,
+        options.out,
+        options=what,
+        source_options=_reading(options),
+        device=options.device,
+    )
+    print(done)
 
 
 def _fill(options: argparse.Namespace) -> None:
     from pretrain.downstream.fill import fill
 
-    given = options.texts, options.file, options.top, options.out, _reading(options), options.device
-    for line in fill(options.model, *given):
+    lines = fill(
+        options.model,
+        options.texts,
+        source=options.file,
+        top=options.top,
+        out=options.out,
+        options=_reading(options),
+        device=options.device,
+    )
+    for line in lines:
         print(line)
 
 
 def _contacts(options: argparse.Namespace) -> None:
     from pretrain.downstream.contacts import contacts
 
-    regression = options.fit, options.regression, options.save_regression
-    given = options.out, options.structures, *regression, options.picture, _reading(options), options.device
-    print(contacts(options.model, options.sources, *given))
+    done = contacts(
+        options.model,
+        options.sources,
+        out=options.out,
+        structures=options.structures,
+        fit_on=options.fit,
+        regression_file=options.regression,
+        save_to=options.save_regression,
+        picture=options.picture,
+        source_options=_reading(options),
+        device=options.device,
+    )
+    print(done)
 
 
 def _score(options: argparse.Namespace) -> None:
@@ -185,11 +248,23 @@ def _score(options: argparse.Namespace) -> None:
     from pretrain.downstream.variants import VariantColumns, read_wild_type
 
     columns = VariantColumns(
-        options.mutant_column, options.sequence_column, options.wild_type_column, options.score_column
+        mutant=options.mutant_column,
+        mutated_sequence=options.sequence_column,
+        wild_type=options.wild_type_column,
+        measured=options.score_column,
     )
     wild_type = read_wild_type(options.fasta) if options.fasta else options.sequence
-    given = options.method, wild_type, columns, options.first_residue, options.device
-    print(score(options.model, options.table, options.out, *given))
+    done = score(
+        options.model,
+        options.table,
+        options.out,
+        methods=options.method,
+        wild_type=wild_type,
+        columns=columns,
+        first_residue=options.first_residue,
+        device=options.device,
+    )
+    print(done)
 
 
 _COMMANDS = {

@@ -32,7 +32,7 @@ class ContactRegression:
         """Refuse an encoder with another number of attention maps; ``source`` is what errors call the regression.
 
         Raises:
-            UserError: If it has.
+            UserError: If it has another number.
         """
         layers, heads = config.num_hidden_layers, config.num_attention_heads
         if len(self.weight) != layers * heads:

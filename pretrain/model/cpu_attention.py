@@ -93,7 +93,7 @@ class Kernel(Function):
                     (rows + ((first + i) * self.head_size + start)).store(row.mixed(row, list(range(size))))
 
     def _pieces(self) -> list[tuple[int, int]]:
-        """Where a head's numbers begin that a register holds, and how many."""
+        """Where the part of a head that a register holds begins, and how many numbers it has."""
         return [(start, min(LANES, self.head_size - start)) for start in range(0, self.head_size, LANES)]
 
     def of_first(self, count: Expression) -> list[Expression]:
@@ -346,7 +346,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors  # under activation checkpointing they can be had once
+        saved = ctx.saved_tensors  # under activation checkpointing they can be read only once
         tensors = dict(zip((*_ROWS, "cu_queries", "cu_keys", "log_sums"), saved, strict=True))
         gradients = {name: x.new_empty(x.shape) for name, x in zip(_GRADIENTS, saved, strict=False)}
         _run("backward", BACKWARD, ctx.longest, {**tensors, "gradient": _with_heads_in_rows(gradient), **gradients})

@@ -35,7 +35,7 @@ PANELS = 8
 PACKED_ROWS = 64
 """Of the right matrix, that a thread copies at a time."""
 AHEAD = 16
-"""How many rows before they are copied they are asked for: each is in another page of memory, so that no cache would
+"""How many rows ahead of the copy a row is asked for: each is in another page of memory, so that no cache would
 foresee it."""
 RIGHT_SIZE = 2**19
 """Numbers of the right matrix that are multiplied with before the next ones are copied, so that they stay in a cache;

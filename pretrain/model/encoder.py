@@ -6,6 +6,7 @@ the same weights.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -138,7 +139,7 @@ class Encoder(nn.Module):
         max_seqlen: int | None,
         positions: Int[Tensor, " M"],
         targets: Int[Tensor, " M"],
-    ) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
+    ) -> Float[Tensor, ""]:
         """Cross-entropy at ``positions``.
 
         Args:
@@ -149,7 +150,7 @@ class Encoder(nn.Module):
             targets: The original tokens at ``positions``; rows of -100 are left out.
 
         Returns:
-            The cross-entropy summed over the targets, in nats and float32, and how many of them are predicted best.
+            The cross-entropy summed over the targets, in nats and float32.
         """
         hidden = self.hidden_states(input_ids, cu_seqlens, max_seqlen, positions)
         return self.head.loss(hidden, self.embedding.weight, targets)
@@ -209,16 +210,16 @@ class Encoder(nn.Module):
         return torch.where(masked, 0.0, scale[sequence]).to(weight.dtype)
 
 
+@dataclass(frozen=True)
 class Rows:
     """The places of a pack that the last block is asked for, and how they divide among the sequences."""
 
-    def __init__(self, positions: Int[Tensor, " M"], layout: Layout) -> None:
-        self.positions = positions
-        self.layout = layout
+    positions: Int[Tensor, " M"]
+    layout: Layout
 
     @classmethod
     def of(cls, positions: Int[Tensor, " M"], sequence: Int[Tensor, " T"], pack: Layout) -> "Rows":
-        """Rows at ``positions`` (ascending) of a pack; ``sequence`` tells whose each token is."""
+        """Rows at ``positions`` (ascending) of a pack; ``sequence`` says whose each token is."""
         num_sequences = len(pack.cu_seqlens) - 1
         counts = torch.zeros(num_sequences + 1, dtype=torch.int32, device=positions.device)
         counts.index_add_(0, sequence[positions] + 1, torch.ones_like(positions, dtype=torch.int32))
@@ -310,16 +311,14 @@ class MaskedLMHead(nn.Module):
 
     def loss(
         self, hidden: Float[Tensor, "M D"], embedding: Float[Tensor, "V D"], targets: Int[Tensor, " M"]
-    ) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
+    ) -> Float[Tensor, ""]:
         """See `Encoder.loss`. With a large vocabulary only some rows' logits exist at a time, also in the backward."""
         rows = _rows_at_a_time(hidden, embedding)
         if len(hidden) <= rows:
             return self._loss(hidden, embedding, targets)
         chunks = zip(hidden.split(rows), targets.split(rows), strict=True)
-        losses, correct = zip(
-            *(checkpoint(self._loss, h, embedding, t, use_reentrant=False) for h, t in chunks), strict=True
-        )
-        return torch.stack(losses).sum(), torch.stack(correct).sum()
+        losses = [checkpoint(self._loss, h, embedding, t, use_reentrant=False) for h, t in chunks]
+        return torch.stack(losses).sum()
 
     def score(
         self, hidden: Float[Tensor, "M D"], embedding: Float[Tensor, "V D"], targets: Int[Tensor, " M"]
@@ -333,9 +332,8 @@ class MaskedLMHead(nn.Module):
             best.append(logits.argmax(-1))
         return torch.cat(losses), torch.cat(best)
 
-    def _loss(self, hidden: Tensor, embedding: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self(hidden, embedding).float()
-        return F.cross_entropy(logits, targets, reduction="sum"), (logits.argmax(-1) == targets).sum()
+    def _loss(self, hidden: Tensor, embedding: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(self(hidden, embedding).float(), targets, reduction="sum")
 
 
 def _rows_at_a_time(hidden: Tensor, embedding: Tensor) -> int:

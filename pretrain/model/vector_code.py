@@ -233,7 +233,7 @@ class Function:
         return Array(self.builder, self.builder.load(self._field(name), typ=POINTER))
 
     def next(self, name: str) -> Expression:
-        """The integer in a field, which whoever reads next finds higher by one, in this thread or another."""
+        """The integer in a field, which is then one higher for the next reader, in this thread or another."""
         return Expression(self.builder, self.builder.atomic_rmw("add", self._field(name), I64(1), "monotonic"))
 
     def index(self, array: Array) -> Expression:
@@ -311,7 +311,7 @@ class Compiled:
         self._engine.finalize_object()
 
     def run(self, name: str, fields: tuple[str, ...], values: Mapping[str, int]) -> None:
-        """Run a function in all of torch's threads, each of which it tells the same fields.
+        """Run a function in all of torch's threads, to each of which it passes the same fields.
 
         Args:
             name: Its name.

@@ -70,7 +70,9 @@ class Branch:
         except OSError as error:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                 raise
-            raise UserError(f"{self.directory}: exists meanwhile; give the command again") from error
+            raise UserError(
+                f"{self.directory}: another process has made it meanwhile; give the command again"
+            ) from error
 
     def _write(self, origin: Run, checkpoint: Path, to: Path) -> None:
         (to / CHECKPOINTS).mkdir()

@@ -76,6 +76,7 @@ class FitCLI(SettingsCLI):
         )
         super().add_arguments_to_parser(parser)
 
+    @override
     def before_instantiate_classes(self) -> None:
         """Open the run, and refuse a config that is not its own, before anything is built or written."""
         config = self.config
@@ -107,6 +108,7 @@ class FitCLI(SettingsCLI):
         if self.run.checkpoint:  # which holds the weights: those that the run began with may be gone by now
             config.model.initialize_from = None
 
+    @override
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """A Trainer with the run's checkpoints, loggers, monitor and progress bar."""
         settings: Namespace = self.config_init.trainer
@@ -236,6 +238,7 @@ def _check_strategy(strategy: Strategy, module: StepModule) -> None:
 class _ValidateLast(pl.Callback):
     """Let Lightning validate after the last step, also where the interval does not fall on it."""
 
+    @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:

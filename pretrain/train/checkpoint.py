@@ -181,8 +181,8 @@ def _seal(file: BufferedRandom) -> None:
 def _verify(path: Path) -> None:
     """Compare a file with its seal; one without, written by somebody's own Trainer, is taken as it is.
 
-    The checksums of zip itself do not do: ``torch.load`` ignores them, and they leave the archive's directory out. (A
-    bit flipped there can mark a tensor as a folder, and torch then returns memory that it has not written to.)
+    The checksums of zip itself are not enough: ``torch.load`` ignores them, and they leave the archive's directory out.
+    (A bit flipped there can mark a tensor as a folder, and torch then returns memory that it has not written to.)
     """
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
@@ -220,7 +220,9 @@ def newest_checkpoint(
     here = {path.name for path in checkpoints_in(directory)}
     for name in sorted(here.union(elsewhere), reverse=True):
         path = directory / name
-        for brought in [False] * (name in here) + [True] * (name in elsewhere):
+        for brought, names in ((False, here), (True, elsewhere)):
+            if name not in names:
+                continue
             try:
                 if brought:
                     bring(name, name in here)

@@ -5,8 +5,8 @@ step-000000500.part-0-of-2.safetensors   the first process's rows of each divide
 step-000000500.part-1-of-2.safetensors
 
 No process ever holds a whole tensor for it, neither to write nor to read, though each compares the checksums of all
-parts before it trusts them. The checkpoint is written after its parts:
-without one of them there is none. And rows are put together by their numbers, so any number of processes can read it.
+parts before it trusts them. The checkpoint is written after its parts: as long as one
+of them is missing, there is none. And rows are put together by their numbers, so any number of processes can read it.
 """
 
 import hashlib
@@ -195,7 +195,7 @@ def parts_of(checkpoint: Path) -> list[Path]:
 
 
 def remove(checkpoint: Path) -> None:
-    """Remove a checkpoint with its parts; it first, so that there is never one without them."""
+    """Remove a checkpoint and then its parts, so that there is never one without them."""
     checkpoint.unlink(missing_ok=True)
     for part in parts_of(checkpoint):
         part.unlink(missing_ok=True)

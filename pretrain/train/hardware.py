@@ -135,7 +135,7 @@ def out_of_memory(trainer: pl.Trainer, module: StepModule, data: PackedDataModul
 
 
 def compile_failure(error: BaseException) -> str | None:
-    """Why ``torch.compile`` failed, if that is what an exception tells of; in one line."""
+    """Why ``torch.compile`` failed, if that is what an exception reports; in one line."""
     chain: list[Any] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)

@@ -12,6 +12,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from numpy.typing import NDArray
+from torch.distributed import ReduceOp
 from typing_extensions import override
 
 from pretrain.corpus.batch import Batch
@@ -26,6 +27,7 @@ from pretrain.train.checkpoint import CHECKPOINTS
 from pretrain.train.logging import LineFile, step_of_csv
 from pretrain.train.run import CONFIG, LEDGER, Run
 from pretrain.train.spikes import SKIPS
+from pretrain.train.step import over_processes
 
 _HEAD = "step,sequences,sum\n"
 
@@ -84,7 +86,7 @@ class Ledger(pl.Callback):
         # In halves, since the sum of two 64-bit numbers does not fit into one.
         rows = torch.tensor([(count, total >> 32, total % 2**32) for _, count, total in self._steps], dtype=torch.int64)
         if trainer.world_size > 1 and self._steps:
-            rows = trainer.strategy.reduce(rows.to(trainer.strategy.root_device), reduce_op="sum").cpu()
+            rows = over_processes(trainer, rows.to(trainer.strategy.root_device), ReduceOp.SUM).cpu()
         steps = [step for step, _, _ in self._steps]
         self._steps = []
         if self._file is not None:
@@ -104,7 +106,7 @@ def audit(directory: Path, data_class: type[PackedDataModule] = MLMDataModule) -
         What was found, when all is well.
 
     Raises:
-        UserError: If there is no ledger, or at the first step that consumed something else than the order says.
+        UserError: If there is no ledger, or at the first step that consumed something other than the order says.
     """
     if not (directory / CONFIG).is_file():
         raise UserError(f"{directory}: no run ({CONFIG} is missing), so there is nothing to audit")
@@ -166,7 +168,7 @@ def audit(directory: Path, data_class: type[PackedDataModule] = MLMDataModule) -
 class _Visits:
     """Checks that a plan, step by step, visits everything of an epoch once before the next epoch begins.
 
-    What that is says the order: the sequences, or their clusters; in a mixture, of each component by itself.
+    What there is, the order says: the sequences, or their clusters; in a mixture, of each component by itself.
     """
 
     def __init__(self, order: AnyOrder) -> None:

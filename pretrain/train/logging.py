@@ -4,7 +4,6 @@ All of them continue across a resume without gaps or repeats: what a killed proc
 checkpoint is taken back, since those steps are computed again.
 """
 
-import csv
 import os
 import sys
 import threading
@@ -30,7 +29,7 @@ METRICS_FILE = "metrics.csv"
 class EventLogger(TensorBoardLogger):
     """TensorBoard events directly in the run directory.
 
-    On a full disk the curves have a gap, which ``metrics.csv`` has not: no reason to end a run.
+    On a full disk the curves have a gap, which ``metrics.csv`` does not have: no reason to end a run.
 
     Args:
         run: The run directory.
@@ -50,7 +49,7 @@ class EventLogger(TensorBoardLogger):
 
     @rank_zero_only
     def show(self, step: int, write: Callable[[Any], None]) -> None:
-        """Let ``write`` put something else than figures into the writer (torch's ``SummaryWriter``), at a step."""
+        """Let ``write`` put something other than figures into the writer (torch's ``SummaryWriter``), at a step."""
         self._unless_the_disk_is_full(step, lambda: write(self.experiment))
 
     def _unless_the_disk_is_full(self, step: int | None, write: Callable[[], None]) -> None:
@@ -70,10 +69,12 @@ class EventLogger(TensorBoardLogger):
             self._kwargs["purge_step"] = step
 
     @rank_zero_only
+    @override
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
         """Nothing: the run's config.yaml says more."""
 
     @rank_zero_only
+    @override
     def save(self) -> None:
         """Nothing: the writer flushes by itself every two minutes and at the end; Lightning would at every step."""
 
@@ -184,6 +185,7 @@ class MetricsFile(Logger):
         self._file.append("".join(lines))
 
     @rank_zero_only
+    @override
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
         """Nothing: the run's config.yaml says more."""
 
@@ -215,7 +217,7 @@ def read_metrics(path: Path) -> list[tuple[int, str, float]]:
     rows: list[tuple[int, str, float]] = []
     with path.open(newline="", encoding="utf-8") as file:
         for line in file:
-            fields = next(csv.reader([line]), [])
+            fields = line.rstrip("\n").split(",")
             if len(fields) == 3 and fields[0].isdigit() and line.endswith("\n"):
                 rows.append((int(fields[0]), fields[1], float(fields[2])))
     return rows

@@ -1,6 +1,6 @@
 """A copy of a run at an address: what it writes goes there as it trains, and comes back where the disk has gone.
 
-Checkpoints that come from there are not trusted: each carries its own checksum, so one that was copied by half, or
+Checkpoints that come from there are not trusted: each carries its own checksum, so one that was half copied, or
 damaged on its way, is passed over as a damaged file is. The run's small files are taken as they are. The disk stays the
 first place: training waits for no network.
 """
@@ -119,7 +119,7 @@ class Mirror:
         """Fetch a checkpoint; with ``replace`` also where there is one of that name, which was found to be damaged.
 
         Raises:
-            UserError: If it cannot be had.
+            UserError: If it cannot be fetched.
         """
         path = self.directory / CHECKPOINTS / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -210,7 +210,7 @@ class Mirror:
 
     def _tidy(self, newest: Path, surplus: list[str]) -> None:
         """Remove what is older than a checkpoint and surplus, with its parts; and parts that have no checkpoint."""
-        names = self._list(CHECKPOINTS)  # a checkpoint stands before its parts
+        names = self._list(CHECKPOINTS)  # sorted: a checkpoint comes before its parts
         kept = {name.removesuffix(".ckpt") for name in names if name.endswith(".ckpt") and name not in surplus}
         for name in names:
             if (begins := name.partition(".")[0]) not in kept and begins <= newest.stem and name.startswith("step-"):
@@ -226,7 +226,7 @@ class Mirror:
                 self._copied[path.name] = state
 
     def _put_checkpoint(self, checkpoint: Path, attempts: int) -> None:
-        for file in (*parts_of(checkpoint), checkpoint):  # it last: with it, it is a checkpoint
+        for file in (*parts_of(checkpoint), checkpoint):  # the file itself last: only with it is there a checkpoint
             self._put(file, f"{CHECKPOINTS}/{file.name}", attempts)
 
     # --- one file -----------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from pretrain.train.optim import build_optimizer
 from pretrain.train.pretrained import load_initial_weights
 from pretrain.train.schedule import InverseSqrtScheduler, Schedule, ShapedScheduler
 from pretrain.train.step import StepModule
-from pretrain.train.validation import Findings, Tally
+from pretrain.train.validation import Findings, Tally, prefixes
 
 
 class MLMModule(StepModule):
@@ -99,8 +99,8 @@ class MLMModule(StepModule):
         self.eps = eps
         self.weight_decay = weight_decay
         self.decay = decay
-        # Plain values only, so that checkpoints load with weights_only=True: without the schedule, and without the
-        # first weights, which the checkpoint's take the place of.
+        # Plain values only, so that checkpoints load with weights_only=True: without the schedule, without the first
+        # weights, which the checkpoint's take the place of, and without what says how it is computed, not what.
         self.hparams.update(
             encoder=asdict(encoder),
             learning_rate=learning_rate,
@@ -112,8 +112,6 @@ class MLMModule(StepModule):
             weight_decay=weight_decay,
             decay=decay,
             scheduler_name=scheduler_name,
-            activation_checkpointing=activation_checkpointing,
-            compile=compile,
         )
         self.findings: dict[str, Findings] = {}
         self.sample: tuple[Batch, Tensor] | None = None
@@ -131,7 +129,7 @@ class MLMModule(StepModule):
         return optimizer, self.schedule(optimizer)
 
     @override
-    def batch_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def batch_loss(self, batch: Batch) -> Tensor:
         return self.encoder.loss(
             batch.input_ids, batch.cu_seqlens, batch.max_seqlen, batch.target_positions, batch.targets
         )
@@ -140,6 +138,7 @@ class MLMModule(StepModule):
     def train_figures(self, loss: Tensor) -> dict[str, Tensor]:
         return {"train/loss": loss, "train/perplexity": loss.exp()}
 
+    @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the contact regression: where it came from may be gone by the time that it is exported."""
         if self.contacts is not None:
@@ -150,10 +149,11 @@ class MLMModule(StepModule):
         super().on_load_checkpoint(checkpoint)
         self.contacts = contacts_in(checkpoint)
 
+    @override
     def on_validation_epoch_start(self) -> None:
-        """Begin to count."""
         self._tallies: list[Tally] = []
 
+    @override
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add up what is found in a pack of a validation set."""
         losses, predictions = self.encoder.score(
@@ -165,6 +165,7 @@ class MLMModule(StepModule):
         if batch_idx == dataloader_idx == 0:
             self.sample = batch, predictions
 
+    @override
     def on_validation_epoch_end(self) -> None:
         """Log the means over all targets of all processes: exact, however the packs were divided.
 
@@ -178,7 +179,7 @@ class MLMModule(StepModule):
         for number, (name, found) in enumerate(self.findings.items()):
             loss = found.loss
             values = {"loss": loss, "perplexity": loss.exp(), "accuracy": found.accuracy}
-            for prefix in ["val"] * (number == 0) + [f"val/{name}"] * bool(name):
+            for prefix in prefixes(name, first=number == 0):
                 figures |= {f"{prefix}/{figure}": value for figure, value in values.items()}
         if data and isinstance(data.tokenizer, ProteinTokenizer):
             by_class = self.findings[names[0]].class_accuracies(data.tokenizer.tokens)

@@ -85,7 +85,7 @@ class MuonWithAdamW(Optimizer):
     @override
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step; ``closure`` computes the gradients, and tells whether they are finite by ``found_inf``."""
+        """One step; ``closure`` computes the gradients, and reports in ``found_inf`` whether they are finite."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

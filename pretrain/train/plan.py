@@ -299,7 +299,7 @@ def describe(cli: PlanCLI, rates: dict[int, float]) -> str:
     if not on_gpu:
         lines += [
             f"  precision    {memory.precision}: attention over packs needs bfloat16 on a GPU; add -c gpu",
-            "  time         none for a GPU, therefore; on a CPU a run's progress bar tells it after some steps",
+            "  time         none for a GPU, therefore; on a CPU a run's progress bar shows it after some steps",
         ]
     if not (plan.fits and on_gpu):
         return "\n".join(lines + ([f"  picture      {cli.config.picture}"] if cli.config.picture else []))

@@ -1,12 +1,12 @@
-"""Pseudo-perplexity on a sample: how well a token is told from all others of its sequence."""
+"""Pseudo-perplexity on a sample: how well a token is predicted from all others of its sequence."""
 
 from collections.abc import Iterator
-from typing import cast
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
+from torch.distributed import ReduceOp
 from typing_extensions import override
 
 from pretrain.corpus.batch import PackDataset
@@ -15,6 +15,7 @@ from pretrain.corpus.datamodule import MLMDataModule
 from pretrain.corpus.packing import Pack, validation_packs
 from pretrain.errors import UserError
 from pretrain.train.module import MLMModule
+from pretrain.train.step import over_processes
 from pretrain.train.watchdog import untimed
 
 
@@ -23,10 +24,11 @@ class PseudoPerplexity(pl.Callback):
 
     Of the positions that the first validation set is asked about, a sample is asked about one by one: each masked
     alone, with all else of its sequence in sight (Salazar et al. 2020). A position costs a pass over its sequence. The
-    sample is the same in every run, and so is the figure, whatever the number of processes.
+    sample is the same in every run, and so is the figure, whatever the number of processes, but for at most
+    ``processes - 1`` positions: these are left out, so that each process asks about equally many.
 
     Args:
-        sample: Positions, at most; rounded down to a multiple of the processes.
+        sample: Positions, at most.
 
     Raises:
         UserError: If ``sample`` is less than 1.
@@ -75,7 +77,7 @@ class PseudoPerplexity(pl.Callback):
             with trainer.precision_plugin.val_step_context():
                 losses, _ = module.encoder.score(input_ids, bounds, None, places, targets)
             total += torch.stack((losses.double().sum(), total.new_tensor(len(targets))))
-        return cast(Tensor, trainer.strategy.reduce(total, reduce_op="sum"))
+        return over_processes(trainer, total, ReduceOp.SUM)
 
 
 def sample_targets(data: MLMDataModule, sample: int) -> list[tuple[Int64, int]]:

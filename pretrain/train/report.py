@@ -17,6 +17,7 @@ from pretrain.train.module import MLMModule
 from pretrain.train.run import Run
 from pretrain.train.step import StepModule
 from pretrain.train.throughput import peak_flops
+from pretrain.train.validation import prefixes
 
 
 def header(run: Run, trainer: pl.Trainer, module: MLMModule, data: MLMDataModule) -> str:
@@ -121,7 +122,7 @@ def final_figures(trainer: pl.Trainer, module: MLMModule, data: MLMDataModule) -
         result["validation_sequences"] = len(data.validation_corpora[first])
         result |= {name: value for name, value in sets[first].items() if name.endswith("_perplexity")}
         for name, found in sets.items():
-            for prefix in ["val"] * (name == first) + [f"val/{name}"] * bool(name):
+            for prefix in prefixes(name, name == first):
                 result |= {f"{prefix}/{figure}": found[figure] for figure in ("loss", "perplexity", "accuracy")}
         if "val/pseudo_perplexity" in trainer.callback_metrics:
             result["val/pseudo_perplexity"] = float(trainer.callback_metrics["val/pseudo_perplexity"])

@@ -80,7 +80,7 @@ _HISTORY = (
     "data.mask_",
     "data.random_replace_prob",
     "data.mean_span_length",
-    "data.validation",  # by which the best checkpoint is chosen, and a plateau or an early end told
+    "data.validation",  # by which the best checkpoint is chosen, and from which a plateau or an early stop is decided
     "trainer.max_steps",
     "trainer.gradient_clip_val",
     "trainer.gradient_clip_algorithm",

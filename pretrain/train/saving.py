@@ -99,14 +99,15 @@ class StepCheckpoint(Checkpoint):
     Args:
         directory: Where checkpoints go.
         before_save: Called on all processes before each attempt; what has to be on disk before a checkpoint is.
-        mirror: The copy at ``remote``.
+        mirror: Where each checkpoint and the run's files are copied to, in the background; None for nowhere.
         every_n_steps: Steps between checkpoints; None for none by step.
         every_minutes: Minutes after which one is due in any case.
         keep_last: How many of the newest to keep.
         keep_every_n_steps: Save at the multiples of this, and keep those for good; None for none.
         keep_best: How many of the best by validation loss to keep, saved when validated; None for none.
         remote: Address to copy each checkpoint and the run's files to, in the background (``s3://bucket/runs/a``, or
-            whatever fsspec knows); a run whose disk is gone continues from there. None for none.
+            whatever fsspec knows); a run whose disk is gone continues from there. None for none. Read by `pretrain
+            fit`, which makes ``mirror`` of it; elsewhere give that.
         in_background: Copy what is to be saved, in host memory, and write it while training goes on; otherwise training
             waits, and no memory is needed for a copy (under FSDP2 there is one in any case).
 
@@ -141,7 +142,6 @@ class StepCheckpoint(Checkpoint):
         self.directory = Path(directory)
         self.before_save = before_save
         self.mirror = mirror
-        self.remote = remote
         self.in_background = in_background
         self._writing: Writing | None = None
         self.every_n_steps = every_n_steps
@@ -201,6 +201,7 @@ class StepCheckpoint(Checkpoint):
         if self._signal is None:  # SLURM's SIGTERM follows its warning, which asks for more
             self._signal = number
 
+    @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
@@ -221,6 +222,7 @@ class StepCheckpoint(Checkpoint):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._validation = (trainer.global_step, float(trainer.callback_metrics.get("val/loss", math.inf)))
 
+    @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the finished run.
 

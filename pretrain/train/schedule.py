@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
+from typing_extensions import override
 
 from pretrain.errors import UserError
 
@@ -77,8 +78,8 @@ class LinearDecay(Schedule):
         _check_shares(floor=floor, end=end)
         self.floor, self.end = floor, end
 
+    @override
     def factor(self, step: int, warmup_steps: int, total_steps: int) -> float:
-        """See `Schedule`."""
         left = 1 - _progress(step, warmup_steps, self.end * total_steps)
         return self.floor + (1 - self.floor) * left
 
@@ -96,8 +97,8 @@ class CosineDecay(Schedule):
         _check_shares(floor=floor)
         self.floor = floor
 
+    @override
     def factor(self, step: int, warmup_steps: int, total_steps: int) -> float:
-        """See `Schedule`."""
         wave = 0.5 * (1 + math.cos(math.pi * _progress(step, warmup_steps, total_steps)))
         return self.floor + (1 - self.floor) * wave
 
@@ -105,8 +106,8 @@ class CosineDecay(Schedule):
 class Constant(Schedule):
     """The peak, from the warmup on (transformers' ``get_constant_schedule_with_warmup``)."""
 
+    @override
     def factor(self, step: int, warmup_steps: int, total_steps: int) -> float:
-        """See `Schedule`."""
         return 1.0
 
 
@@ -126,8 +127,8 @@ class WarmupStableDecay(Schedule):
         _check_shares(decay=decay, floor=floor)
         self.decay, self.shape, self.floor = decay, shape, floor
 
+    @override
     def factor(self, step: int, warmup_steps: int, total_steps: int) -> float:
-        """See `Schedule`."""
         begin = max(warmup_steps, total_steps - round(self.decay * total_steps))
         done = _progress(step, begin, total_steps) if step >= begin else 0.0
         return self.floor + (1 - self.floor) * (1 - (math.sqrt(done) if self.shape == "sqrt" else done))

@@ -88,6 +88,7 @@ class SettingsCLI(LightningCLI):
             "data.tokenizer", "model.encoder.mask_token_id", lambda name: load_tokenizer(name).mask_token_id
         )
 
+    @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse what was given; Lightning's own version warns when that is also what stands in ``sys.argv``."""
         for given in _config_files(args):
@@ -107,7 +108,7 @@ class SettingsCLI(LightningCLI):
 
     @override
     def instantiate_classes(self) -> None:
-        """Build what the settings name; a class that refuses one of its own is told in one line."""
+        """Build what the settings name; what a class refuses of its own is reported in one line."""
         try:
             super().instantiate_classes()
         except ValueError as error:

@@ -65,11 +65,11 @@ class FullyShardedStrategy(ModelParallelStrategy):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Write a checkpoint, all processes together; the one that fails raises, and with it the first one.
+        """Write a checkpoint, all processes together. A process that fails raises, and so does rank 0.
 
         Raises:
-            OSError: If a part cannot be written, here or, on the first process, elsewhere.
-            UserError: On the first process, if it does not see what the others write.
+            OSError: If a part cannot be written: this process's, or on rank 0 anybody's.
+            UserError: On rank 0, if it does not see what the others write.
         """
         path, (content, own) = Path(filepath), take_out(checkpoint)
         parts = [path.with_name(part_name(path, process, self.world_size)) for process in range(self.world_size)]

@@ -34,7 +34,7 @@ class Skip(NamedTuple):
     """A stretch of the order that a run leaves out.
 
     Attributes:
-        step: The step at whose begin it is left out: the run went back to there.
+        step: The step before which it is left out: the run went back to there.
         first: Place in the order (cursor) of the first sequence left out.
         end: Place of the first one after.
     """
@@ -68,7 +68,7 @@ class LossSpikes(pl.Callback):
         settle: Waits for the checkpoint that is being written, on all processes.
 
     Raises:
-        UserError: If one of the numbers cannot be.
+        UserError: If one of the numbers is out of its range.
     """
 
     def __init__(
@@ -219,7 +219,7 @@ def read_skips(directory: Path) -> list[Skip]:
 
 
 def of_history(skips: Sequence[Skip]) -> Callable[[dict[str, Any]], bool]:
-    """Tells the checkpoints of a run that leaves this out from those whose steps a later skip has taken back."""
+    """Says of a checkpoint whether it still counts in a run with these skips: no later one has taken its steps back."""
 
     def holds(checkpoint: dict[str, Any]) -> bool:
         known = (data_state(checkpoint) or {}).get("skips", 0)

@@ -43,7 +43,7 @@ class StepModule(pl.LightningModule):
     Attributes:
         initialized_from: Where the weights are from that training starts with, if they are not random.
         max_steps: Optimizer steps of the run, for a schedule that ends with it; the Trainer's, once there is one.
-        optimizer_name: Which optimizer `build_optimizer` builds, for what does not go with each.
+        optimizer_name: Which optimizer `build_optimizer` builds, for checks of what goes with one only.
         flash_attention: Whose kernels attention on a GPU calls: ``FA2`` are torch's own.
         cpu_kernels: Whose kernels compute on a CPU: torch's, the project's own (``LLVM``), or the faster (``auto``).
         sick: 1 where the last step was skipped because its loss or gradient was not finite.
@@ -68,8 +68,8 @@ class StepModule(pl.LightningModule):
         self.sick = torch.zeros(())
 
     @abstractmethod
-    def batch_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The loss summed over a batch's targets, and how many of them are predicted best."""
+    def batch_loss(self, batch: Batch) -> Tensor:
+        """The loss summed over a batch's targets."""
 
     @abstractmethod
     def build_optimizer(self) -> tuple[Optimizer, LRScheduler]:
@@ -83,6 +83,7 @@ class StepModule(pl.LightningModule):
         """Floating-point operations of forward and backward over a pack, as executed."""
         return self.encoder.config.training_flops(pack.lengths, pack.targets)
 
+    @override
     def configure_model(self) -> None:
         """Compile the blocks, if asked to; divide the encoder among the processes, where the strategy does so (FSDP2).
 
@@ -96,6 +97,7 @@ class StepModule(pl.LightningModule):
         if self.device_mesh is not None:
             shard(self.encoder, self.device_mesh, self.trainer.precision)
 
+    @override
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The optimizer, and the schedule stepped at every optimizer step."""
         optimizer, scheduler = self._new_optimizer()
@@ -112,11 +114,13 @@ class StepModule(pl.LightningModule):
             group.setdefault("initial_lr", group["lr"])  # which ReduceLROnPlateau alone does not note
         return optimizer, scheduler
 
+    @override
     def lr_scheduler_step(self, scheduler: LRScheduler, metric: Any) -> None:
         """Step the schedule; one that follows the validation loss waits for it."""
         if not isinstance(scheduler, ReduceLROnPlateau):
             scheduler.step()
 
+    @override
     def on_validation_end(self) -> None:
         """Step a schedule that follows the validation loss."""
         scheduler = self.lr_schedulers()
@@ -124,10 +128,12 @@ class StepModule(pl.LightningModule):
         if isinstance(scheduler, ReduceLROnPlateau) and fitting:
             scheduler.step(float(self.trainer.callback_metrics["val/loss"]))
 
+    @override
     def on_train_start(self) -> None:
         """Forget a window that an earlier run left unfinished: it is computed again from its start."""
         self._train_loss.reset()
 
+    @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The micro-batch's share of the step's loss.
 
@@ -135,8 +141,8 @@ class StepModule(pl.LightningModule):
         the step was split; Lightning divides by the micro-batches and DDP by the processes, which is undone here.
         """
         self._seed_dropout(batch_idx)
-        loss, correct = self.batch_loss(batch)
-        self._train_loss.add(loss, correct, batch)
+        loss = self.batch_loss(batch)
+        self._train_loss.add(loss, batch)
         shares = self.trainer.accumulate_grad_batches * self.trainer.world_size
         # Zero, or NaN where the loss is NaN or infinite: then so is every gradient, on all processes, whatever the
         # backward pass makes of it, and the step is skipped.
@@ -168,6 +174,7 @@ class StepModule(pl.LightningModule):
         """Whether gradients lie in DDP's buckets: until they are sent, those outside take as much memory once more."""
         return isinstance(self.trainer.strategy, DDPStrategy)
 
+    @override
     def configure_gradient_clipping(
         self,
         optimizer: Optimizer,
@@ -201,11 +208,12 @@ class StepModule(pl.LightningModule):
             value = torch.tensor(float(value), dtype=torch.float64)  # in which tokens can be counted
         super().log(name, value, *args, **kwargs)
 
+    @override
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Log the step's figures, once, when its last micro-batch is done."""
         if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
             return
-        loss, _ = self._train_loss.collect(self.trainer)
+        loss = self._train_loss.collect(self.trainer)
         after = batch.pack.after
         figures = {
             **self.train_figures(loss),
@@ -215,6 +223,7 @@ class StepModule(pl.LightningModule):
         }
         self.log_dict(figures)
 
+    @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Let training continue at the checkpoint's step, whatever the accumulation was, under this module's settings.
 
@@ -266,31 +275,31 @@ def over_processes(trainer: pl.Trainer, tensor: Tensor, operation: ReduceOp.RedO
 
 
 class RunningLoss:
-    """Sums of loss, correct predictions and targets, on the device, read once a step."""
+    """Sums of loss and targets, on the device, read once a step."""
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
         """Begin anew."""
-        self._sums: Tensor | None = None
+        self._sum: Tensor | None = None
         self._targets = 0
 
-    def add(self, loss: Tensor, correct: Tensor, batch: Batch) -> None:
-        """Count a batch's summed loss and its correct predictions."""
-        sums = torch.stack((loss.detach().double(), correct.double()))
-        self._sums = sums if self._sums is None else self._sums + sums
+    def add(self, loss: Tensor, batch: Batch) -> None:
+        """Count a batch's summed loss."""
+        loss = loss.detach().double()
+        self._sum = loss if self._sum is None else self._sum + loss
         self._targets += int(batch.pack.targets.sum())  # known without a look at the device
 
-    def collect(self, trainer: pl.Trainer) -> tuple[Tensor, Tensor]:
-        """Mean loss and accuracy over all targets of all processes; begins anew."""
-        assert self._sums is not None
+    def collect(self, trainer: pl.Trainer) -> Tensor:
+        """Mean loss over all targets of all processes; begins anew."""
+        assert self._sum is not None
         # Filled on the device: to copy the number there would be to wait for the device.
-        sums = torch.cat((self._sums, self._sums.new_full((1,), self._targets)))
-        loss, correct, targets = over_processes(trainer, sums, ReduceOp.SUM)
+        sums = torch.stack((self._sum, self._sum.new_full((), self._targets)))
+        loss, targets = over_processes(trainer, sums, ReduceOp.SUM)
         self.reset()
-        targets = targets.clamp(min=1)
-        return (loss / targets).float(), (correct / targets).float()
+        mean: Tensor = loss / targets.clamp(min=1)
+        return mean.float()
 
 
 def _fit_loop_at(step: int, accumulate_grad_batches: int, saved: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ _STRONGEST = 5.0  # half-bits at which a cell is coloured fully
 
 
 def log_odds(confusion: NDArray[np.float64]) -> NDArray[np.float64]:
-    """How much oftener a residue is taken for another than that other is predicted anyway, in half-bits.
+    """How much more often a residue is taken for another than that other is predicted anyway, in half-bits.
 
     Args:
         confusion: Counts by true residue (rows) and prediction (columns).
@@ -46,7 +46,7 @@ def picture(confusion: NDArray[np.float64]) -> NDArray[np.uint8]:
                 draw.rectangle((x, y, x + _CELL - 2, y + _CELL - 2), fill=_colour(values[i, j]))
     draw.text(
         (_MARGIN, _HEAD + size + 6),
-        "rows: the true residue; blue: oftener than by chance, red: more rarely (full colour: 5 half-bits)",
+        "rows: the true residue; blue: more often than by chance, red: less often (full colour: 5 half-bits)",
         fill="black",
         font=ImageFont.load_default(11),
     )

@@ -144,5 +144,5 @@ class Throughput(pl.Callback):
         self.leave_out()
 
     def leave_out(self) -> None:
-        """Do not count the time since the last batch: something else than training was done."""
+        """Do not count the time since the last batch: something other than training was done."""
         self._last = time.perf_counter()

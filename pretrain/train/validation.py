@@ -5,15 +5,17 @@ from typing import NamedTuple
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
+from torch.distributed import ReduceOp
 
 from pretrain.corpus.batch import Batch
 from pretrain.corpus.padding import IGNORED
+from pretrain.train.step import over_processes
 
 LENGTH_BINS = (64, 128, 256, 512, 1024, 2048, 4096)
-"""Bounds of the bins by length: what a sequence shows of itself, in tokens."""
+"""Upper bounds, inclusive, of the length bins, in tokens of the crop."""
 
 MOST_TOKENS = 64
-"""Vocabularies up to this size are told token by token: alphabets, not words."""
+"""Vocabularies up to this size are reported token by token: alphabets, not words."""
 
 RESIDUE_CLASSES = {
     "aliphatic": "AVILM",
@@ -24,6 +26,16 @@ RESIDUE_CLASSES = {
     "special": "CGP",
 }
 """The twenty residues by their side chains."""
+
+
+def prefixes(name: str, first: bool) -> list[str]:
+    """What the figures of a validation set are logged under: of the first one as ``val``, too; the name may be ""."""
+    found = []
+    if first:
+        found.append("val")
+    if name:
+        found.append(f"val/{name}")
+    return found
 
 
 class Findings(NamedTuple):
@@ -121,7 +133,7 @@ class Tally:
     def collect(self, trainer: pl.Trainer) -> Findings:
         """The findings of all processes; begins anew."""
         assert self._sums is not None
-        sums = trainer.strategy.reduce(self._sums, reduce_op="sum").cpu()
+        sums = over_processes(trainer, self._sums, ReduceOp.SUM).cpu()
         self._sums = None
         lengths, losses, confusion = sums.split([3 * (len(LENGTH_BINS) + 1), self.size, self.size**2])
         return Findings(lengths.view(-1, 3), losses, confusion.view(self.size, self.size))

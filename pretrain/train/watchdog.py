@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 from torch.distributed.distributed_c10d import _get_default_store
+from typing_extensions import override
 
 from pretrain.errors import UserError, one_line
 
@@ -59,8 +60,8 @@ class Watchdog(pl.Callback):
     def _tick(self, doing: str) -> None:
         self._done, self._doing, self._time = self._done + 1, doing, time.monotonic()
 
+    @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin to watch."""
         self._tick(_STARTING)
         if self.timeout is None:
             return
@@ -71,36 +72,36 @@ class Watchdog(pl.Callback):
         step = lambda: trainer.global_step  # noqa: E731
         threading.Thread(target=self._watch, args=(trainer.global_rank, trainer.world_size, step), daemon=True).start()
 
+    @override
     def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
-        """The batch is there."""
         self._tick(_FORWARD)
 
+    @override
     def on_before_backward(self, *args: Any, **kwargs: Any) -> None:
-        """The loss is there."""
         self._tick(_BACKWARD)
 
+    @override
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        """The gradients have been added up."""
         self._tick(_LOADING)
 
+    @override
     def on_validation_batch_start(self, *args: Any, **kwargs: Any) -> None:
-        """One pack of a validation."""
         self._tick(_VALIDATING)
 
+    @override
     def on_save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """The state is gathered."""
         self._tick(_SAVING)
 
+    @override
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        """What follows is for people to wait for."""
-        self._ended.set()
+        self._ended.set()  # what follows is for people to wait for
 
+    @override
     def on_fit_end(self, *args: Any, **kwargs: Any) -> None:
-        """There was nothing left to train."""
-        self._ended.set()
+        self._ended.set()  # also where there was nothing left to train
 
+    @override
     def on_exception(self, *args: Any, **kwargs: Any) -> None:
-        """Training has ended."""
         self._ended.set()
 
     def _watch(self, rank: int, processes: int, step: Any) -> None:
@@ -144,7 +145,7 @@ class Watchdog(pl.Callback):
         return {r: _Pulse(*json.loads(self._store.get(key))) for r, key in keys.items() if self._store.check([key])}
 
     def _guilty(self, rank: int, processes: int, interval: float) -> dict[int, str] | None:
-        """Who holds the others up, and how; nobody where it cannot be told, and None if it is an evaluation."""
+        """Who holds the others up, and how; nobody where that is not clear, and None if it is an evaluation."""
         if self._store is None:
             return None if self._doing == _EVALUATING else {}
         before = self._read(processes)

@@ -28,8 +28,7 @@ class Poison(pl.Callback):
             loss_of = module.encoder.loss
 
             def infinite(*batch: Any) -> Any:
-                loss, correct = loss_of(*batch)
-                return loss + float("inf"), correct
+                return loss_of(*batch) + float("inf")
 
             vars(module.encoder)["loss"] = infinite
 
@@ -58,8 +57,7 @@ def _multiply(encoder: Any, factor: float) -> None:
     loss_of = encoder.loss
 
     def multiplied(*batch: Any) -> Any:
-        loss, correct = loss_of(*batch)
-        return loss * factor, correct
+        return loss_of(*batch) * factor
 
     vars(encoder)["loss"] = multiplied
 

@@ -307,9 +307,7 @@ def test_fifty_training_steps_follow_the_same_losses_as_transformers(proteins: P
     for _ in range(50):
         plan = planner.step(position, data.global_batch_tokens)
         position, batch = plan.after, batches[plan]
-        loss, _ = encoder.loss(
-            batch.input_ids, batch.cu_seqlens, batch.max_seqlen, batch.target_positions, batch.targets
-        )
+        loss = encoder.loss(batch.input_ids, batch.cu_seqlens, batch.max_seqlen, batch.target_positions, batch.targets)
         lengths = batch.cu_seqlens.diff().tolist()
         input_ids, attention_mask = padded(list(batch.input_ids.split(lengths)))
         labels = torch.full_like(batch.input_ids, -100).scatter(0, batch.target_positions, batch.targets)

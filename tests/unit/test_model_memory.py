@@ -24,7 +24,7 @@ def train(encoder: Encoder) -> tuple[list[torch.Tensor], int]:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss, _ = encoder.loss(INPUT_IDS, CU_SEQLENS, None, POSITIONS, INPUT_IDS[POSITIONS])
+        loss = encoder.loss(INPUT_IDS, CU_SEQLENS, None, POSITIONS, INPUT_IDS[POSITIONS])
         loss.backward()
     return [loss.detach(), *(p.grad.clone() for p in encoder.parameters() if p.grad is not None)], sum(kept.values())
 

@@ -69,7 +69,7 @@ def loss_and_gradients(encoder: Encoder, empty: int, max_seqlen: int | None) -> 
     ids, bounds, positions, targets = pack(empty)
     encoder.zero_grad()
     with torch.autocast("cpu", torch.bfloat16):
-        loss, _ = encoder.loss(ids, bounds, max_seqlen, positions, targets)
+        loss = encoder.loss(ids, bounds, max_seqlen, positions, targets)
     loss.backward()
     return loss.detach(), [p.grad.clone() for p in encoder.parameters() if p.grad is not None]
 

@@ -42,7 +42,7 @@ def train(encoder: Encoder, precision: str) -> list[float]:
     def loss(input_ids: torch.Tensor) -> torch.Tensor:
         places = torch.tensor([3, 18, 30])
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed", cache_enabled=False):
-            value, _ = encoder.loss(input_ids, torch.tensor([0, 20, 40]).int(), 20, places, input_ids[places])
+            value = encoder.loss(input_ids, torch.tensor([0, 20, 40]).int(), 20, places, input_ids[places])
         figures.append(value.detach())
         return value
 

@@ -174,21 +174,21 @@ class FineTuneModule(StepModule):
         return groups
 
     @override
-    def batch_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def batch_loss(self, batch: Batch) -> Tensor:
         assert isinstance(batch, LabelledBatch)
         return self._compare(head_outputs(self.encoder, self.head, batch), batch.targets)
 
-    def _compare(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss summed over targets, and how many classes were named right."""
+    def _compare(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The loss summed over targets."""
         weight = self._weight
         assert weight is None or isinstance(weight, Tensor)
         if self.spec.task == "regression":
             standardised = (targets - self.spec.mean) / self.spec.std
-            return F.mse_loss(outputs[:, 0], standardised, reduction="sum"), outputs.new_zeros(())
+            return F.mse_loss(outputs[:, 0], standardised, reduction="sum")
         if self.spec.task == "multilabel":
             loss = F.binary_cross_entropy_with_logits(outputs, targets, pos_weight=weight, reduction="sum")
-            return loss / outputs.shape[1], ((outputs > 0) == targets).float().mean(1).sum()
-        return F.cross_entropy(outputs, targets, weight, reduction="sum"), (outputs.argmax(-1) == targets).sum()
+            return loss / outputs.shape[1]
+        return F.cross_entropy(outputs, targets, weight, reduction="sum")
 
     @override
     def flops(self, pack: Pack) -> float:
@@ -199,20 +199,21 @@ class FineTuneModule(StepModule):
         backward = {"full": 1.0, "frozen": 0.0, "last": self.last_layers / layers, "lora": 0.5}[self.tune]
         return whole * (1 + 2 * backward) / 3
 
+    @override
     def on_validation_epoch_start(self) -> None:
-        """Begin to collect."""
         self._answers = []
         self._validation_loss.reset()
 
+    @override
     def validation_step(self, batch: LabelledBatch, batch_idx: int) -> None:
-        """Collect a pack's outputs beside its labels."""
         outputs = head_outputs(self.encoder, self.head, batch)
-        self._validation_loss.add(*self._compare(outputs, batch.targets), batch)
+        self._validation_loss.add(self._compare(outputs, batch.targets), batch)
         self._answers.append(Answers.of(batch, outputs))
 
+    @override
     def on_validation_epoch_end(self) -> None:
         """Log the loss, and the task's metrics over the whole split, in the order of its sequences."""
-        loss, _ = self._validation_loss.collect(self.trainer)
+        loss = self._validation_loss.collect(self.trainer)
         answers = Answers.join(self._answers)
         if self.trainer.world_size > 1:
             everyones: list[Any] = [None] * self.trainer.world_size
