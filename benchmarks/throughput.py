@@ -8,7 +8,8 @@ Trainer's sampler deals over the whole corpus, at least ``--tokens`` real tokens
 `DataCollatorForLanguageModeling` trains on them, padding each to its longest sequence, and this project trains on the
 very same sequences, both with one optimizer step a round. Only real tokens count, padding does not. The machine's rate
 of matrix products (torch's or the project's own, whichever are faster) is measured before and after each of this
-project's steps. Both are warmed up first. Rates are medians over the rounds, ratios medians of the rounds' ratios.
+project's steps, and the highest is what shares are of. Both are warmed up first. Rates are medians over the rounds,
+ratios medians of the rounds' ratios.
 """
 
 import argparse
@@ -162,35 +163,37 @@ def measure(shape: str, corpus: Corpus, options: argparse.Namespace, scratch: Pa
     ours, rival = Ours(config, corpus, masking, options.cpu_kernels), Rival(config, corpus, scratch)
 
     rows = [Row(strategy, size) for strategy in options.strategies for size in options.batch_sizes]
+    machine: list[float] = []
     for round_number in range(options.rounds + 1):
         for row in rows if round_number else rows[:1]:
             indices = deal(lengths, row.strategy, row.batch_size, options.tokens, round_number)
             step = planner.describe(np.zeros_like(indices), indices)
             tokens = int(step.lengths.sum())
-            before = matmul_rate(*MACHINE)
+            machine.append(matmul_rate(*MACHINE))
             our_seconds = ours.seconds(step)
-            machine = (before + matmul_rate(*MACHINE)) / 2
+            machine.append(matmul_rate(*MACHINE))
             their_seconds = rival.seconds(step, row.batch_size)
             if round_number:
                 row.ours.append(tokens / our_seconds)
                 row.theirs.append(tokens / their_seconds)
-                row.shares.append(config.training_flops(step.lengths, step.targets) / our_seconds / machine)
+                row.flops.append(config.training_flops(step.lengths, step.targets) / our_seconds)
                 print(f"  {shape} round {round_number}: {row}", flush=True)
     return {
         "rows": [row.figures() for row in rows],
-        "share_of_matmul_rate": median(s for row in rows for s in row.shares),
+        "matmul_rate": max(machine),
+        "share_of_matmul_rate": median(rate for row in rows for rate in row.flops) / max(machine),
     }
 
 
 @dataclass
 class Row:
-    """The measurements beside the rival at one sampling strategy and batch size: rates in real tokens/s."""
+    """The measurements beside the rival at one sampling strategy and batch size: real tokens/s, and our FLOP/s."""
 
     strategy: str
     batch_size: int
     ours: list[float] = field(default_factory=list)
     theirs: list[float] = field(default_factory=list)
-    shares: list[float] = field(default_factory=list)
+    flops: list[float] = field(default_factory=list)
 
     def __str__(self) -> str:
         return f"{self.strategy} {self.batch_size}: {self.theirs[-1]:.0f} against our {self.ours[-1]:.0f} tokens/s"
@@ -202,7 +205,7 @@ class Row:
             "transformers": median(self.theirs),
             "pretrain": median(self.ours),
             "faster_by": median(a / b for a, b in zip(self.ours, self.theirs, strict=True)),
-            "rounds": {"transformers": self.theirs, "pretrain": self.ours, "share_of_matmul_rate": self.shares},
+            "rounds": {"transformers": self.theirs, "pretrain": self.ours, "flops": self.flops},
         }
 
 

@@ -27,7 +27,7 @@ from pretrain.train.checkpoint import CHECKPOINTS
 from pretrain.train.logging import LineFile, step_of_csv
 from pretrain.train.run import CONFIG, LEDGER, Run
 from pretrain.train.spikes import SKIPS
-from pretrain.train.step import over_processes
+from pretrain.train.together import over_processes
 
 _HEAD = "step,sequences,sum\n"
 

@@ -15,7 +15,7 @@ from pretrain.corpus.datamodule import MLMDataModule
 from pretrain.corpus.packing import Pack, validation_packs
 from pretrain.errors import UserError
 from pretrain.train.module import MLMModule
-from pretrain.train.step import over_processes
+from pretrain.train.together import over_processes
 from pretrain.train.watchdog import untimed
 
 

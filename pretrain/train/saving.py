@@ -8,16 +8,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.strategies import Strategy
-from torch.distributed import ReduceOp
 from typing_extensions import override
 
 from pretrain.errors import UserError, disk_is_full
@@ -27,12 +24,10 @@ from pretrain.train.divided import lost_parts, remove
 from pretrain.train.mirror import Mirror
 from pretrain.train.sharding import SAME_DIRECTORY, FullyShardedStrategy
 from pretrain.train.spikes import RewindError
+from pretrain.train.together import largest, wait_for_all
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """Each asks a run to finish its step, save and end; SIGUSR1 is SLURM's warning before the time limit."""
-
-
-_LONGEST_COPY = timedelta(days=2)
 
 
 class RunInterruptedError(Exception):
@@ -155,7 +150,6 @@ class StepCheckpoint(Checkpoint):
         self._tried_time = time.monotonic()
         self._signal: int | None = None
         self._handlers: dict[int, Any] = {}
-        self._group: Any = None
         self._divided = False
 
     @override
@@ -180,12 +174,9 @@ class StepCheckpoint(Checkpoint):
             # Lightning shares a SIGTERM at every batch, and waits for the GPU to do so; here it is agreed upon at every
             # step, and between the hosts.
             trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
-            if trainer.strategy.root_device.type == "cuda":
-                timeout = getattr(trainer.strategy, "_timeout", None)  # what the strategy's own group waits
-                self._group = torch.distributed.new_group(backend="gloo", timeout=timeout)
         self._divided = isinstance(trainer.strategy, FullyShardedStrategy)
         step = trainer.global_step
-        if (newest := self._agreed(trainer, step)) != (oldest := -self._agreed(trainer, -step)):
+        if (newest := largest(trainer, step)) != (oldest := -largest(trainer, -step)):
             raise UserError(
                 f"{self.directory}: the processes continue from different steps, {oldest} to {newest}; {SAME_DIRECTORY}"
             )
@@ -212,7 +203,7 @@ class StepCheckpoint(Checkpoint):
             self._writing.check()
         late = time.monotonic() - self._tried_time > 60 * self.every_minutes
         # Agreed upon in any case: what is due depends on the best ones, of which a process may know less than another.
-        number = self._agreed(trainer, self._signal or int(late or self._due(trainer.global_step)))
+        number = largest(trainer, self._signal or int(late or self._due(trainer.global_step)))
         if number:  # a signal's is 2 or more
             self._save(trainer)
         if number > 1:
@@ -237,8 +228,7 @@ class StepCheckpoint(Checkpoint):
     def _finish_copies(self, trainer: pl.Trainer) -> None:
         if self.mirror:
             self.mirror.finish()
-            if trainer.world_size > 1:  # a launcher would end the process that copies when the others have ended
-                torch.distributed.monitored_barrier(self._group, timeout=_LONGEST_COPY)
+            wait_for_all(trainer)  # a launcher would end the process that copies when the others have ended
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -265,13 +255,6 @@ class StepCheckpoint(Checkpoint):
         if self._validation[0] == step and math.isfinite(self._validation[1]):
             losses[step] = self._validation[1]
         return dict(sorted(losses.items(), key=lambda item: (item[1], item[0]))[: self.keep_best])
-
-    def _agreed(self, trainer: pl.Trainer, value: int) -> int:
-        """The largest of the processes' values, on all of them: they must save and stop at the same step."""
-        tensor = torch.tensor(value)
-        if trainer.world_size > 1:
-            torch.distributed.all_reduce(tensor, ReduceOp.MAX, group=self._group)
-        return int(tensor)
 
     def _save(self, trainer: pl.Trainer) -> None:
         """Begin to save this step, unless it is saved; what is still being written is waited for first."""
@@ -318,7 +301,7 @@ class StepCheckpoint(Checkpoint):
             if not disk_is_full(error):
                 raise
             full = True
-        return bool(self._agreed(trainer, int(full)))
+        return bool(largest(trainer, int(full)))
 
     def _write(self, strategy: Strategy, content: dict[str, Any], step: int) -> None:
         try:

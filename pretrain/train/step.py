@@ -25,6 +25,7 @@ from pretrain.model.cpu_kernels import CPUKernels
 from pretrain.model.encoder import Encoder
 from pretrain.train.schedule import restore
 from pretrain.train.sharding import shard
+from pretrain.train.together import over_processes
 
 
 class StepModule(pl.LightningModule):
@@ -262,16 +263,6 @@ def compile_blocks(encoder: Encoder, device: torch.device, **options: Any) -> No
         torch.set_num_threads(1)
     for block in encoder.blocks:
         block.compile(dynamic=False, **options)
-
-
-def over_processes(trainer: pl.Trainer, tensor: Tensor, operation: ReduceOp.RedOpType) -> Tensor:
-    """A tensor's sum, maximum, ... over all processes, in place.
-
-    Lightning's ``strategy.reduce`` holds a barrier first, at which the host waits for the GPU.
-    """
-    if trainer.world_size > 1:
-        torch.distributed.all_reduce(tensor, operation)
-    return tensor
 
 
 class RunningLoss:

@@ -9,7 +9,7 @@ from torch.distributed import ReduceOp
 
 from pretrain.corpus.batch import Batch
 from pretrain.corpus.padding import IGNORED
-from pretrain.train.step import over_processes
+from pretrain.train.together import over_processes
 
 LENGTH_BINS = (64, 128, 256, 512, 1024, 2048, 4096)
 """Upper bounds, inclusive, of the length bins, in tokens of the crop."""

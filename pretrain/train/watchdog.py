@@ -21,6 +21,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 from typing_extensions import override
 
 from pretrain.errors import UserError, one_line
+from pretrain.train.together import wait_for_all
 
 _LOADING, _FORWARD, _BACKWARD = "loading data", "computing the loss", "computing or adding up gradients"
 _VALIDATING, _SAVING, _EVALUATING = "validating", "saving", "evaluating"
@@ -169,16 +170,13 @@ class Watchdog(pl.Callback):
 
 @contextmanager
 def untimed(trainer: pl.Trainer) -> Iterator[None]:
-    """An evaluation, which may take minutes: no process is timed until all are through. All must take part.
-
-    What the process group itself waits at most (Lightning: 30 minutes) still holds where some wait for others.
-    """
+    """An evaluation, which may take minutes or hours: no process is timed until all are through. All must take part."""
     watchdogs = [callback for callback in trainer.callbacks if isinstance(callback, Watchdog)]  # type: ignore[attr-defined]
     before = [watchdog._doing for watchdog in watchdogs]
     for watchdog in watchdogs:
         watchdog._tick(_EVALUATING)
     yield
-    trainer.strategy.barrier()
+    wait_for_all(trainer)
     for watchdog, doing in zip(watchdogs, before, strict=True):
         watchdog._tick(doing)
 

@@ -228,7 +228,7 @@ def test_processes_that_found_different_checkpoints_do_not_train_together(
 ) -> None:
     others = 9
     monkeypatch.setattr(
-        StepCheckpoint, "_agreed", lambda self, trainer, value: max(value, others if value > 0 else -others)
+        "pretrain.train.saving.largest", lambda trainer, value: max(value, others if value > 0 else -others)
     )
     trainer: Any = SimpleNamespace(global_step=4, world_size=1, strategy=None)
     with pytest.raises(UserError, match=r"the processes continue from different steps, 4 to 9; put the run where"):
