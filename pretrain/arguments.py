@@ -27,9 +27,9 @@ deletions, too. The wild type is --sequence or --fasta, or each row's own column
 the substitutions in `mutant`; every row is checked against it."""
 
 _CONTACTS = """Contacts are pairs of residues whose Cβ are closer than 8 Å. A logistic regression over the attention
-maps tells them: the model's own, as published ESM-2 models bring one, or one that --fit makes of some structures (the
-paper takes twenty). Of structures (--structures) the precision of the most probable pairs is printed. Sequences are
-taken whole; memory grows with the square of their length."""
+maps predicts them: the model's own, as published ESM-2 models bring one, or one that --fit makes of some structures
+(the paper takes twenty). Of structures (--structures) the precision of the most probable pairs is printed. Sequences
+are taken whole; memory grows with the square of their length."""
 
 
 class _Parser(argparse.ArgumentParser):

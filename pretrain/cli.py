@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pretrain.arguments import parser
-from pretrain.errors import DISK_REFUSES, CrashError, UserError
+from pretrain.errors import CrashError, UserError
 
 if TYPE_CHECKING:
     from pretrain.corpus.sources import SourceOptions
@@ -54,11 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if debug or error.errno not in (*_UNWRITABLE, *_FILES):
+        if debug or error.errno not in _REMEDIES:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        remedy = "allow more, as `ulimit -n` does" if error.errno in _FILES else _PLACE
-        message = f"{where}{os.strerror(error.errno)}; {remedy}"
+        message = f"{where}{os.strerror(error.errno)}; {_REMEDIES[error.errno]}"
     except KeyboardInterrupt as interruption:
         code, message = 130, str(interruption) or "interrupted"
     print(f"pretrain: error: {message}", file=sys.stderr)
@@ -72,9 +71,20 @@ The default, 300,000, holds a core for a millisecond or more, and on a machine t
 often the core on which the awaited thread would run (`benchmarks/README.md` has the figures).
 """
 
-_FILES = (errno.EMFILE, errno.ENFILE)
-_UNWRITABLE = (*DISK_REFUSES, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EISDIR)
 _PLACE = "make room, or choose a place that can be written to"
+_REMEDIES = {
+    errno.ENOSPC: _PLACE,
+    errno.EDQUOT: _PLACE,
+    errno.EACCES: _PLACE,
+    errno.EROFS: _PLACE,
+    errno.ENOTDIR: _PLACE,
+    errno.EISDIR: _PLACE,
+    errno.EFBIG: "allow larger ones, as `ulimit -f` does, or choose another place",
+    errno.EIO: "the disk fails, or the way to it: look at it, or choose another place",
+    errno.EMFILE: "allow more, as `ulimit -n` does",
+    errno.ENFILE: "allow more, as `ulimit -n` does",
+}
+"""What to do about errors of the operating system that a user can mend."""
 
 
 def _reading(options: argparse.Namespace) -> "SourceOptions":

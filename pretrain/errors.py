@@ -11,10 +11,6 @@ class CrashError(RuntimeError):
     """Something from outside ended the work, such as a killed process: one line, exit code 1; trying again may do."""
 
 
-DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-"""What the disk says of a write that it does not take."""
-
-
 def disk_is_full(error: OSError) -> bool:
     """Whether a write failed because the disk or quota is full; space may be freed while the run continues."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -8,7 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from pretrain.errors import DISK_REFUSES, UserError
+from pretrain.errors import UserError
+
+_OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""What a write that fails says, but not where."""
 
 
 def refuse_existing(out: Path) -> None:
@@ -28,7 +31,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         partial.rename(path)
     except OSError as error:
-        if error.errno not in DISK_REFUSES and error.filename != str(partial):  # these do not say where
+        if error.errno not in _OF_WRITING and error.filename != str(partial):
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:

@@ -102,10 +102,12 @@ class PackedDataModule(pl.LightningDataModule):
     def dataset(self, planner: StepPlanner, pack_tokens: float) -> Dataset[Batch]:
         """From the planner's packs, of about so many tokens each, to batches."""
 
+    @override
     def prepare_data(self) -> None:
         """Tokenise raw sources into the cache, in one process; the others find it there."""
         self.open()
 
+    @override
     def setup(self, stage: str) -> None:
         """Open the corpora: memory-mapped, so this costs nothing however large they are."""
         self.open()
@@ -128,6 +130,7 @@ class PackedDataModule(pl.LightningDataModule):
                 f"{micro_batches} micro-batches) of up to {self.max_length} tokens; {remedy}"
             )
 
+    @override
     def train_dataloader(self) -> DataLoader[Batch]:
         """This process's micro-batches for the rest of the run."""
         trainer = self._trainer()
@@ -154,6 +157,7 @@ class PackedDataModule(pl.LightningDataModule):
         pack_tokens = self.global_batch_tokens / (trainer.world_size * trainer.accumulate_grad_batches)
         return self._loader(planner, self._sampler, pack_tokens)
 
+    @override
     def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
         """This process's share of the validation corpus, the same at every call; nothing without a corpus."""
         return [] if self.validation_corpus is None else self.validation_loader(self.validation_planner())
@@ -193,6 +197,7 @@ class PackedDataModule(pl.LightningDataModule):
             "global_batch_tokens": self.global_batch_tokens,
         }
 
+    @override
     def state_dict(self) -> dict[str, Any]:
         """The data position after the last finished optimizer step, and what identifies the order."""
         step = self._trainer().global_step
@@ -225,6 +230,7 @@ class PackedDataModule(pl.LightningDataModule):
                     "continue where it stopped; restore that setting, or start another run"
                 )
 
+    @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint's data position.
 

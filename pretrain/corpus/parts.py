@@ -88,6 +88,7 @@ def prepare_part(
     Raises:
         UserError: As `prepare`; or if duplicates are to be taken out, which is for `merge_parts`, as a split is; or if
             there is a table of clusters.
+        CrashError: As `prepare`.
     """
     tokenizer, options, filters = settings.tokenizer, settings.options, settings.filters
     if filters.deduplicate:
@@ -210,6 +211,7 @@ def merge_parts(
 
     Raises:
         UserError: If a part is missing, stands there twice, or is of other sources or settings.
+        CrashError: As `prepare`.
     """
     chosen = choose_engine(engine, workers)
     given = [read_part(path) for path in paths]

@@ -199,10 +199,13 @@ def find_column(source: Source, columns: Sequence[str], wanted: str | None, usua
 
 
 def choose_column(columns: Sequence[str], wanted: str | None, usual: Sequence[str]) -> str | None:
-    """The column wanted, or else the first usual one, in upper or lower case; None where it is not there."""
+    """The column wanted, or else the first usual one, in upper or lower case; None where it is not there.
+
+    Of columns that differ in this only, it is the one that is spelt as usual, or the first.
+    """
     if wanted is not None:
         return wanted if wanted in columns else None
-    by_lower = {column.lower(): column for column in reversed(columns)}
+    by_lower = {column.lower(): column for column in reversed(columns)} | {column: column for column in columns}
     return next((by_lower[name] for name in usual if name in by_lower), None)
 
 

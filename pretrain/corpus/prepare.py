@@ -122,6 +122,7 @@ def prepare(
 
     Raises:
         UserError: If a source is unreadable or holds something that has no token, or something else is at ``out``.
+        CrashError: If a worker was killed.
     """
     assert settings.split is None
     prepare_found(find_sources(sources, settings.options), out, settings, choose_engine(engine, workers))
@@ -135,6 +136,7 @@ def prepare_split(
 
     Raises:
         UserError: As `prepare`, or if a list of the split cannot be read, or a side would be empty.
+        CrashError: As `prepare`.
     """
     assert settings.split is not None
     prepare_found(find_sources(sources, settings.options), out, settings, choose_engine(engine, workers))

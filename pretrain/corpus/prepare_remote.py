@@ -44,6 +44,7 @@ def prepare_remote(
 
     Raises:
         UserError: As `prepare`; or if the address cannot be written to, or the settings need a directory.
+        CrashError: As `prepare`.
     """
     url = url.rstrip("/")
     if url.startswith("http"):

@@ -115,7 +115,8 @@ def end_with_parent(worker: int = 0) -> None:
     """Let this process end when the one that started it does or says so, and for nobody else; a ``worker_init_fn``.
 
     A scheduler, or a launcher such as torchrun, signals all processes of a job, and what the parent makes of it is its
-    decision: it may want a few more batches to finish a step.
+    decision: it may want a few more batches to finish a step. The signals are blocked in this process, and in what it
+    starts.
 
     PyTorch's loader workers look for their parent by themselves, but then wait for ever for somebody to read what they
     have sent.

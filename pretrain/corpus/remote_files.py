@@ -18,7 +18,7 @@ ATTEMPTS = 9
 
 
 def with_retries(url: str, attempt: Callable[[], Found], attempts: int = ATTEMPTS, action: str = "read") -> Found:
-    """Try something with an address until it succeeds, waiting longer each time; each failure is told on stderr.
+    """Try something with an address until it succeeds, waiting longer each time; each failure is reported on stderr.
 
     Returns:
         What the attempt that succeeds returns.
@@ -124,7 +124,7 @@ def remove_file(url: str, attempts: int = ATTEMPTS) -> None:
 
 
 def written_at(url: str) -> float | None:
-    """When a file at an address was written, in seconds since 1970 (0 if that is not told); None if there is none.
+    """When a file at an address was written, in seconds since 1970 (0 if it does not say); None if there is none.
 
     Object stores tell whole seconds, rounded down: it is the end of that second, before which it was surely written.
     Not for the web, of which fsspec does not tell whether a file is missing or its server is down.

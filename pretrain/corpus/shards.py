@@ -226,7 +226,7 @@ def _blocks(sources: Sequence[Source], options: SourceOptions) -> Iterator[tuple
                     yield pieces, end, True
                     pieces, size = [], 0
             before = end
-    except UserError:  # what may be wrong before that place is to be told first
+    except UserError:  # what may be wrong before that place is to be reported first
         if pieces:
             yield pieces, end, False
         raise

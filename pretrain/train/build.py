@@ -45,10 +45,10 @@ _NOT_IN_A_RUN = {
         "--trainer.max_steps, or end the run by a signal, as `timeout -s USR1 1h pretrain fit ...` does,",
     ),
     "overfit_batches": (0.0, "a small file as --data.train"),
-    "reload_dataloaders_every_n_epochs": (0, "--trainer.max_steps"),
+    "reload_dataloaders_every_n_epochs": (0, "0"),
 }
-"""Settings of the Trainer that a run makes itself, or under which it would not consist of whole steps in order: their
-defaults, and what to give instead."""
+"""Settings of the Trainer that a run makes itself, or under which it would not consist of whole steps in order: the
+default of each, and what to give instead."""
 
 
 class FitCLI(SettingsCLI):

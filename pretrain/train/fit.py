@@ -165,7 +165,8 @@ def _train(cli: FitCLI) -> int:
     try:
         trainer.fit(module, data, ckpt_path=run.checkpoint, weights_only=True)
         if data.validation_corpus and "val/loss" not in trainer.callback_metrics:  # killed after its last checkpoint
-            trainer.loggers = []  # which have the figures from before
+            if not cli.changes:
+                trainer.loggers = []  # which have the same figures from before
             trainer.validate(module, data, verbose=False)
     except RunInterruptedError as interruption:
         _say(f"\n{interruption}; the same command continues the run")

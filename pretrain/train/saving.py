@@ -59,7 +59,7 @@ class Writing:
         """Begin to write it."""
         thread = threading.Thread(target=self._run, args=(write,), daemon=True)
         thread.start()
-        self._thread = thread  # only now: what a signal raises meanwhile must find none, or one to wait for
+        self._thread = thread  # only now: one that has not been started, where a signal comes first, cannot be joined
 
     def _run(self, write: Callable[[], None]) -> None:
         try:

@@ -25,6 +25,7 @@ from pretrain.errors import UserError
 from pretrain.files import append_line
 from pretrain.train.checkpoint import CHECKPOINTS, checkpoints_in, data_state, read_checkpoint, step_of
 from pretrain.train.host_copy import HostCopy
+from pretrain.train.together import largest
 
 SKIPS = "skips.jsonl"
 _TO_SIGMA = 1.4826  # a normal distribution's standard deviation in units of its median absolute deviation
@@ -64,7 +65,7 @@ class LossSpikes(pl.Callback):
         rewind: Go back to the newest checkpoint that is ``margin`` steps older than the spike, and leave out the data
             from there to the spike.
         margin: How many steps before a spike ``rewind`` goes back; where no checkpoint is so old, to the oldest.
-        max_rewinds: How often in a row to go back to the same checkpoint before the run ends.
+        max_rewinds: How often in a row to go back to a checkpoint, or one after it, before the run ends.
         settle: Waits for the checkpoint that is being written, on all processes.
 
     Raises:
@@ -170,9 +171,11 @@ class LossSpikes(pl.Callback):
             UserError: If going back to this checkpoint did not help often enough.
         """
         self._settle(trainer)
-        checkpoint = self._checkpoint_before(step)
-        target = checkpoint["global_step"] if checkpoint else 0
-        in_a_row = sum(1 for _ in takewhile(lambda skip: skip.step == target, reversed(self.skips)))
+        # One process looks: what cannot be read for a moment by another must not part them.
+        checkpoint = self._checkpoint_before(step) if trainer.is_global_zero else None
+        target = largest(trainer, checkpoint["global_step"] if checkpoint else 0)
+        # Also those that went back from beyond and less far: to and fro would not end otherwise.
+        in_a_row = sum(1 for _ in takewhile(lambda skip: skip.step >= target, reversed(self.skips)))
         if in_a_row >= self.max_rewinds:
             raise UserError(
                 f"{what}, after the run went back to step {target} {self.max_rewinds} times: it is not the data; "
@@ -187,12 +190,14 @@ class LossSpikes(pl.Callback):
         raise RewindError(f"{what}; goes back to step {target} and leaves out the data from there to the spike")
 
     def _checkpoint_before(self, step: int) -> dict[str, Any] | None:
-        """The newest that is old enough, else the oldest; a damaged one is passed over, as where a run begins."""
+        """The newest that is old enough, else the oldest; damaged ones are passed over, as where a run begins."""
         there = [path for path in checkpoints_in(self.directory / CHECKPOINTS) if step_of(path.name) <= step]
         old = [path for path in there if step_of(path.name) <= step - self.margin]
         for path in [*reversed(old), *there[len(old) :]]:
             with suppress(UserError):
-                return read_checkpoint(path)
+                checkpoint = read_checkpoint(path)
+                if of_history(self.skips)(checkpoint):
+                    return checkpoint
         return None
 
 

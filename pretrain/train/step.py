@@ -173,7 +173,8 @@ class StepModule(pl.LightningModule):
 
     def _in_buckets(self) -> bool:
         """Whether gradients lie in DDP's buckets: until they are sent, those outside take as much memory once more."""
-        return isinstance(self.trainer.strategy, DDPStrategy)
+        strategy = self.trainer.strategy
+        return isinstance(strategy, DDPStrategy) and bool(strategy._ddp_kwargs.get("gradient_as_bucket_view"))
 
     @override
     def configure_gradient_clipping(
@@ -246,6 +247,8 @@ class StepModule(pl.LightningModule):
 def compile_blocks(encoder: Encoder, device: torch.device, **options: Any) -> None:
     """Compile an encoder's blocks by ``torch.compile``; since they are alike, once a shape for all but the last.
 
+    On a GPU it sets torch's number of threads on the CPU to 1.
+
     Args:
         encoder: Blocks are compiled when they first see a shape.
         device: Where it is trained.
@@ -258,8 +261,9 @@ def compile_blocks(encoder: Encoder, device: torch.device, **options: Any) -> No
     # Under DDP torch would cut each block into pieces, so that gradients are sent early; blocks do as pieces.
     torch._dynamo.config.optimize_ddp = False
     if device.type == "cuda":
-        # Compiled code is for a number of CPU threads. A GPU's backward pass runs in a thread of its own, which has one
-        # of them since the loader's pinning thread began, and where it computes blocks again would compile them again.
+        # A GPU's backward pass has a thread of its own, in which activation checkpointing calls the blocks again. There
+        # torch has one thread for the CPU, since the loader's pinning thread has set it so for all that begin later.
+        # Compiled code is for one number of these: with another it would be compiled again, up to the limit.
         torch.set_num_threads(1)
     for block in encoder.blocks:
         block.compile(dynamic=False, **options)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp
 
 _LONGEST_WAIT = timedelta(days=2)
+"""Whoever dies meanwhile is missed at once: a connection is closed."""
 
 
 def over_processes(trainer: pl.Trainer, tensor: Tensor, operation: ReduceOp.RedOpType) -> Tensor:
@@ -33,7 +34,7 @@ def largest(trainer: pl.Trainer, value: int) -> int:
 def wait_for_all(trainer: pl.Trainer) -> None:
     """Until all processes are here, also where one works for longer than a collective may take (30 minutes)."""
     if trainer.world_size > 1:
-        dist.monitored_barrier(_between_hosts(trainer), timeout=_LONGEST_WAIT)
+        dist.barrier(_gloo_beside(dist.GroupMember.WORLD, _LONGEST_WAIT))
 
 
 def _between_hosts(trainer: pl.Trainer) -> ProcessGroup | None:
@@ -43,8 +44,8 @@ def _between_hosts(trainer: pl.Trainer) -> ProcessGroup | None:
     return _gloo_beside(dist.GroupMember.WORLD, getattr(trainer.strategy, "_timeout", None))
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)
 def _gloo_beside(default: ProcessGroup, timeout: timedelta | None) -> ProcessGroup:
-    """A group like the default one; all processes must ask for it at the same time, the first time."""
+    """A group like the default one, with another patience; all processes must ask for it at once, the first time."""
     group: ProcessGroup = dist.new_group(backend="gloo", timeout=timeout)
     return group

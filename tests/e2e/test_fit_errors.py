@@ -330,4 +330,5 @@ def test_a_finished_run_whose_settings_change_is_validated_anew(
     assert "val/loss" not in json.loads((run / "result.json").read_text())
     assert fit("-c", tiny(), "--run", run, "--allow_change", "true") == 0
     assert "val/loss" in json.loads((run / "result.json").read_text())
+    assert ",val/loss," in (run / "metrics.csv").read_text()
     assert json.loads((run / "starts.jsonl").read_text().splitlines()[-1])["changes"][0]["name"] == "data.validation"

@@ -169,11 +169,11 @@ def test_going_back_that_does_not_help_ends_the_run(
 
 def test_only_so_many_times_in_a_row_is_too_often(tmp_path: Path) -> None:
     spikes = LossSpikes(tmp_path, [Skip(40, 1, 2), Skip(40, 2, 3), Skip(30, 0, 4)], rewind=True, max_rewinds=2)
-    trainer: Any = SimpleNamespace(is_global_zero=True, strategy=SimpleNamespace(barrier=lambda: None))
+    trainer: Any = SimpleNamespace(is_global_zero=True, world_size=1, strategy=SimpleNamespace(barrier=lambda: None))
     (tmp_path / "checkpoints").mkdir()
     for step in (30, 40):
         torch.save(
-            {"state_dict": {}, "global_step": step, "MLMDataModule": {"cursor": step}},
+            {"state_dict": {}, "global_step": step, "MLMDataModule": {"cursor": step, "skips": 3}},
             tmp_path / "checkpoints" / checkpoint_name(step),
         )
     with pytest.raises(RewindError, match="goes back to step 40"):

@@ -285,6 +285,8 @@ def test_columns_have_the_names_that_are_given() -> None:
     assert read("x.csv", b"key,text,body,id\na,no,MK,no\n", **names) == [Record("a", b"MK", 2)]
     assert read("x.jsonl", b'{"key": "a", "text": "no", "body": "MK", "id": 0}', **names) == [Record("a", b"MK", 1)]
     assert read("x.jsonl", b'{"Text": "MK"}', text_column="Text") == [Record("1", b"MK", 1)]
+    assert read("x.jsonl", b'{"ID": 7, "TEXT": "MK", "id": "a", "text": "LA"}') == [Record("a", b"LA", 1)]
+    assert read("x.csv", b"ID,TEXT,id,text\n7,MK,a,LA\n") == [Record("a", b"LA", 2)]
     sink = io.BytesIO()
     pq.write_table(pa.table({"key": ["a"], "text": ["no"], "body": ["MK"], "id": [0]}), sink)
     assert read("x.parquet", sink.getvalue(), **names) == [Record("a", b"MK", 1)]

@@ -74,13 +74,13 @@ def test_what_comes_after_an_evaluation_is_watched_again(proteins: Path, biology
     assert "loading data" in judged
 
 
-def test_a_process_that_waits_for_another_ones_evaluation_does_not_hang(biology: Biology) -> None:
+def test_a_process_that_waits_for_another_ones_evaluation_does_not_hang(
+    biology: Biology, monkeypatch: pytest.MonkeyPatch
+) -> None:
     watching, at_the_barrier = Watchdog(), list[str]()
-    strategy = SimpleNamespace(barrier=lambda: at_the_barrier.append(watching._doing))
+    monkeypatch.setattr("pretrain.train.watchdog.wait_for_all", lambda trainer: at_the_barrier.append(watching._doing))
     module: Any = MLMModule(CONFIG)
-    trainer: Any = SimpleNamespace(
-        callbacks=[watching], strategy=strategy, is_global_zero=False, global_step=1, max_steps=2
-    )
+    trainer: Any = SimpleNamespace(callbacks=[watching], is_global_zero=False, global_step=1, max_steps=2)
     trainer.accumulate_grad_batches = 1
     biology.setup(SimpleNamespace(datamodule=MLMDataModule("unread.fasta", max_length=40)), module, "fit")  # type: ignore[arg-type]
     watching.on_train_batch_end()

@@ -53,7 +53,7 @@ class FineTuneCLI(FitCLI):
                 config.checkpoint.keep_best = 1
         super().before_instantiate_classes()
         result = self.run.result
-        if result and "test" in result and not self.finished(result):
+        if result and "test" in result and (self.changes or not self.finished(result)):
             raise UserError(
                 f"{self.run.directory}: the test split was looked at after step {result['steps']}; training on from "
                 "there would be choosing by it: start another run, with --run"

@@ -19,7 +19,7 @@ Task = Literal["regression", "binary", "multiclass", "multilabel", "token"]
 
 @dataclass(frozen=True)
 class LabelSpec:
-    """What labels mean; a checkpoint carries it, so that predictions can be told in the user's words.
+    """What labels mean; a checkpoint carries it, so that predictions are in the user's words.
 
     Attributes:
         task: ``regression``: a number for each sequence; ``binary`` and ``multiclass``: one class of two, or of

@@ -69,8 +69,14 @@ def load_fine_tuned(path: Path) -> FineTuned:
     head.load_state_dict(
         {name.removeprefix(prefix): t for name, t in checkpoint["state_dict"].items() if name.startswith(prefix)}
     )
-    given = spec, settings["max_length"], settings["pair_order"], checkpoint["global_step"]
-    return FineTuned(encoder, head.eval(), *given)
+    return FineTuned(
+        encoder,
+        head.eval(),
+        spec,
+        max_length=settings["max_length"],
+        pair_order=settings["pair_order"],
+        step=checkpoint["global_step"],
+    )
 
 
 def is_fine_tuned(checkpoint: dict[str, Any]) -> bool:

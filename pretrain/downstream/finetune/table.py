@@ -184,7 +184,7 @@ def read_fields(path: str, kind: str | None = None) -> Iterator[tuple[int, dict[
     """
     found = find_sources([path], SourceOptions(kind))
     if len(found) != 1 or not found[0].is_regular_file or found[0].kind not in _KINDS:
-        raise UserError(f"{path}: give one labelled file: {', '.join(_KINDS)} (compressed or not)")
+        raise UserError(f"{path}: give one labelled file: {kind or ', '.join(_KINDS)} (compressed or not)")
     if found[0].kind == "parquet":
         yield from _read_parquet(found[0])
         return

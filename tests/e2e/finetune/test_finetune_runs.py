@@ -134,8 +134,10 @@ def test_the_test_split_is_looked_at_once(
 ) -> None:
     run, longer = tmp_path / "run", ("--trainer.max_steps", 12, "--allow_change", "true")
     assert finetune("-c", config(), "--from", pretrained, "--run", run) == 0
-    assert finetune("-c", config(), "--from", pretrained, "--run", run, *longer) == 2
-    assert "the test split was looked at after step 8" in capsys.readouterr().err
+    other = ("--model.learning_rate", 0.5, "--allow_change", "true")
+    for change in (longer, other):
+        assert finetune("-c", config(), "--from", pretrained, "--run", run, *change) == 2
+        assert "the test split was looked at after step 8" in capsys.readouterr().err
 
 
 def test_a_record_that_cannot_be_predicted_for_is_named_with_its_file(
