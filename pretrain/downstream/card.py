@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 
 from pretrain.model.encoder import Encoder
-from pretrain.train.run import STARTS, Change
+from pretrain.train.changes import Change
+from pretrain.train.run import STARTS
 
 CURVES = "curves.png"
 _RECIPE = {

@@ -13,10 +13,11 @@ from pretrain.downstream.finetune.model import is_fine_tuning
 from pretrain.downstream.finetune.report import summary as fine_tuning_summary
 from pretrain.errors import UserError
 from pretrain.train import ledger
+from pretrain.train.changes import read_config
 from pretrain.train.logging import METRICS_FILE, read_metrics
 from pretrain.train.picture import drawing
 from pretrain.train.report import summary
-from pretrain.train.run import CONFIG, Run, read_config
+from pretrain.train.run import CONFIG, Run
 
 _SAMPLE_TOKENS = 2**28
 """Token frequencies are counted on about this many tokens, spread evenly: all of them in a corpus of that size."""

@@ -1,4 +1,4 @@
-"""The run directory: what it holds, which settings a continued run may change, and where it stands.
+"""The run directory: what it holds, and where it stands.
 
 runs/quickstart/
   config.yaml                 every setting, resolved
@@ -25,17 +25,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-import yaml
 from torch import Tensor
 from torch.utils._pytree import tree_map
-from typing_extensions import override
 
-from pretrain.errors import UserError, disk_is_full, one_line
+from pretrain.errors import UserError, disk_is_full
 from pretrain.files import append_line, link, write_whole
 from pretrain.model.config import DROPOUT
+from pretrain.train.changes import Change, changes_of_history, read_config
 from pretrain.train.checkpoint import (
     BEST,
     CHECKPOINTS,
@@ -55,58 +54,7 @@ if TYPE_CHECKING:
 CONFIG, STARTS, RESULT = "config.yaml", "starts.jsonl", "result.json"
 LEDGER, SICK, ORIGIN, LOCK = "ledger.csv", "sick.jsonl", "origin.json", ".lock"
 
-_IDENTITY = (
-    "seed_everything",
-    "model.encoder.",
-    "model.optimizer",
-    "model.decay",  # which parameters form a group: the optimizer's state is by groups
-    "model.initialize_from",  # the directory is not read again, but what the run grew from cannot change
-    "data.tokenizer",
-    "data.max_length",
-    "data.long_sequences",
-    "data.global_batch_tokens",
-    "data.batch_warmup",
-    "data.task",
-    "data.pair_order",
-    "model.from_scratch",
-    "model.pooling",
-    "model.tune",
-    "model.last_layers",
-    "model.lora_rank",
-)
-_HISTORY = (
-    "model.",
-    "data.mlm_probability",
-    "data.mask_",
-    "data.random_replace_prob",
-    "data.mean_span_length",
-    "data.validation",  # by which the best checkpoint is chosen, and from which a plateau or an early stop is decided
-    "trainer.max_steps",
-    "trainer.gradient_clip_val",
-    "trainer.gradient_clip_algorithm",
-    "trainer.precision",
-)
-_DROPOUT = tuple(f"model.encoder.{name}" for name in DROPOUT)  # says how to train, not what
-_FREE = (
-    "model.compile",
-    "model.activation_checkpointing",
-    "model.flash_attention",
-    "model.cpu_kernels",
-    "data.validation_pack_tokens",
-)
 _PACKAGES = ("torch", "pytorch-lightning", "transformers", "numpy", "pyarrow", "tokenizers")
-
-
-class Change(NamedTuple):
-    """A setting that is another one than before."""
-
-    name: str
-    was: Any
-    now: Any
-
-    @override
-    def __str__(self) -> str:
-        return f"{self.name}: {self.was!r} -> {self.now!r}"
 
 
 class Run:
@@ -252,40 +200,13 @@ class Run:
         return cast(dict[str, Any], tree_map(lambda value: math.nan if value is None else value, result))
 
     def check(self, config: dict[str, Any], allow_change: bool, defaults: dict[str, Any]) -> list[Change]:
-        """Compare the settings with those that the run was started with.
+        """Compare the settings with those that the run was started with; see `changes_of_history`.
 
-        A setting that the run does not know, since it began under an older version, had its default.
-
-        Settings are of three classes: *identity* (the model's shape and first weights, the data, the seed: no change),
-        *history* (what the training does: a change must be allowed) and *free* (processes, workers, accumulation,
-        logging, how it is computed). The train corpus is identity by content, which the data module verifies against
-        the checkpoint.
-
-        Returns:
-            The changes of history, for the record.
-
-        Raises:
-            UserError: On a change that is not possible, or not allowed.
+        The train corpus is identity by content, which the data module verifies against the checkpoint.
         """
-        nothing_trained = self.config is None or self.checkpoint is None
-        changes = [] if nothing_trained else list(_differences(self.config or {}, config, defaults))
-        history: list[Change] = []
-        for change in changes:
-            name, was, now = change
-            if name.startswith(_IDENTITY) and name not in _DROPOUT:
-                raise UserError(
-                    f"{self.directory}: was started with {name} {was!r}, this config has {now!r}: that would be "
-                    "another run; choose another directory with --run, or restore the setting"
-                )
-            if name.startswith(_HISTORY) and name not in _FREE:
-                history.append(change)
-        if history and not allow_change:
-            told = "; ".join(map(str, history))
-            raise UserError(
-                f"{self.directory}: was started with other settings ({told}); add --allow_change to continue with the "
-                "new ones, or choose another directory with --run"
-            )
-        return history
+        if self.config is None or self.checkpoint is None:  # nothing is trained yet
+            return []
+        return changes_of_history(str(self.directory), self.config, config, allow_change, defaults)
 
     def check_weights(self, weights: Mapping[str, Tensor], encoder: dict[str, Any]) -> None:
         """Make sure that the newest checkpoint is one of this model, and holds what training continues from.
@@ -341,34 +262,6 @@ class Run:
         write_whole(self.directory / RESULT, json.dumps(plain, indent=1, allow_nan=False) + "\n")
 
 
-def yaml_error(path: Path) -> str | None:
-    """Why a file is no YAML, with the line; None if it is."""
-    try:
-        yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.MarkedYAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        return f"{path}{line}: not YAML ({error.problem})"
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        return f"{path}: not YAML ({one_line(error, 120)})"
-    return None
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """The settings that a run's directory holds.
-
-    Raises:
-        UserError: If the file is damaged, or holds something else.
-    """
-    problem = yaml_error(path)
-    config = None if problem else yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(config, dict) or not all(isinstance(config.get(k), dict) for k in ("model", "data", "trainer")):
-        raise UserError(
-            f"{problem or f'{path}: not the settings of a run'}; restore it: `pretrain fit -c CONFIG --print_config` "
-            "prints what belongs there"
-        )
-    return config
-
-
 def _outline(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint holds, and of which model: names and shapes, no numbers."""
     encoder = checkpoint.get("hyper_parameters", {}).get("encoder")
@@ -384,23 +277,6 @@ def _shapes(weights: Mapping[str, Any]) -> dict[str, list[int] | None]:
         name: list(value.shape) if isinstance(value, Tensor | DividedTensor) else None
         for name, value in weights.items()
     }
-
-
-def _differences(
-    old: dict[str, Any], new: dict[str, Any], defaults: dict[str, Any], prefix: str = ""
-) -> Iterator[Change]:
-    for name in sorted({*old, *new}):
-        default = defaults.get(name)
-        was, now = old.get(name, default), new.get(name)
-        reordered = prefix + name == "data.validation" and _names(was) != _names(now)  # the first one counts
-        if isinstance(was, dict) and isinstance(now, dict) and not reordered:
-            yield from _differences(was, now, default if isinstance(default, dict) else {}, f"{prefix}{name}.")
-        elif was != now or reordered:
-            yield Change(f"{prefix}{name}", was, now)
-
-
-def _names(value: Any) -> list[str]:
-    return list(value) if isinstance(value, dict) else []
 
 
 def _git_commit() -> str | None:

@@ -17,8 +17,8 @@ from pretrain.corpus.packed import PackedDataModule
 from pretrain.corpus.tokenizer import load_tokenizer
 from pretrain.errors import UserError
 from pretrain.shipped import find_recipes
+from pretrain.train.changes import yaml_error
 from pretrain.train.module import MLMModule
-from pretrain.train.run import yaml_error
 from pretrain.train.saving import StepCheckpoint
 from pretrain.train.settings_help import shorten_help, wants_help
 from pretrain.train.spikes import LossSpikes

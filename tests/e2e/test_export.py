@@ -26,7 +26,7 @@ from pretrain.downstream.card import model_card
 from pretrain.downstream.export import export
 from pretrain.errors import UserError
 from pretrain.model.encoder import Encoder
-from pretrain.train.run import Change
+from pretrain.train.changes import Change
 
 STEPS = 4
 DOCUMENTS = ["The state of the union is strong.", "  Two  spaces, a\ttab and café — naïve?", "日本語 and 🧬 emoji", "x"]

@@ -9,7 +9,8 @@ import pytest
 
 from pretrain.downstream.card import settings_at
 from pretrain.errors import UserError
-from pretrain.train.run import RESULT, STARTS, Change, Run
+from pretrain.train.changes import Change
+from pretrain.train.run import RESULT, STARTS, Run
 
 
 @pytest.mark.parametrize(
