@@ -2,7 +2,7 @@
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pretrain import __version__
 from pretrain.errors import UserError
@@ -33,6 +33,10 @@ are taken whole; memory grows with the square of their length."""
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, **options: Any) -> None:
+        options["allow_abbrev"] = False  # which may be a mistake, and stand for another option in another version
+        super().__init__(**options)
+
     def error(self, message: str) -> None:  # type: ignore[override]
         raise UserError(f"{message}; see `{self.prog} --help`")
 

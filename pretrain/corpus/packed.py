@@ -224,6 +224,11 @@ class PackedDataModule(pl.LightningDataModule):
             )
         for field, ours in self.identity().items():
             theirs = state.get(field)  # what an older version did not record, it did not have
+            if theirs != ours and field == "corpus":
+                raise UserError(
+                    f"the checkpoint was made with corpus {theirs!r}, and data.train is {ours!r} now: the data would "
+                    "not continue where it stopped; give the same sequences as data.train, or another --run"
+                )
             if theirs != ours:
                 raise UserError(
                     f"the checkpoint was made with {field} {theirs!r}, this run has {ours!r}: the data would not "

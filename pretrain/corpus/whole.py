@@ -33,7 +33,7 @@ def make_whole(out: Path, is_made: Callable[[Path], bool], fill: Callable[[Path]
         if is_made(out):  # by whoever had the lock
             return
         if out.exists():
-            raise UserError(f"{out}: exists already and is no corpus; remove it first")
+            raise UserError(f"{out}: exists already and is no corpus; give another --out, or move it away")
         try:
             partial.mkdir(exist_ok=True)
             fill(partial).rename(out)

@@ -63,6 +63,8 @@ def fill(
     """
     if not texts and source is None:
         raise UserError(f"no text is given; give one with {MASK} in it, or --file SOURCE")
+    if out and out.suffix.lower() != ".csv":
+        raise UserError(f"{out}: a table is written as .csv; give such a name with --out")
     if out:
         refuse_existing(out)
     model = load(path).to(use_device(device))

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.corpus.datamodule import MLMDataModule
+from pretrain.corpus.split import SIDES
 from pretrain.corpus.store import REPORT, Corpus, is_corpus, verify
 from pretrain.downstream.finetune.data import FineTuneDataModule
 from pretrain.downstream.finetune.model import is_fine_tuning
@@ -52,7 +53,9 @@ def inspect(path: Path, picture: Path | None = None, check: bool = False) -> str
     if check:
         raise UserError(f"{path}: is a run; --verify checks a corpus")
     if not (path / CONFIG).is_file():
-        raise UserError(f"{path}: neither a corpus (manifest.json) nor a run ({CONFIG})")
+        inside = [str(path / side) for side in SIDES if is_corpus(path / side)]
+        hint = f"; it holds {' and '.join(inside)}: name one of these" if inside else ""
+        raise UserError(f"{path}: neither a corpus (manifest.json) nor a run ({CONFIG}){hint}")
     run = Run(path)
     rows = read_metrics(path / METRICS_FILE)
     curves: dict[str, tuple[list[int], list[float]]] = {}

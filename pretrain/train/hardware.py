@@ -30,9 +30,7 @@ def check_hardware(trainer: pl.Trainer, module: StepModule, data: PackedDataModu
     if trainer.precision not in ("32-true", "bf16-mixed"):
         # In 16 bits a small update of a weight is lost; and float16 needs gradients in a scale of their own, under
         # which they would be clipped by another norm.
-        raise UserError(
-            f"trainer.precision is {trainer.precision}; weights are kept in float32: give bf16-mixed, or 32-true (CPU)"
-        )
+        raise UserError(other_precision(trainer.precision))
     device = trainer.strategy.root_device
     if device.type not in ("cpu", "cuda"):
         raise UserError(
@@ -80,6 +78,11 @@ def check_hardware(trainer: pl.Trainer, module: StepModule, data: PackedDataModu
             f"model.encoder has heads of {config.head_dim} dimensions; on a GPU they must be a multiple of 8, at most "
             f"256: give another num_attention_heads (or hidden_size {config.hidden_size})"
         )
+
+
+def other_precision(precision: object) -> str:
+    """What to do about a precision that is not trained in."""
+    return f"trainer.precision is {precision}; weights are kept in float32: give bf16-mixed, or 32-true (CPU)"
 
 
 def _check_cpu_kernels(trainer: pl.Trainer, module: StepModule) -> None:

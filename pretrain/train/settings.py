@@ -145,7 +145,12 @@ def parse(cli: type[CLI], command: str, description: str, arguments: Sequence[st
             "num_sanity_val_steps": 0,
             "enable_model_summary": False,
         },
-        parser_kwargs={"exit_on_error": False, "prog": f"pretrain {command}", "description": description},
+        parser_kwargs={
+            "exit_on_error": False,
+            "allow_abbrev": False,
+            "prog": f"pretrain {command}",
+            "description": description,
+        },
         args=find_recipes(arguments),
     )
 
@@ -166,7 +171,7 @@ def _explain(message: str, parser: LightningArgumentParser) -> str:
     message = re.sub(r"a typing\.Literal\[(.*?)\]\.", r"one of \1.", message)
     # What a link computes is a UserError's own line; jsonargparse puts its machinery before it.
     message = re.sub(r"^Call to compute_fn of link .* failed: ", "", " ".join(message.split()))
-    unknown = re.search(r"(?:'([\w.]+)' does not accept (?:option|nested key)|[Kk]ey) '([\w.]+)'", message)
+    unknown = re.search(r"(?:'([\w.]+)' does not accept (?:option|nested key)|[Kk]ey|Option) '([\w.]+)'", message)
     option = re.search(r"[Uu]nrecognized arguments: --([\w.-]+)", message)
     if match := unknown or option:
         given = ".".join(part for part in match.groups() if part).replace("-", "_")

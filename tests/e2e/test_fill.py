@@ -61,6 +61,7 @@ def test_a_file_is_filled_as_its_strings_are(
         ([], "give one with <mask> in it, or --file"),
         (["M<mask>", "--top", "0"], "top is 0; give 1 to 33"),
         (["M<mask>", "--out", "{taken}"], "exists already"),
+        (["M<mask>", "--out", "{new}.txt"], "new.csv.txt: a table is written as .csv"),
         (["--file", "/nowhere.txt"], "/nowhere.txt: no such file"),
         (["--file", "{unmasked}", "--out", "{new}"], "unmasked.fasta:3: record 'three' has no <mask>"),
     ],
@@ -69,7 +70,7 @@ def test_a_file_is_filled_as_its_strings_are(
 def test_a_mistake_is_one_line_and_leaves_nothing(
     protein_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
 ) -> None:
-    places = {name: tmp_path / name for name in ("taken", "new")} | {"unmasked": tmp_path / "unmasked.fasta"}
+    places = {name: tmp_path / f"{name}.csv" for name in ("taken", "new")} | {"unmasked": tmp_path / "unmasked.fasta"}
     places["taken"].write_text("")
     places["unmasked"].write_text(">one\nM<mask>K\n>three\nMK\n")
     before = sorted(tmp_path.iterdir())

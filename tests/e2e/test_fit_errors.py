@@ -83,6 +83,22 @@ CASES = {
         lambda tiny: ["-c", tiny(trainer__default_root_dir="here")],
         ["trainer.default_root_dir is here, which a run cannot have; give --run instead"],
     ),
+    "epochs": (
+        lambda tiny: ["-c", tiny(), "--trainer.max_epochs", "2"],
+        ["trainer.max_epochs is 2, which a run cannot have; give --trainer.max_steps instead"],
+    ),
+    "precision that Lightning would change": (
+        lambda tiny: ["-c", tiny(), "--trainer.precision", "16-mixed"],
+        ["trainer.precision is 16-mixed; weights are kept in float32: give bf16-mixed, or 32-true (CPU)"],
+    ),
+    "abbreviated option": (
+        lambda tiny: ["-c", tiny(), "--trainer.max_step", "4"],
+        ["did you mean --trainer.max_steps?"],
+    ),
+    "misspelt key in a file": (
+        lambda tiny: ["-c", tiny(modle__learning_rate=1.0)],
+        ["Option 'modle.learning_rate' is not accepted; did you mean model.learning_rate?"],
+    ),
     "part of an epoch": (
         lambda tiny: ["-c", tiny(trainer__limit_train_batches=5)],
         ["trainer.limit_train_batches is 5, which a run cannot have; give --trainer.max_steps instead"],
@@ -127,8 +143,8 @@ CASES = {
         ["trainer.strategy is ModelParallelStrategy", "add -c configs/ddp.yaml or -c configs/fsdp.yaml"],
     ),
     "precision that FSDP2 refuses": (
-        lambda tiny: ["-c", tiny(), "-c", CONFIGS / "fsdp.yaml", "--trainer.precision", "16-mixed"],
-        ["precision='16-mixed'", "Choose a different precision among: 32-true, bf16-mixed"],
+        lambda tiny: ["-c", tiny(), "-c", CONFIGS / "fsdp.yaml", "--trainer.precision", "64-true"],
+        ["precision='64-true'", "Choose a different precision among: 32-true, bf16-mixed"],
     ),
     "run is a file": (lambda tiny: ["-c", tiny(), "--run", write("run", b"")], ["run: is a file"]),
 }

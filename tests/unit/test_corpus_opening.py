@@ -96,7 +96,7 @@ def test_something_else_in_the_place_of_a_cached_corpus_is_not_overwritten(fasta
     path = open_or_prepare([fasta], ESM).path
     (path / "manifest.json").unlink()
     message = quiet_mistake(lambda: open_or_prepare([fasta], ESM))
-    assert message == f"{path}: exists already and is no corpus; remove it first"
+    assert message == f"{path}: exists already and is no corpus; give another --out, or move it away"
     assert (path / "shard-00000.arrow").is_file()
 
 

@@ -170,7 +170,7 @@ def test_a_corpus_never_replaces_anything(fasta: Path, tmp_path: Path) -> None:
     out.mkdir()
     assert (
         quiet_mistake(lambda: prepare([fasta], out, Settings(ESM)))
-        == f"{out}: exists already and is no corpus; remove it first"
+        == f"{out}: exists already and is no corpus; give another --out, or move it away"
     )
     assert not list(out.iterdir())
 

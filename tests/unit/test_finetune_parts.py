@@ -163,6 +163,26 @@ def test_metrics_are_their_formulas() -> None:
     assert found["auroc"] == pytest.approx(above.mean(), abs=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:A single label was found")
+@pytest.mark.parametrize("classes", [2, 3])
+def test_matthews_correlation_is_scikit_learns_also_where_all_is_one_class(classes: int) -> None:
+    from sklearn.metrics import matthews_corrcoef
+
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.randint(classes, (60,), generator=generator)
+    random = torch.randint(classes, (60,), generator=generator)
+    spec = LabelSpec("binary" if classes == 2 else "multiclass", ("a", "b", "c")[:classes])
+    ones = torch.ones_like(truth)
+    for said, true in ((random, truth), (ones, truth), (0 * ones, truth), (random, ones), (ones, ones), (truth, truth)):
+        found = metrics(spec, answers_of(F.one_hot(said, classes).float(), true))["mcc"]
+        assert found == pytest.approx(matthews_corrcoef(true, said), abs=1e-6)
+    labels = F.one_hot(truth, classes)
+    for said in (random, ones):
+        logits = 2.0 * F.one_hot(said, classes) - 1
+        found = metrics(LabelSpec("multilabel", spec.classes), answers_of(logits, labels.float()))["mcc"]
+        assert found == pytest.approx(matthews_corrcoef(labels.flatten(), (logits > 0).flatten()), abs=1e-6)
+
+
 def test_residues_of_three_classes_have_a_q3() -> None:
     truth = torch.tensor([0, 1, 2, 2])
     logits = F.one_hot(torch.tensor([0, 1, 2, 0]), 3).float()

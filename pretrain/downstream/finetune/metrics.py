@@ -119,26 +119,39 @@ def _metrics_of(spec: LabelSpec) -> dict[str, Callable[[Tensor, Tensor], Tensor]
     if spec.task == "multilabel":
         return {
             "accuracy": lambda p, t: classification.multilabel_accuracy(p, t.long(), classes, average="micro"),
-            "mcc": lambda p, t: classification.multilabel_matthews_corrcoef(p, t.long(), classes),
+            "mcc": lambda p, t: _mcc(classification.multilabel_confusion_matrix(p, t.long(), classes).sum(0)),
             "f1": lambda p, t: classification.multilabel_f1_score(p, t.long(), classes),
             "auroc": lambda p, t: _auroc(p, t.bool()),
         }
     if spec.task == "binary":
         return {
             "accuracy": lambda p, t: classification.binary_accuracy(p[:, 1], t),
-            "mcc": lambda p, t: classification.binary_matthews_corrcoef(p[:, 1], t),
+            "mcc": lambda p, t: _mcc(classification.binary_confusion_matrix(p[:, 1], t)),
             "f1": lambda p, t: classification.binary_f1_score(p[:, 1], t),
             "auroc": lambda p, t: _auroc(p[:, 1:], t[:, None] == 1),
         }
     accuracy = f"q{classes}" if spec.task == "token" and classes in (3, 8) else "accuracy"
     found: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         accuracy: lambda p, t: classification.multiclass_accuracy(p, t, classes, average="micro"),
-        "mcc": lambda p, t: classification.multiclass_matthews_corrcoef(p, t, classes),
+        "mcc": lambda p, t: _mcc(classification.multiclass_confusion_matrix(p, t, classes)),
         "f1": lambda p, t: classification.multiclass_f1_score(p, t, classes, average="macro"),
     }
     if spec.task != "token":
         found["auroc"] = lambda p, t: _auroc(p, t[:, None] == torch.arange(classes))
     return found
+
+
+def _mcc(confusion: Tensor) -> Tensor:
+    """Matthews' correlation of a confusion matrix, true classes by predicted ones (Gorodkin 2004).
+
+    It is 0 where all are predicted to be of one class, or are, as scikit-learn has it; torchmetrics takes other numbers
+    there, up to nearly 1.
+    """
+    counts = confusion.double()
+    total, true, predicted = counts.sum(), counts.sum(1), counts.sum(0)
+    spread = (total**2 - true.square().sum()) * (total**2 - predicted.square().sum())
+    covariance = counts.trace() * total - (true * predicted).sum()
+    return (covariance / spread.sqrt() if spread > 0 else torch.zeros(())).float()
 
 
 def _auroc(predicted: Tensor, positive: Tensor) -> Tensor:

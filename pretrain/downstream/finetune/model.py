@@ -16,6 +16,7 @@ from pretrain.downstream.load import checkpoint_of, encoder_of
 from pretrain.downstream.pretrained_encoder import PretrainedEncoder
 from pretrain.errors import UserError
 from pretrain.train.checkpoint import BEST, CHECKPOINTS
+from pretrain.train.pretrained import HF_CONFIG
 from pretrain.train.spikes import of_history, read_skips
 
 
@@ -55,6 +56,8 @@ def load_fine_tuned(path: Path) -> FineTuned:
     Raises:
         UserError: If there is none, or it was not fine-tuned.
     """
+    if (path / HF_CONFIG).is_file():
+        raise UserError(f"{path}: is an export, for transformers; give the fine-tuning run, or one of its checkpoints")
     best = path / CHECKPOINTS / BEST
     checkpoint = checkpoint_of(best if best.exists() else path)
     if not of_history(read_skips(path))(checkpoint):

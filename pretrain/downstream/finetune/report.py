@@ -92,9 +92,8 @@ def _answer(model: FineTuned, data: FineTuneDataModule, split: str, device: torc
 def summary(run: Path, result: dict[str, Any]) -> str:
     """The end of a run: the test split's figures with their intervals, and what to do next."""
     early = ", stopped early" if result["stopped_early"] else ""
-    lines = [
-        f"  {result['steps']:,} steps{early}, {result['epochs']:.1f} epochs; best after step {result['best_step']}"
-    ]
+    best = f"best after step {result['best_step']}" if "validation" in result else "nothing was validated"
+    lines = [f"  {result['steps']:,} steps{early}, {result['epochs']:.1f} epochs; {best}"]
     if validation := result.get("validation"):
         lines += ["", f"  validation  {'  '.join(f'{name} {value:.3f}' for name, value in validation.items())}"]
     if test := result.get("test"):
