@@ -145,15 +145,15 @@ class FitCLI(SettingsCLI):
             self.run.check_in_place()
             ledger.write(trainer)
 
-        saving = StepCheckpoint(checkpoints, before_save, self.run.mirror, **self.config_init.checkpoint)
-        spikes = LossSpikes(self.run.directory, self.run.skips, settle=saving.finish, **self.config_init.spikes)
+        self.saving = StepCheckpoint(checkpoints, before_save, self.run.mirror, **self.config_init.checkpoint)
+        spikes = LossSpikes(self.run.directory, self.run.skips, settle=self.saving.finish, **self.config_init.spikes)
         # What else decides at a validation comes before the checkpoint that follows it.
         callbacks += [
             *self.callbacks(),
             sick,
             spikes,
             ledger,
-            saving,
+            self.saving,
         ]
         given = settings.callbacks or []
         plugins, checkpoint_io = settings.plugins or [], AtomicCheckpointIO()

@@ -172,6 +172,7 @@ def _train(cli: FitCLI) -> int:
         _say(f"\n{interruption}; the same command continues the run")
         if interruption.signal_number == signal.SIGUSR1 and "SLURM_JOB_ID" in os.environ:
             rank_zero_only(_requeue)(os.environ["SLURM_JOB_ID"])
+        cli.saving.restore_handlers()  # only now: SLURM's SIGTERM, which follows its warning, must not come between
         return 128 + interruption.signal_number
     except SystemExit as end:
         if isinstance(end.__context__, KeyboardInterrupt):  # which Lightning tidied up after, and made an exit of

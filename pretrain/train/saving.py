@@ -149,6 +149,7 @@ class StepCheckpoint(Checkpoint):
         self._saved_step = 0
         self._tried_time = time.monotonic()
         self._signal: int | None = None
+        self._interrupted = False
         self._handlers: dict[int, Any] = {}
         self._divided = False
 
@@ -185,7 +186,9 @@ class StepCheckpoint(Checkpoint):
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._signal is not None and number == signal.SIGINT:  # asked twice: leave at once
-            if self._divided and self._writing is not None:  # a thread that speaks to others would abort the process
+            # Not by an exception where a thread speaks to others, which would abort the process; or where the loader's
+            # workers are being ended, which would only print it.
+            if self._interrupted or (self._divided and self._writing is not None):
                 os.write(2, b"\npretrain: error: interrupted\n")
                 os._exit(128 + number)
             raise KeyboardInterrupt
@@ -232,6 +235,10 @@ class StepCheckpoint(Checkpoint):
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.restore_handlers()
+
+    def restore_handlers(self) -> None:
+        """Let signals do what they did before; after a `RunInterruptedError`, who catches it is to call this."""
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers.clear()
@@ -242,7 +249,9 @@ class StepCheckpoint(Checkpoint):
             self._writing.wait()  # what begins next looks at the checkpoints
         if isinstance(exception, RewindError | RunInterruptedError):  # on all processes
             self._finish_copies(trainer)  # also before checkpoints that are being copied are taken back
-        self.teardown(trainer, pl_module, "fit")
+        self._interrupted = isinstance(exception, RunInterruptedError)
+        if not self._interrupted:
+            self.restore_handlers()
 
     def _due(self, step: int) -> bool:
         if any(every and step % every == 0 for every in (self.every_n_steps, self.keep_every_n_steps)):

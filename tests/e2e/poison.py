@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 
 
 class Poison(pl.Callback):
@@ -192,3 +193,17 @@ class InBuckets(pl.Callback):
         gradients = [p.grad for p in module.parameters() if p.grad is not None]
         if trainer.global_step > 1 and any(g.untyped_storage().nbytes() == g.nbytes for g in gradients):
             raise AssertionError(f"micro-batch {batch_idx}: a gradient has memory of its own")
+
+
+class SignalWhenEnding(pl.Callback):
+    """When the run ends because of a signal, sends its own process a SIGINT as the loader's workers are being ended."""
+
+    def on_exception(self, *_: object) -> None:
+        loader = torch.utils.data.dataloader._MultiProcessingDataLoaderIter
+        end = loader._shutdown_workers
+
+        def interrupted(workers: Any) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            end(workers)
+
+        loader._shutdown_workers = interrupted

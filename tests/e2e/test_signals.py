@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -95,6 +97,25 @@ def test_a_second_sigint_ends_the_run_at_once(
     assert read_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 3  # not 5: nothing more was saved
     assert signal.getsignal(signal.SIGINT) is before
     assert main(command) == 0
+
+
+def test_a_second_sigint_while_the_run_ends_is_one_line_more(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """Its loader's workers are being ended by then, where an exception would only be printed."""
+    kinds = [
+        {"class_path": "poison.Signal", "init_args": {"number": 8, "name": "SIGINT"}},
+        {"class_path": "poison.SignalWhenEnding"},
+    ]
+    command = [sys.executable, "-m", "pretrain", "fit", "-c", tiny(data__num_workers=2), "--run", tmp_path / "run"]
+    here = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
+    done = subprocess.run(
+        [*command, "--trainer.callbacks", json.dumps(kinds)],
+        env={**os.environ, "PYTHONPATH": here},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stderr.strip()) == (130, "pretrain: error: interrupted")
+    assert read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == 5
 
 
 def test_under_slurm_the_warning_before_the_time_limit_requeues_the_job_after_the_checkpoint(
