@@ -226,7 +226,7 @@ class PackedDataModule(pl.LightningDataModule):
             theirs = state.get(field)  # what an older version did not record, it did not have
             if theirs != ours and field == "corpus":
                 raise UserError(
-                    f"the checkpoint was made with corpus {theirs!r}, and data.train is {ours!r} now: the data would "
+                    f"the checkpoint was made with corpus {theirs!r}, data.train is {ours!r} now: the data would "
                     "not continue where it stopped; give the same sequences as data.train, or another --run"
                 )
             if theirs != ours:

@@ -51,6 +51,9 @@ _FREE = (
 )
 
 
+_PRECISIONS = {"None": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}
+
+
 class Change(NamedTuple):
     """A setting that is another one than before."""
 
@@ -89,6 +92,8 @@ def changes_of_history(
     history: list[Change] = []
     for change in _differences(old, new, defaults):
         name, was, now = change
+        if name == "trainer.precision" and precision_name(was) == precision_name(now):
+            continue
         if name.startswith(_IDENTITY) and name not in _DROPOUT:
             raise UserError(
                 f"{run}: was started with {name} {was!r}, this config has {now!r}: that would be another run; choose "
@@ -103,6 +108,11 @@ def changes_of_history(
             "choose another directory with --run"
         )
     return history
+
+
+def precision_name(precision: str | int | None) -> str:
+    """What Lightning calls a precision that has several names."""
+    return _PRECISIONS.get(str(precision), str(precision))
 
 
 def _differences(

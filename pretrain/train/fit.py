@@ -33,7 +33,7 @@ _DESCRIPTION = """Train as the config says, or continue its run where it stopped
 
 Exit codes: 0 the run is finished; 2 a person is needed (one line says for what); 130, 138 and 143 a signal (SIGINT,
 SIGUSR1, SIGTERM) ended it after a whole step: the same command continues it; anything else is a crash, from which the
-same command continues, too. A second SIGINT ends it at once, without a checkpoint. With SIGUSR1 under SLURM (sbatch
+same command continues, too. A second SIGINT ends it at once, and makes no checkpoint. With SIGUSR1 under SLURM (sbatch
 --signal=USR1@120) the job puts itself back into the queue.
 """
 

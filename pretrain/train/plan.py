@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from pretrain.errors import UserError
 from pretrain.shipped import recipe_name
+from pretrain.train.changes import precision_name
 from pretrain.train.estimate import Plan
 from pretrain.train.memory import COMPUTE_SIZES, GIB, TrainingMemory
 from pretrain.train.module import MLMModule
@@ -21,8 +22,6 @@ from pretrain.train.picture import drawing
 from pretrain.train.schedule import advance
 from pretrain.train.settings import SettingsCLI, parse
 from pretrain.train.throughput import GPUS
-
-_PRECISIONS = {"None": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}
 
 
 class PlanCLI(SettingsCLI):
@@ -70,8 +69,7 @@ class PlanCLI(SettingsCLI):
             raise UserError(f"mfu is {config.mfu}; give a share above 0 and at most 1, such as 0.45")
         if config.price is not None and config.price < 0:
             raise UserError(f"price is {config.price}; give what a GPU costs for an hour, 0 or more")
-        precision = str(config.trainer.precision)
-        precision = _PRECISIONS.get(precision, precision)
+        precision = precision_name(config.trainer.precision)
         if precision not in COMPUTE_SIZES:
             raise UserError(f"trainer.precision is {precision}; `fit` trains in {' or '.join(COMPUTE_SIZES)}: give one")
         with torch.device("meta"):

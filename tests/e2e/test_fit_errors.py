@@ -343,6 +343,9 @@ def test_a_finished_run_whose_settings_change_is_validated_anew(
 ) -> None:
     run = tmp_path / "run"
     assert fit("-c", tiny(data__validation=None), "--run", run) == 0
+    assert (
+        main(["fit", "-c", str(tiny(data__validation=None)), "--run", str(run), "--trainer.precision", "32-true"]) == 0
+    )
     assert "val/loss" not in json.loads((run / "result.json").read_text())
     assert fit("-c", tiny(), "--run", run, "--allow_change", "true") == 0
     assert "val/loss" in json.loads((run / "result.json").read_text())

@@ -300,10 +300,11 @@ def test_a_checkpoint_of_another_order_is_refused(proteins: Path, field: str, th
     ours = data.state_dict()[field]
     with pytest.raises(UserError) as caught:
         data.load_state_dict({**data.state_dict(), field: theirs})
-    assert str(caught.value) == (
-        f"the checkpoint was made with {field} {theirs!r}, this run has {ours!r}: the data would not continue where it "
-        "stopped; restore that setting, or start another run"
-    )
+    there, remedy = f"this run has {ours!r}", "restore that setting, or start another run"
+    if field == "corpus":
+        there, remedy = f"data.train is {ours!r} now", "give the same sequences as data.train, or another --run"
+    told = f"the checkpoint was made with {field} {theirs!r}, {{}}: the data would not continue where it stopped; {{}}"
+    assert str(caught.value) == told.format(there, remedy)
 
 
 # --- settings that cannot work ----------------------------------------------------------------------------------------
