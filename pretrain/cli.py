@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if debug or error.errno not in _REMEDIES:
             raise
-        where = f"{error.filename}: " if error.filename else ""
+        where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
         message = f"{where}{os.strerror(error.errno)}; {_REMEDIES[error.errno]}"
     except KeyboardInterrupt as interruption:
         code, message = 130, str(interruption) or "interrupted"

@@ -30,6 +30,7 @@ CLI = TypeVar("CLI", bound="SettingsCLI")
 
 _QUIET = (
     ".*does not have many workers.*",  # a worker costs a core that a small machine needs for training
+    "This DataLoader will create .* worker processes",  # as asked; `throughput/data_wait` says whether they do
     ".*is smaller than the logging interval.*",
     ".*It is recommended to use `self.log.*sync_dist=True.*",  # what is logged has been summed over processes already
     ".*`broadcast_buffers` is deprecated.*",  # its successor is not in the oldest torch that will do
