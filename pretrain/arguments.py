@@ -154,7 +154,7 @@ def _export(commands: "Commands") -> None:
 
 def _embed(commands: "Commands") -> None:
     command = commands.add_parser("embed", help="vectors of sequences, into a file", description=_EMBED)
-    command.add_argument("model", type=Path, metavar="MODEL", help="a run, a checkpoint or a transformers directory")
+    _add_model(command)
     command.add_argument("sources", nargs="+", metavar="SOURCE", help="as for prepare")
     command.add_argument("--out", required=True, type=Path, metavar="FILE", help=".parquet, .safetensors or .npz")
     command.add_argument("--per", default="sequence", help="one vector per sequence (default) or per residue")
@@ -173,7 +173,7 @@ def _embed(commands: "Commands") -> None:
 
 def _fill(commands: "Commands") -> None:
     command = commands.add_parser("fill", help="the most probable residues or words in the place of <mask>")
-    command.add_argument("model", type=Path, metavar="MODEL", help="a run, a checkpoint or a transformers directory")
+    _add_model(command)
     command.add_argument("texts", nargs="*", metavar="TEXT", help="such as 'MKT<mask>LV'")
     command.add_argument("--file", metavar="SOURCE", help="further ones, as for prepare")
     command.add_argument("--top", type=int, default=5, metavar="N", help="how many for each mask (default 5)")
@@ -184,7 +184,7 @@ def _fill(commands: "Commands") -> None:
 
 def _contacts(commands: "Commands") -> None:
     command = commands.add_parser("contacts", help="which residues touch, read from attention", description=_CONTACTS)
-    command.add_argument("model", type=Path, metavar="MODEL", help="a run, a checkpoint or a transformers directory")
+    _add_model(command)
     command.add_argument("sources", nargs="*", metavar="SOURCE", help="sequences, as for prepare")
     command.add_argument("--out", type=Path, metavar="FILE", help=".npz, .safetensors or .csv, a map for each sequence")
     command.add_argument("--picture", type=Path, metavar="PNG", help="draw the first maps")
@@ -202,7 +202,7 @@ def _contacts(commands: "Commands") -> None:
 
 def _score(commands: "Commands") -> None:
     command = commands.add_parser("score", help="effects of protein variants, without training", description=_SCORE)
-    command.add_argument("model", type=Path, metavar="MODEL", help="a run, a checkpoint or a transformers directory")
+    _add_model(command)
     command.add_argument("table", type=Path, metavar="CSV", help="with a column mutant (A42G:K50R), mutated_sequence")
     command.add_argument("--out", required=True, type=Path, metavar="CSV", help="the copy with scores to write")
     command.add_argument(
@@ -224,6 +224,10 @@ def _score(commands: "Commands") -> None:
     group.add_argument("--wild_type_column", metavar="NAME", help="(target_seq, wildtype_sequence, ...)")
     group.add_argument("--score_column", default="DMS_score", metavar="NAME", help="the measured effect (DMS_score)")
     _add_device(command)
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", type=Path, metavar="MODEL", help="a run, a checkpoint or a transformers directory")
 
 
 def _add_device(command: argparse.ArgumentParser) -> None:
