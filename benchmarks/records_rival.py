@@ -64,9 +64,10 @@ class Clock:
     """Counts the seconds of training, and stands still while what was learnt is looked at."""
 
     def __init__(self, data: MLMDataModule, options: argparse.Namespace, recipe: Recipe) -> None:
-        (self.packs,) = validation_packs(data.validation_planner(), data.validation_pack_tokens, 1)
+        planner = data.validation_planner()
+        (self.packs,) = validation_packs(planner, data.validation_pack_tokens, 1)
         assert data.validation_corpus is not None
-        self.validation = PackDataset(data.validation_corpus, data.validation_masking)
+        self.validation = PackDataset(data.validation_corpus, planner.masking)
         self.every, self.last, self.device = options.every, options.steps, torch.device(recipe.device)
         self.limit = 60 * options.minutes
         self.encoder = Encoder(recipe.encoder).to(self.device)  # for both the same, and not compiled

@@ -32,6 +32,12 @@ maps predicts them: the model's own, as published ESM-2 models bring one, or one
 are taken whole; memory grows with the square of their length."""
 
 
+_VALIDATE = """Asks about 15 % of the tokens, each replaced by the mask: the same ones as the validation of every
+training run, so that the figures of different models on the same sequences can be compared. Without SOURCE, a run's own
+validation sets are taken, and its last figures come out again. Of longer sequences a run's models see what they saw in
+training."""
+
+
 class _Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         options["allow_abbrev"] = False  # which may be a mistake, and stand for another option in another version
@@ -62,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
     _import(commands)
     _predict(commands)
     _export(commands)
+    _validate(commands)
     _embed(commands)
     _fill(commands)
     _contacts(commands)
@@ -198,6 +205,16 @@ def _contacts(commands: "Commands") -> None:
     group.add_argument("--save_regression", type=Path, metavar="FILE", help="keep it: .safetensors")
     _add_device(command)
     _add_reading(command)
+
+
+def _validate(commands: "Commands") -> None:
+    command = commands.add_parser("validate", help="loss and perplexity of a model", description=_VALIDATE)
+    _add_model(command)
+    command.add_argument("sources", nargs="*", metavar="SOURCE", help="files, 'pattern', directory or corpus")
+    command.add_argument("--max_length", type=int, metavar="N", help="tokens of a sequence that are seen")
+    command.add_argument("--long_sequences", metavar="HOW", help="longer ones are cropped (crop) or divided (split)")
+    command.add_argument("--out", type=Path, metavar="JSON", help="write the figures, also by length and by token")
+    _add_device(command)
 
 
 def _score(commands: "Commands") -> None:

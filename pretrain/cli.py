@@ -277,6 +277,20 @@ def _score(options: argparse.Namespace) -> None:
     print(done)
 
 
+def _validate(options: argparse.Namespace) -> None:
+    from pretrain.downstream.validate import validate
+
+    done = validate(
+        options.model,
+        options.sources,
+        max_length=options.max_length,
+        long_sequences=options.long_sequences,
+        out=options.out,
+        device=options.device,
+    )
+    print(done)
+
+
 _COMMANDS = {
     "prepare": _prepare,
     "tokenizer": _tokenizer,
@@ -289,4 +303,5 @@ _COMMANDS = {
     "fill": _fill,
     "contacts": _contacts,
     "score": _score,
+    "validate": _validate,
 }

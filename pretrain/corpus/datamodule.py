@@ -18,7 +18,7 @@ from pretrain.corpus.padding import PaddedDataset, static_shapes
 from pretrain.corpus.prefetch import group_size, order_of, prefetch_shards
 from pretrain.corpus.remote import RemoteCorpus
 from pretrain.corpus.store import Corpus
-from pretrain.corpus.tokenizer import ProteinTokenizer
+from pretrain.corpus.tokenizer import ProteinTokenizer, Tokenizer
 from pretrain.errors import UserError
 
 _VALIDATION_SEED = 0
@@ -128,8 +128,6 @@ class MLMDataModule(PackedDataModule):
                 "data.mask_unit is word, but proteins have no words; choose token or span (or, for text, a tokenizer "
                 "with --data.tokenizer)"
             )
-        # Validation asks the same question in every run: a fixed share of positions under a fixed seed, all <mask>.
-        self.validation_masking = Masking(0.15, 1.0, 0.0, *vocabulary, seed=_VALIDATION_SEED)
 
     @override
     def open(self) -> None:
@@ -187,7 +185,7 @@ class MLMDataModule(PackedDataModule):
         """What plans a validation set, by default the first."""
         corpus = self.validation_corpus if name is None else self.validation_corpora[name]
         assert corpus is not None
-        return Planner(corpus, Order(len(corpus), _VALIDATION_SEED), self.validation_masking, self.max_length)
+        return validation_planner(corpus, self.tokenizer, self.max_length)
 
     @override
     def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
@@ -211,9 +209,22 @@ class MLMDataModule(PackedDataModule):
         """What to compare with on the positions that validation asks about, for each set."""
         order, found = self.train_order(), {}
         for name, corpus in self.validation_corpora.items():
-            (packs,) = validation_packs(self.validation_planner(name), self.validation_pack_tokens, 1)
-            found[name] = perplexities(self.train_corpus, PackDataset(corpus, self.validation_masking), packs, order)
+            planner = self.validation_planner(name)
+            (packs,) = validation_packs(planner, self.validation_pack_tokens, 1)
+            found[name] = perplexities(self.train_corpus, PackDataset(corpus, planner.masking), packs, order)
         return found
+
+
+def validation_planner(corpus: Corpus, tokenizer: Tokenizer, max_length: int) -> Planner:
+    """What plans a validation: in every run the same share of positions under the same seed, and all of them masked.
+
+    Args:
+        corpus: What is validated on.
+        tokenizer: What made its ids.
+        max_length: Tokens of a sequence that are seen.
+    """
+    masking = Masking(0.15, 1.0, 0.0, tokenizer.mask_token_id, tokenizer.replacement_ids, seed=_VALIDATION_SEED)
+    return Planner(corpus, Order(len(corpus), _VALIDATION_SEED), masking, max_length)
 
 
 def _check_names(sets: dict[str, list[str]]) -> None:

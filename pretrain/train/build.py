@@ -19,7 +19,6 @@ import pretrain.train.pseudo_perplexity  # noqa: F401  (trainer.callbacks then k
 from pretrain.errors import UserError, one_line
 from pretrain.train.branch import Branch
 from pretrain.train.checkpoint import CHECKPOINTS, AtomicCheckpointIO
-from pretrain.train.hardware import other_precision
 from pretrain.train.ledger import Ledger
 from pretrain.train.logging import EventLogger, LearningRateMonitor, MetricsFile, ProgressBar
 from pretrain.train.mirror import Mirror
@@ -34,26 +33,6 @@ from pretrain.train.step import StepModule
 from pretrain.train.tensorboard import TensorBoardPages
 from pretrain.train.throughput import Throughput
 from pretrain.train.watchdog import Watchdog
-
-_NOT_IN_A_RUN = {
-    "val_check_interval": (None, "--validate_every_n_steps"),
-    "check_val_every_n_epoch": (1, "--validate_every_n_steps"),
-    "default_root_dir": (None, "--run"),
-    "enable_checkpointing": (None, "--checkpoint.every_minutes"),
-    "fast_dev_run": (False, "--trainer.max_steps and another --run"),
-    "limit_train_batches": (None, "--trainer.max_steps"),
-    "max_epochs": (None, "--trainer.max_steps"),
-    "max_time": (
-        None,
-        "--trainer.max_steps, or end the run by a signal, as `timeout -s USR1 1h pretrain fit ...` does,",
-    ),
-    "min_epochs": (None, "--trainer.max_steps"),
-    "min_steps": (None, "--trainer.max_steps"),
-    "overfit_batches": (0.0, "a small file as --data.train"),
-    "reload_dataloaders_every_n_epochs": (0, "0"),
-}
-"""Settings of the Trainer that a run makes itself, or under which it would not consist of whole steps in order: the
-default of each, and what to give instead."""
 
 
 class FitCLI(SettingsCLI):
@@ -117,11 +96,6 @@ class FitCLI(SettingsCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """A Trainer with the run's checkpoints, loggers, monitor and progress bar."""
         settings: Namespace = self.config_init.trainer
-        for name, (default, remedy) in _NOT_IN_A_RUN.items():
-            if settings[name] != default:
-                raise UserError(f"trainer.{name} is {settings[name]}, which a run cannot have; give {remedy} instead")
-        if str(settings.precision).startswith("16"):  # of which Lightning would make bfloat16 on a CPU
-            raise UserError(other_precision(settings.precision))
         logger: Any = settings.logger
         loggers: list[Any] = []
         if logger is not False:

@@ -14,7 +14,7 @@ import yaml
 from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
 from pytorch_lightning.strategies.launchers.launcher import _Launcher
 from pytorch_lightning.utilities import rank_zero_only
-from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from pretrain.corpus.packed import PackedDataModule
 from pretrain.corpus.store import LENGTHS, Corpus, verify
@@ -129,21 +129,7 @@ def _verify_if_younger(corpus: Corpus, checkpoint: Path) -> None:
 
 def _check_schedule(trainer: pl.Trainer, module: StepModule, data: PackedDataModule) -> None:
     """Refuse a schedule that cannot be made, or has nothing to follow."""
-    try:
-        module.max_steps = trainer.max_steps
-        scheduler = module.build_optimizer()[1]
-    except UserError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise UserError(
-            f"the optimizer or its schedule cannot be made ({error}); change this setting of the model, or see the "
-            "documentation of model.schedule"
-        ) from error
-    if isinstance(scheduler, OneCycleLR) and scheduler.total_steps < trainer.max_steps:
-        raise UserError(
-            f"model.schedule is OneCycleLR over {scheduler.total_steps} steps, and cannot follow all of "
-            f"trainer.max_steps {trainer.max_steps}; give --model.schedule.total_steps {trainer.max_steps}"
-        )
+    scheduler = module.schedule_over(trainer.max_steps)
     if isinstance(scheduler, ReduceLROnPlateau) and (data.validation_corpus is None or not trainer.limit_val_batches):
         raise UserError(
             "model.schedule is ReduceLROnPlateau, which follows val/loss, and there is no validation; give "

@@ -69,9 +69,6 @@ class PlanCLI(SettingsCLI):
             raise UserError(f"mfu is {config.mfu}; give a share above 0 and at most 1, such as 0.45")
         if config.price is not None and config.price < 0:
             raise UserError(f"price is {config.price}; give what a GPU costs for an hour, 0 or more")
-        precision = precision_name(config.trainer.precision)
-        if precision not in COMPUTE_SIZES:
-            raise UserError(f"trainer.precision is {precision}; `fit` trains in {' or '.join(COMPUTE_SIZES)}: give one")
         with torch.device("meta"):
             built = self.parser.instantiate_classes(config)
         self.datamodule, self.model = built.data, built.model
@@ -83,7 +80,7 @@ class PlanCLI(SettingsCLI):
         self.plan = Plan(
             memory=TrainingMemory(
                 encoder=self.model.encoder,
-                precision=precision,
+                precision=precision_name(config.trainer.precision),
                 target_share=self.datamodule.masking.mean_share,
                 gpus=gpus,
                 sharded=_is_sharded(strategy),
@@ -132,8 +129,7 @@ def learning_rates(module: MLMModule, max_steps: int, points: int = 1000) -> dic
         max_steps: The last of them.
         points: How many to take in the warmup, and as many after it.
     """
-    module.max_steps = max_steps
-    scheduler = module.build_optimizer()[1]
+    scheduler = module.schedule_over(max_steps)
     end_of_warmup = min(module.warmup_steps, max_steps)
     steps = {round(end_of_warmup * i / points) for i in range(points + 1)}
     steps |= {end_of_warmup + round((max_steps - end_of_warmup) * i / points) for i in range(points + 1)}

@@ -133,22 +133,16 @@ def final_figures(trainer: pl.Trainer, module: MLMModule, data: MLMDataModule) -
 def _validation(name: str, baselines: Baselines, module: MLMModule, data: MLMDataModule) -> dict[str, Any]:
     """What the last validation found on a set, beside the baselines; an alphabet's tokens one by one."""
     found = module.findings[name]
-    loss = float(found.loss)
+    figures = found.figures(data.tokenizer.tokens)
     known = {name: value for name, value in baselines._asdict().items() if value is not None}
-    perplexities = {**known, "model": math.exp(loss)}
-    figures: dict[str, Any] = {
+    perplexities = {**known, "model": figures["perplexity"]}
+    return {
         "sources": [str(source) for source in data.validation_sets[name]],
         "sequences": len(data.validation_corpora[name]),
-        "loss": loss,
-        "perplexity": math.exp(loss),
-        "accuracy": float(found.accuracy),
+        **figures,
         **{f"{name}_perplexity": value for name, value in known.items()},
         "bits_per_token": {model: math.log2(perplexity) for model, perplexity in perplexities.items()},
-        "by_length": found.by_length(),
     }
-    if by_token := found.by_token(data.tokenizer.tokens):
-        figures["by_token"] = by_token
-    return figures
 
 
 def summary(run: Path, result: dict[str, Any]) -> str:

@@ -1,8 +1,6 @@
 """The settings of a run: what a command's arguments and configs say, and what is wrong with them, in one line."""
 
-import difflib
 import logging
-import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,14 +15,35 @@ from pretrain.corpus.packed import PackedDataModule
 from pretrain.corpus.tokenizer import load_tokenizer
 from pretrain.errors import UserError
 from pretrain.shipped import find_recipes
-from pretrain.train.changes import yaml_error
+from pretrain.train.changes import precision_name, yaml_error
+from pretrain.train.hardware import other_precision
+from pretrain.train.memory import COMPUTE_SIZES
 from pretrain.train.module import MLMModule
 from pretrain.train.saving import StepCheckpoint
+from pretrain.train.settings_errors import MISFIT, explain
 from pretrain.train.settings_help import shorten_help, wants_help
 from pretrain.train.spikes import LossSpikes
 from pretrain.train.step import StepModule
 
-_MISFIT = "Does not validate against any of the Union subtypes"  # begins jsonargparse's list of what else was tried
+_NOT_IN_A_RUN = {
+    "val_check_interval": (None, "--validate_every_n_steps"),
+    "check_val_every_n_epoch": (1, "--validate_every_n_steps"),
+    "default_root_dir": (None, "--run"),
+    "enable_checkpointing": (None, "--checkpoint.every_minutes"),
+    "fast_dev_run": (False, "--trainer.max_steps and another --run"),
+    "limit_train_batches": (None, "--trainer.max_steps"),
+    "max_epochs": (None, "--trainer.max_steps"),
+    "max_time": (
+        None,
+        "--trainer.max_steps, or end the run by a signal, as `timeout -s USR1 1h pretrain fit ...` does,",
+    ),
+    "min_epochs": (None, "--trainer.max_steps"),
+    "min_steps": (None, "--trainer.max_steps"),
+    "overfit_batches": (0.0, "a small file as --data.train"),
+    "reload_dataloaders_every_n_epochs": (0, "0"),
+}
+"""Settings of the Trainer that a run makes itself, or under which it would not consist of whole steps in order: the
+default of each, and what to give instead."""
 
 CLI = TypeVar("CLI", bound="SettingsCLI")
 
@@ -101,11 +120,17 @@ class SettingsCLI(LightningCLI):
         try:
             self.config = parser.parse_args(args)
         except ArgumentError as error:
-            raise UserError(_explain(str(error), parser)) from error
+            raise UserError(explain(str(error), parser)) from error
         if self.config.trainer.max_steps < 1:
             raise UserError(
                 f"trainer.max_steps is {self.config.trainer.max_steps}; say how many optimizer steps the run takes"
             )
+        precision = precision_name(self.config.trainer.precision)
+        if precision not in COMPUTE_SIZES:  # of float16, Lightning would make bfloat16 on a CPU
+            raise UserError(other_precision(precision))
+        for name, (default, remedy) in _NOT_IN_A_RUN.items():
+            if (value := self.config.trainer[name]) != default:
+                raise UserError(f"trainer.{name} is {value}, which a run cannot have; give {remedy} instead")
 
     @override
     def instantiate_classes(self) -> None:
@@ -113,9 +138,9 @@ class SettingsCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except ValueError as error:
-            if _MISFIT not in str(error):
+            if MISFIT not in str(error):
                 raise
-            raise UserError(_explain(str(error), self.parser)) from error
+            raise UserError(explain(str(error), self.parser)) from error
 
 
 def parse(cli: type[CLI], command: str, description: str, arguments: Sequence[str]) -> CLI:
@@ -163,42 +188,3 @@ def _config_files(arguments: Sequence[str]) -> list[Path]:
     return [Path(name) for name in separate] + [
         Path(argument.partition("=")[2]) for argument in arguments if argument.startswith("--config=")
     ]
-
-
-def _explain(message: str, parser: LightningArgumentParser) -> str:
-    """A parser's message in one line, with the key that was probably meant and where the keys are listed."""
-    if _MISFIT in message:
-        message = _of_the_union(message)
-    message = re.sub(r"a typing\.Literal\[(.*?)\]\.", r"one of \1.", message)
-    # What a link computes is a UserError's own line; jsonargparse puts its machinery before it.
-    message = re.sub(r"^Call to compute_fn of link .* failed: ", "", " ".join(message.split()))
-    unknown = re.search(r"(?:'([\w.]+)' does not accept (?:option|nested key)|[Kk]ey|Option) '([\w.]+)'", message)
-    option = re.search(r"[Uu]nrecognized arguments: --([\w.-]+)", message)
-    if match := unknown or option:
-        given = ".".join(part for part in match.groups() if part).replace("-", "_")
-        meant = _meant(given, list(parser.get_defaults().keys()))
-        message += f"; did you mean {'--' if option else ''}{meant}?" if meant else ""
-    return f"{message}; `{parser.prog} --help` lists the settings"
-
-
-def _meant(given: str, keys: list[str]) -> str | None:
-    """The key that was probably meant by one that there is not: by its whole name, or what stands behind its dots."""
-    last = {key.rpartition(".")[2]: key for key in reversed(keys)}
-    if given in last:
-        return last[given]
-    if close := difflib.get_close_matches(given, keys, n=1):
-        return close[0]
-    return last[close[0]] if (close := difflib.get_close_matches(given, last, n=1)) else None
-
-
-def _of_the_union(message: str) -> str:
-    """Of what jsonargparse says about a setting of several types, what is wrong with the type that was meant."""
-    key = re.search(r'key "([\w.]+)"', message)
-    tried = re.findall(r"^ *- +(.*(?:\n {8,}.*)*)", message, re.MULTILINE)
-    meant = [text for text in tried if "subclass of" not in text and "NoneType" not in text]
-    reason = " ".join((meant or tried)[0].split())
-    reason = re.sub(r"^Type .* expects a function or a callable class: ", "", reason)
-    if reason.startswith(("Expected a path", "Expected a dot import path")):
-        given = message.rpartition("Given value: ")[2].strip()
-        reason = f"no class '{given}' can be imported; give its import path, or check its name"
-    return f"{key[1]}: {reason}" if key else reason

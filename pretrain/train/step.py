@@ -13,13 +13,14 @@ from torch.distributed import ReduceOp
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 from typing_extensions import override
 
 from pretrain.corpus.batch import Batch
 from pretrain.corpus.counter import RandomStream, derive_key
 from pretrain.corpus.packed import PackedDataModule
 from pretrain.corpus.packing import Pack
+from pretrain.errors import UserError
 from pretrain.model.attention import activate_flash_attention
 from pretrain.model.cpu_kernels import CPUKernels
 from pretrain.model.encoder import Encoder
@@ -75,6 +76,29 @@ class StepModule(pl.LightningModule):
     @abstractmethod
     def build_optimizer(self) -> tuple[Optimizer, LRScheduler]:
         """A new optimizer over the module's parameters, and its schedule by the step."""
+
+    def schedule_over(self, max_steps: int) -> LRScheduler:
+        """The schedule of a run of so many steps, for a look at it: with an optimizer that trains nothing.
+
+        Raises:
+            UserError: If the optimizer or the schedule does not take its settings, or ends before the run does.
+        """
+        self.max_steps = max_steps
+        try:
+            scheduler = self.build_optimizer()[1]
+        except UserError:
+            raise
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"the optimizer or its schedule cannot be made ({error}); change this setting of the model, or see the "
+                "documentation of model.schedule"
+            ) from error
+        if isinstance(scheduler, OneCycleLR) and scheduler.total_steps < max_steps:
+            raise UserError(
+                f"model.schedule is OneCycleLR over {scheduler.total_steps} steps, and cannot follow all of "
+                f"trainer.max_steps {max_steps}; give --model.schedule.total_steps {max_steps}"
+            )
+        return scheduler
 
     def train_figures(self, loss: Tensor) -> dict[str, Tensor]:
         """What is logged of a step's mean loss."""

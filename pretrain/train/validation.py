@@ -1,6 +1,7 @@
 """What a validation finds: loss and accuracy over all targets, by length and by token, and what is taken for what."""
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
@@ -60,6 +61,25 @@ class Findings(NamedTuple):
     def accuracy(self) -> Tensor:
         """Share of the targets that are predicted best."""
         return self._mean(1)
+
+    @property
+    def targets(self) -> int:
+        """How many there were."""
+        return int(self.lengths[:, 2].sum())
+
+    def figures(self, tokens: tuple[str, ...]) -> dict[str, Any]:
+        """All of it as plain values; an alphabet's tokens one by one."""
+        loss = float(self.loss)
+        figures: dict[str, Any] = {
+            "targets": self.targets,
+            "loss": loss,
+            "perplexity": math.exp(loss),
+            "accuracy": float(self.accuracy),
+            "by_length": self.by_length(),
+        }
+        if by_token := self.by_token(tokens):
+            figures["by_token"] = by_token
+        return figures
 
     def _mean(self, column: int) -> Tensor:
         sums = self.lengths.sum(0)
@@ -130,10 +150,10 @@ class Tally:
             self._sums.index_add_(0, bins + targets, losses)
             self._sums.index_add_(0, bins + self.size + self.size * targets + predictions, counted)
 
-    def collect(self, trainer: pl.Trainer) -> Findings:
-        """The findings of all processes; begins anew."""
+    def collect(self, trainer: pl.Trainer | None = None) -> Findings:
+        """The findings of all processes of a Trainer, or of this one; begins anew."""
         assert self._sums is not None
-        sums = over_processes(trainer, self._sums, ReduceOp.SUM).cpu()
+        sums = (over_processes(trainer, self._sums, ReduceOp.SUM) if trainer else self._sums).cpu()
         self._sums = None
         lengths, losses, confusion = sums.split([3 * (len(LENGTH_BINS) + 1), self.size, self.size**2])
         return Findings(lengths.view(-1, 3), losses, confusion.view(self.size, self.size))

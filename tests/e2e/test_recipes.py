@@ -78,9 +78,9 @@ def test_muon_skips_a_sick_step_too(tiny: Callable[..., Path], fit: Callable[...
     ("settings", "options", "said"),
     [
         ({"model__schedule": PLATEAU, "data__validation": None}, [], "which follows val/loss, and there is"),
-        ({"model__schedule": "Cosine"}, [], "model.schedule: no class 'Cosine' can be imported"),
+        ({"model__schedule": "Cosine"}, [], "model.schedule is Cosine; did you mean CosineDecay?"),
         ({"model__schedule": "StepLR"}, [], "model.schedule: the following arguments are required: step_size"),
-        ({"model__schedule": COSINE}, ["--model.schedule.flor=1"], "CosineDecay': Option 'flor' is not accepted"),
+        ({"model__schedule": COSINE}, ["--model.schedule.flor=1"], "CosineDecay has no 'flor'; it takes floor"),
         ({"model__schedule": COSINE}, ["--model.schedule.floor=3"], "floor is 3.0; give a share from 0 to 1"),
         ({"model__schedule": "OneCycleLR"}, ["--model.schedule.max_lr=1"], "You must define either total_steps OR"),
         ({"model__schedule": "OneCycleLR"}, ["--model.schedule.max_lr=1", "--model.schedule.total_steps=5"],
