@@ -12,7 +12,7 @@ from pretrain.model.config import DROPOUT
 
 _IDENTITY = (
     "seed_everything",
-    "model.encoder.",
+    "model.encoder",
     "model.optimizer",
     "model.decay",  # which parameters form a group: the optimizer's state is by groups
     "model.initialize_from",  # the directory is not read again, but what the run grew from cannot change
@@ -32,7 +32,9 @@ _IDENTITY = (
 _HISTORY = (
     "model.",
     "data.mlm_probability",
-    "data.mask_",
+    "data.mask_replace_prob",
+    "data.mask_unit",
+    "data.mask_draws",
     "data.random_replace_prob",
     "data.mean_span_length",
     "data.validation",  # by which the best checkpoint is chosen, and from which a plateau or an early stop is decided

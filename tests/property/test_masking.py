@@ -330,9 +330,12 @@ def masked_x(masking: Masking, sequences: int = 400) -> NDArray[np.int64]:
     return np.array([part.inputs[position] for part in drawn for position in part.positions])
 
 
+@pytest.mark.parametrize("mode", [{}, {"draws": "independent"}, {"unit": "span"}, {"unit": "word"}], ids=str)
 @pytest.mark.parametrize(("masked", "randomised"), [(0.8, 0.1), (0.5, 0.5), (0.0, 1.0), (1.0, 0.0), (0.3, 0.0)])
-def test_targets_are_masked_randomised_and_kept_in_the_shares_asked_for(masked: float, randomised: float) -> None:
-    inputs = masked_x(replace(BERT, mask_replace_prob=masked, random_replace_prob=randomised))
+def test_targets_are_masked_randomised_and_kept_in_the_shares_asked_for(
+    masked: float, randomised: float, mode: dict[str, Any]
+) -> None:
+    inputs = masked_x(replace(BERT, mask_replace_prob=masked, random_replace_prob=randomised, **mode))
     shares = {
         masked: (inputs == MASK).mean(),
         randomised: np.isin(inputs, RESIDUES).mean(),
@@ -340,7 +343,7 @@ def test_targets_are_masked_randomised_and_kept_in_the_shares_asked_for(masked: 
     }
     for expected, share in shares.items():
         assert abs(share - expected) <= 5 * np.sqrt(max(0.0, expected * (1 - expected)) / len(inputs)) + 1e-9
-    assert len(inputs) == 400 * 75
+    assert len(inputs) == pytest.approx(400 * 75, rel=0.05)
 
 
 def test_every_residue_is_equally_likely_as_a_random_replacement() -> None:

@@ -96,7 +96,7 @@ GOLDEN = [  # size, seed, first position, indices from there on
 
 
 @pytest.mark.parametrize(("size", "seed", "first", "indices"), GOLDEN)
-def test_version_1_of_the_order_gives_these_indices(size: int, seed: int, first: int, indices: list[int]) -> None:
+def test_the_order_gives_these_indices(size: int, seed: int, first: int, indices: list[int]) -> None:
     """A change of the algorithm must raise ORDER_VERSION, or running experiments continue on other data."""
     assert ORDER_VERSION == 2
     assert Order(size, seed)(first + np.arange(len(indices)))[1].tolist() == indices

@@ -293,6 +293,9 @@ def test_a_run_continues_where_its_checkpoint_stands_on_any_number_of_ranks(prot
         ("max_length", 128),
         ("global_batch_tokens", 1024),
         ("batch_warmup", [256, 10_000]),
+        ("proportions", [7, 3]),
+        ("clusters", "0123456789abcdef"),
+        ("group_shards", 2),
     ],
 )
 def test_a_checkpoint_of_another_order_is_refused(proteins: Path, field: str, theirs: object) -> None:
