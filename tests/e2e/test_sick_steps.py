@@ -1,9 +1,6 @@
 """A NaN or infinite loss or gradient never reaches the weights, and costs one step, not the run."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -63,14 +60,11 @@ def test_a_sick_step_leaves_weights_and_moments_alone_and_is_recorded(
     assert audit(run, capsys)[0] == 0
 
 
-@pytest.mark.slow
-def test_a_gradient_that_is_sick_on_one_process_is_skipped_on_all(tiny: Callable[..., Path], tmp_path: Path) -> None:
-    run, here = tmp_path / "run", Path(__file__).parent
-    two = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
-    command = [sys.executable, "-m", "pretrain", "fit", "-c", str(tiny(**EVERY_STEP)), "--run", str(run), *two]
-    path = os.pathsep.join([str(here), str(here.parents[1])])
-    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "PYTHONPATH": path}
-    subprocess.run([*command, *poison("gradient", 9, 9, rank=1)], check=True, env=environment, timeout=250)
+def test_a_gradient_that_is_sick_on_one_process_is_skipped_on_all(
+    tiny: Callable[..., Path], fit: Callable[..., int], tmp_path: Path
+) -> None:
+    run, two = tmp_path / "run", ("--trainer.devices", 2, "--trainer.strategy", "ddp")
+    assert fit("-c", tiny(**EVERY_STEP), "--run", run, *two, *poison("gradient", 9, 9, rank=1), processes=2) == 0
     assert_step_4_was_skipped(run)
 
 

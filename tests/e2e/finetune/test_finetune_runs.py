@@ -97,7 +97,6 @@ def test_a_killed_and_continued_run_has_the_bits_of_an_uninterrupted_one(
     assert json.loads((straight / "result.json").read_text()) == json.loads((broken / "result.json").read_text())
 
 
-@SLOW
 def test_losses_and_metrics_do_not_depend_on_processes_and_micro_batches(
     pretrained: Path, config: Callable[..., Path], fit: Callable[..., int], tmp_path: Path
 ) -> None:
