@@ -76,7 +76,7 @@ def test_a_run_logs_the_promised_names_once_a_step_to_tensorboard_and_csv(
 
 
 @pytest.mark.parametrize("accumulate", [2, 5])
-def test_the_logged_loss_and_the_trained_weights_do_not_depend_on_the_micro_batches(
+def test_what_is_logged_does_not_depend_on_the_micro_batches(
     tiny: Callable[..., Path], fit: Callable[..., int], tmp_path: Path, accumulate: int
 ) -> None:
     for count in (1, accumulate):
