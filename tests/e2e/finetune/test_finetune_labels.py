@@ -225,7 +225,7 @@ MISTAKES: dict[str, tuple[Callable[[], str], dict[str, Any], list[str]]] = {
         lambda: table("t.csv", GOOD), {**MANY, "data__label_separator": ""}, ["data.label_separator is empty; give"]
     ),
     "unknown task": (
-        lambda: table("t.csv", GOOD), {"data__task": "rank"}, ["data.task", "one of 'regression', 'binary'", "rank"]
+        lambda: table("t.csv", GOOD), {"data__task": "rank"}, ["data.task is rank; give one of regression, binary"]
     ),
     "too many blocks": (
         lambda: table("t.csv", GOOD), {"model__tune": "last", "model__last_layers": 3}, ["the model has 2: give 1 to 2"]
