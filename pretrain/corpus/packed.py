@@ -111,6 +111,8 @@ class PackedDataModule(pl.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Open the corpora: memory-mapped, so this costs nothing however large they are."""
         self.open()
+        if self.trainer and self.validation_corpus is None:
+            self.trainer.limit_val_batches = 0  # or Lightning warns of an empty list
 
     def check_packs(self, processes: int, micro_batches: int) -> None:
         """Make sure that every pack of every step will hold a sequence.

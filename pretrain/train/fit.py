@@ -99,8 +99,6 @@ def _fit(cli: FitCLI) -> int:
     cli.check_weights()
     data.prepare_data()
     data.setup("fit")
-    if data.validation_corpus is None:
-        trainer.limit_val_batches = 0
     if run.data_state:
         data.check_identity(run.data_state)
     data.check_packs(trainer.world_size, trainer.accumulate_grad_batches)

@@ -22,7 +22,7 @@ _WORDS = {
     "<class 'NoneType'>": "null",
     "tuple[float, float]": "a list of two numbers",
 }
-_CLASS = re.compile(r"pretrain\.[\w.]+|(?:pytorch_lightning|torch)\.[\w.]+")
+_CLASS = re.compile(r"(?:pretrain|pytorch_lightning|torch)\.[\w.]+")
 _SHOWN = 6
 
 

@@ -26,7 +26,6 @@ def train(module: MLMModule, data: MLMDataModule, **options: Any) -> tuple[list[
     """One step: the gradient that it took, and the norm that it logged."""
     gradient = Gradient()
     quiet = {
-        "limit_val_batches": 0,
         "enable_checkpointing": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
