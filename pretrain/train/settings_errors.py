@@ -22,12 +22,13 @@ _WORDS = {
     "<class 'NoneType'>": "null",
     "tuple[float, float]": "a list of two numbers",
 }
-_CLASS = re.compile(r"(?:pretrain|pytorch_lightning|torch)\.[\w.]+")
+_CLASS = re.compile(r"(?:pretrain|pytorch_lightning|lightning_fabric|torch)\.[\w.]+")
 _SHOWN = 6
 
 
 def explain(message: str, parser: LightningArgumentParser) -> str:
     """A parser's message in one line, with what would do instead and where the settings are listed."""
+    message = re.sub(r"NestedArg\(key='.*?', val='(.*)'\)$", r"\1", message)
     key = re.search(r'Parser key "([\w.]+)":', message)
     value = re.search(r"Got value: (.*)\Z", message, re.DOTALL) or re.search(r"Given value: (.*)", message)
     if key and value and key[1] == "trainer.precision":

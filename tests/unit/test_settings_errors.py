@@ -20,6 +20,8 @@ from pretrain.cli import main
         ("--data.batch_warmup x", "data.batch_warmup is x; give its first, tokens, or null"),
         ("--model.schedule Cosine", "model.schedule is Cosine; did you mean CosineDecay?"),
         ("--model.schedule 5", "give a class, such as Constant, CosineDecay, LinearDecay, WarmupStableDecay, or its"),
+        ("--model.schedule.class_path Foo", "model.schedule is Foo; give a class, such as Constant, CosineDecay"),
+        ("--trainer.plugins Foo", "trainer.plugins is Foo; give a class, such as"),
         ("--model.schedule LinearDecay --model.schedule.flor 1", "LinearDecay has no 'flor'; it takes floor, end"),
         ("--model.schedule LinearDecay --model.schedule.floor x", "LinearDecay's floor is x; give a number"),
         ("--trainer.callbacks EarlyStoping", "trainer.callbacks is EarlyStoping; did you mean EarlyStopping?"),
