@@ -47,7 +47,7 @@ def write_part(
         column = pa.FixedSizeListArray.from_arrays(flat, values.shape[-1])
         columns.append(column if offsets is None else pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), column))
     batch = pa.record_batch(columns, names=["id", *names]).replace_schema_metadata({_CHECKSUM: checksum})
-    with atomic_path(file) as partial_file, pa.ipc.new_file(str(partial_file), batch.schema) as writer:
+    with atomic_path(file, replace=True) as partial_file, pa.ipc.new_file(str(partial_file), batch.schema) as writer:
         writer.write_batch(batch)
 
 

@@ -244,7 +244,7 @@ def test_what_changed_since_the_interruption_is_made_anew(
     elif change == "settings":
         options = EmbedOptions(pooling="cls")
     else:
-        part = tmp_path / ".out.npz.partial" / "part-000001.arrow"
+        part = tmp_path / ".out.npz.parts" / "part-000001.arrow"
         part.write_bytes(part.read_bytes()[:-100])
     embed(protein_model, [str(source)], out, options)
     embed(protein_model, [str(source)], whole, options)
