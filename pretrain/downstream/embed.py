@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from pretrain.corpus.sources import SourceOptions, find_sources
-from pretrain.downstream.embedding_files import WRITERS, part_checksum, write_part
+from pretrain.downstream.embedding_files import LONGEST_ID, WRITERS, part_checksum, write_part
 from pretrain.downstream.load import load, use_device
 from pretrain.downstream.pretrained_encoder import PretrainedEncoder, check_choices
 from pretrain.downstream.records import TokenizedRecord, read_tokens
@@ -107,7 +107,13 @@ def embed(
 
     def records() -> Iterator[TokenizedRecord]:
         limit = None if long == "whole" else longest
-        return read_tokens(found, model.tokenizer, source_options, limit, long == "crop")
+        for record in read_tokens(found, model.tokenizer, source_options, limit, long == "crop"):
+            if out.suffix != ".parquet" and (size := len(record.id.encode())) > LONGEST_ID:
+                raise UserError(
+                    f"{out}: the name '{record.id[:20]}...' has {size:,} bytes, {out.suffix} keeps {LONGEST_ID:,} of "
+                    "each; choose .parquet, or shorter names"
+                )
+            yield record
 
     # A mistake in the last of a million records shows now, not after the hours that the others take.
     regular = all(source.is_regular_file for source in found)
