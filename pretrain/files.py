@@ -4,11 +4,12 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import IO
 
 from pretrain.errors import UserError
+from pretrain.lock import locked
 
 _OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 """What a write that fails says, but not where."""
@@ -20,46 +21,97 @@ def refuse_existing(out: Path) -> None:
         raise UserError(f"{out}: exists already; choose another name, or remove it first")
 
 
+def check_suffix(path: Path, suffix: str) -> None:
+    """Keep a file of another kind from being replaced by what is written.
+
+    Raises:
+        UserError: If the name does not end in ``suffix``.
+    """
+    if path.suffix != suffix:
+        raise UserError(f"{path}: the name must end in {suffix}, which is what is written")
+
+
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A path beside ``path`` for a file that becomes ``path`` when the block ends, and vanishes when it fails."""
+def only_writer(path: Path) -> Iterator[None]:
+    """Keep other commands from writing ``path`` for as long as this lasts; makes its directory.
+
+    Raises:
+        UserError: If another process writes it.
+    """
     _make_parent(path)
-    partial = path.with_name(f".{path.name}.partial")
+    lock = path.with_name(f".{path.name}.lock")
     try:
-        yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.rename(path)
+        with locked(lock):
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+    except BlockingIOError as error:
+        raise UserError(f"{path}: {error.strerror} is writing it; wait for it, or choose another name") from error
     except OSError as error:
-        if error.errno not in _OF_WRITING and error.filename != str(partial):
+        if error.filename != str(lock):
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        partial.unlink(missing_ok=True)
-    sync_directory(path.parent)
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[IO[str]]:
+def atomic_path(path: Path, replace: bool = False) -> Iterator[Path]:
+    """A path beside ``path`` for a file that becomes ``path`` when the block ends, and vanishes when it fails.
+
+    Args:
+        path: The file.
+        replace: Whether it may be there already. Then the caller sees to it that no other process writes it: the lock
+            of a run or a corpus does, or `only_writer`.
+
+    Raises:
+        UserError: If it is there and may not be, or another process writes it.
+    """
+    with nullcontext() if replace else only_writer(path):
+        if not replace:
+            refuse_existing(path)
+        _make_parent(path)
+        partial = path.with_name(f".{path.name}.partial")
+        try:
+            yield partial
+            _sync(partial)
+            partial.rename(path)
+        except OSError as error:
+            if error.errno not in _OF_WRITING and error.filename != str(partial):
+                raise
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        finally:
+            partial.unlink(missing_ok=True)
+        _sync(path.parent)
+
+
+@contextmanager
+def atomic_file(path: Path, replace: bool = False) -> Iterator[IO[str]]:
     """As `atomic_path`, a text file that is open."""
-    with atomic_path(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
+    with atomic_path(path, replace) as partial, partial.open("w", encoding="utf-8", newline="") as file:
         yield file
 
 
 @contextmanager
 def new_directory(out: Path) -> Iterator[Path]:
-    """A directory beside ``out`` that becomes ``out`` when the block ends, and vanishes when it fails."""
-    _make_parent(out)
-    partial = out.absolute().with_name(f".{out.absolute().name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir()
-        yield partial
-        sync_directory(partial)
-        partial.rename(out)
-    finally:
+    """A directory beside ``out`` that becomes ``out`` when the block ends, and vanishes when it fails.
+
+    Raises:
+        UserError: If ``out`` is there and not empty, or another process writes it.
+    """
+    out = out.absolute()
+    partial = out.with_name(f".{out.name}.partial")
+    with only_writer(out):
+        if not out.is_dir() or any(out.iterdir()):
+            refuse_existing(out)
         shutil.rmtree(partial, ignore_errors=True)
-    sync_directory(out.absolute().parent)
+        try:
+            partial.mkdir()
+            yield partial
+            _sync_tree(partial)
+            partial.rename(out)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        _sync(out.parent)
 
 
 def _make_parent(path: Path) -> None:
@@ -69,9 +121,9 @@ def _make_parent(path: Path) -> None:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from error
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a small file."""
-    with atomic_file(path) as file:
+def write_whole(path: Path, text: str, replace: bool = False) -> None:
+    """Write a small file; see `atomic_path`."""
+    with atomic_file(path, replace) as file:
         file.write(text)
 
 
@@ -83,7 +135,7 @@ def append_line(path: Path, line: str) -> None:
         file.write(f"{line}\n".encode())
         file.flush()
         os.fsync(file.fileno())
-    sync_directory(path.parent)
+    _sync(path.parent)
 
 
 def link(path: Path, target: str) -> None:
@@ -92,12 +144,21 @@ def link(path: Path, target: str) -> None:
     aside.unlink(missing_ok=True)
     aside.symlink_to(target)
     aside.rename(path)
-    sync_directory(path.parent)
+    _sync(path.parent)
 
 
-def sync_directory(directory: Path) -> None:
-    """Wait until the disk has a directory's entries: a rename in it, or a link."""
-    descriptor = os.open(directory, os.O_RDONLY)
+def _sync_tree(directory: Path) -> None:
+    """Wait until the disk has all files of a directory, and their names."""
+    for parent, _, names in os.walk(directory):
+        for name in names:
+            if not os.path.islink(file := os.path.join(parent, name)):
+                _sync(file)
+        _sync(parent)
+
+
+def _sync(path: Path | str) -> None:
+    """Wait until the disk has a file's content, or a directory's entries: a rename in it, or a link."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -55,7 +55,8 @@ class Journal:
         else:
             for file in directory.iterdir():
                 shutil.rmtree(file) if file.is_dir() else file.unlink()
-        write_whole(self._path, "".join(f"{line}\n" for line in [head, *map(_line, self.entries.values())]))
+        text = "".join(f"{line}\n" for line in [head, *map(_line, self.entries.values())])
+        write_whole(self._path, text, replace=True)
 
     def add(self, entry: ShardEntry) -> None:
         """Write down a finished shard."""

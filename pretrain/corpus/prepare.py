@@ -2,7 +2,7 @@
 
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,17 +91,22 @@ class Settings:
         """
         made = {**manifest["prepared"], "tokenizer": manifest["tokenizer"]["fingerprint"]}
         made["clusters"] = made.get("clusters") and made["clusters"]["table"]
-        if made.setdefault("split", None):
-            made["split"] = {name: value for name, value in made["split"].items() if name != "side"}
+        made |= _split_options(made.get("split"))
         wanted = {
             "tokenizer": self.tokenizer.fingerprint,
             **asdict(self.options),
             **asdict(self.filters),
-            "split": self.split and asdict(self.split),
+            **_split_options(asdict(self.split) if self.split else None),
             "clusters": self.clusters,
             "sources": sources,
         }
         check_repeated(out, written, made, wanted, read)
+
+
+def _split_options(split: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A split by the names that its parts have on the command line."""
+    names = {"validation_share": "share", "split_clusters": "clusters", "validation_ids": "ids"}
+    return {option: split and split[name] for option, name in names.items()}
 
 
 def prepare(

@@ -61,7 +61,7 @@ def _lists(offsets: NDArray[np.int64], values: NDArray[Any]) -> pa.LargeListArra
 
 def write_batch(file: Path, batch: pa.RecordBatch) -> str:
     """Write one record batch, whole or not at all, and return the file's checksum."""
-    with atomic_path(file) as partial:
+    with atomic_path(file, replace=True) as partial:
         with partial.open("wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
             writer.write_batch(batch)
         return file_checksum(partial)

@@ -1,6 +1,7 @@
 """The model card of an export: what the model is, how it came about, how well it does, and what nobody looked at."""
 
 import ast
+import filecmp
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -11,6 +12,7 @@ from typing import Any
 import yaml
 
 from pretrain.model.encoder import Encoder
+from pretrain.shipped import shipped
 from pretrain.train.changes import Change
 from pretrain.train.run import STARTS
 
@@ -98,7 +100,7 @@ def model_card(
     protein = data["tokenizer"] == "esm"
     sources = [data["train"]] if isinstance(data["train"], str) else list(data["train"])
     # UniProt's licence asks for attribution; of other data than what ships with the project nothing is known.
-    uniprot = protein and all(Path(source).parts[-3:] == ("data", "proteins", "train.fasta.gz") for source in sources)
+    uniprot = protein and all(map(_is_sample, sources))
     header = {
         "library_name": "transformers",
         "pipeline_tag": "fill-mask",
@@ -195,7 +197,7 @@ def _rows(
             f"{config.hidden_size} wide, {config.num_attention_heads} heads)",
         ),
         ("Optimizer steps", f"{step:,} of {size}, crops of {data['max_length']}"),
-        ("Training data", ", ".join(f"`{source}`" for source in sources)),
+        ("Training data", ", ".join(f"`{data_name(source)}`" for source in sources)),
         (
             "Peak learning rate",
             f"{model['learning_rate']:g}, {_schedule(model)}",
@@ -239,6 +241,27 @@ def _recipe(settings: dict[str, Any]) -> dict[str, Any]:
     if source := recipe["model"].get("initialize_from"):
         recipe["model"]["initialize_from"] = starting_point(source)
     return recipe
+
+
+def data_name(source: str) -> str:
+    """What a card calls data: what ships and data sets on the Hub by their names, others not by where they lie."""
+    path, data = _found(source), shipped("data")
+    if path and data and path.resolve().is_relative_to(data.resolve()):
+        return (data.name / path.resolve().relative_to(data.resolve())).as_posix()
+    if source.startswith("hf://"):
+        return source
+    return Path(source.partition("?")[0] if "://" in source else source).name or source
+
+
+def _is_sample(source: str) -> bool:
+    """Whether data are the proteins that ship, or a copy of them: what a file holds tells it, not what it is called."""
+    path, sample = _found(source), shipped("data/proteins/train.fasta.gz")
+    return path is not None and sample is not None and path.is_file() and filecmp.cmp(path, sample, shallow=False)
+
+
+def _found(source: str) -> Path | None:
+    """The file or directory that a run meant, as far as it is still there."""
+    return path if (path := Path(source)).exists() else shipped(source)
 
 
 def starting_point(path: str) -> str:

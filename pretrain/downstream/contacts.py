@@ -27,9 +27,9 @@ from pretrain.downstream.pretrained_encoder import PretrainedEncoder
 from pretrain.downstream.records import read_tokens
 from pretrain.downstream.structures import MIN_SEPARATION, Structure, read_structures
 from pretrain.errors import UserError
-from pretrain.files import atomic_path, refuse_existing
+from pretrain.files import atomic_path, check_suffix, refuse_existing
 from pretrain.model.contacts import ContactRegression
-from pretrain.train.picture import drawing
+from pretrain.train.picture import PICTURE_SUFFIX, drawing
 
 _PANELS = 6
 """Maps in a picture."""
@@ -65,8 +65,8 @@ def contacts(
         structures: PDB and mmCIF files, or directories of them, to predict for and compare with.
         fit_on: Structures to fit the regression on.
         regression_file: A regression that was fitted earlier; by default the model's own.
-        save_to: The file to keep the regression in.
-        picture: The PNG file to draw the first maps into.
+        save_to: The ``.safetensors`` file to keep the regression in.
+        picture: The ``.png`` file to draw the first maps into; it is replaced.
         source_options: How ``sources`` are read.
         device: ``cpu`` or ``cuda``; by default a GPU if there is one.
 
@@ -86,6 +86,10 @@ def contacts(
         raise UserError("a regression is either fitted or read; give --fit or --regression")
     if out and out.suffix not in _WRITERS:
         raise UserError(f"{out}: the name must end in one of {', '.join(_WRITERS)}, which says what is written")
+    if save_to:
+        check_suffix(save_to, ".safetensors")
+    if picture:
+        check_suffix(picture, PICTURE_SUFFIX)
     for file in (out, save_to):
         if file:
             refuse_existing(file)
@@ -101,11 +105,6 @@ def contacts(
     _check_names(proteins)
     regression, origin = _regression(model, path, training, regression_file, save_to is not None)
     lines = []
-    if save_to:
-        about = {"model": str(path), "structures": [s.id for s in training]}
-        write_regression(regression, save_to, about)
-        lines.append(f"{save_to}: {origin}")
-
     bar = tqdm(total=len(proteins), desc="contacts", unit=" sequences", disable=None)
     kept: dict[str, NDArray[np.float32]] = {}
 
@@ -120,13 +119,17 @@ def contacts(
         for number, protein in enumerate(proteins):  # what is looked at twice
             if protein.structure or (picture and number < _PANELS):
                 kept[protein.id] = predict(protein)
+        if picture:  # may be drawn again, so it comes before what may not be written again
+            _draw(picture, [(protein, kept[protein.id]) for protein in proteins[:_PANELS]])
+            lines.append(f"{picture}: {min(len(proteins), _PANELS)} of {len(proteins):,} maps")
         if out:
             with atomic_path(out) as partial_file:
                 _WRITERS[out.suffix](partial_file, proteins, predict)
             lines.append(f"{out}: maps of {len(proteins):,} sequences by {path}; {origin}")
-    if picture:
-        _draw(picture, [(protein, kept[protein.id]) for protein in proteins[:_PANELS]])
-        lines.append(f"{picture}: {min(len(proteins), _PANELS)} of {len(proteins):,} maps")
+    if save_to:
+        about = {"model": str(path), "structures": [s.id for s in training]}
+        write_regression(regression, save_to, about)
+        lines.append(f"{save_to}: {origin}")
     if known:
         lines += _precision_lines(precisions(known, [kept[structure.id] for structure in known]), len(known))
         if both := {s.sequence for s in known} & {s.sequence for s in training}:

@@ -19,19 +19,18 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from pretrain.corpus.sources import SourceOptions, find_sources
-from pretrain.downstream.embedding_files import WRITERS, part_checksum, write_part
+from pretrain.downstream.embedding_files import LONGEST_ID, WRITERS, part_checksum, write_part
 from pretrain.downstream.load import load, use_device
 from pretrain.downstream.pretrained_encoder import PretrainedEncoder, check_choices
 from pretrain.downstream.records import TokenizedRecord, read_tokens
 from pretrain.errors import UserError
-from pretrain.files import atomic_path, refuse_existing
-from pretrain.train.lock import locked
+from pretrain.files import atomic_path, only_writer, refuse_existing
 
 PART_TOKENS = {"cpu": 2**17, "cuda": 2**21}
 """Tokens of a part: what an interruption may cost, and enough for packs of about equal lengths."""
 PART_BYTES = 2**28
 """A part's vectors take no more memory than this, unless it is a single record."""
-_SETTINGS, _LOCK = "settings.json", "lock"
+_SETTINGS = "settings.json"
 _LONG = ("whole", "crop", "refuse")
 
 
@@ -108,7 +107,13 @@ def embed(
 
     def records() -> Iterator[TokenizedRecord]:
         limit = None if long == "whole" else longest
-        return read_tokens(found, model.tokenizer, source_options, limit, long == "crop")
+        for record in read_tokens(found, model.tokenizer, source_options, limit, long == "crop"):
+            if out.suffix != ".parquet" and (size := len(record.id.encode())) > LONGEST_ID:
+                raise UserError(
+                    f"{out}: the name '{record.id[:20]}...' has {size:,} bytes, {out.suffix} keeps {LONGEST_ID:,} of "
+                    "each; choose .parquet, or shorter names"
+                )
+            yield record
 
     # A mistake in the last of a million records shows now, not after the hours that the others take.
     regular = all(source.is_regular_file for source in found)
@@ -121,10 +126,8 @@ def embed(
     with _workplace(out, settings) as place:
         with progress.bar:
             parts = list(_make_parts(model, records(), place, options, layers, progress))
-        file = place / f"file{out.suffix}"
-        with atomic_path(file) as partial:
+        with atomic_path(out, replace=True) as partial:
             WRITERS[out.suffix](partial, parts, about)
-        file.rename(out)
         shutil.rmtree(place)
     what = f"{options.pooling} of each sequence" if options.per == "sequence" else "every residue"
     numbers = f"{'layer' if len(layers) == 1 else 'layers'} {', '.join(map(str, layers))}"
@@ -224,28 +227,23 @@ def _fingerprint(model: PretrainedEncoder) -> str:
 @contextmanager
 def _workplace(out: Path, settings: dict[str, Any]) -> Iterator[Path]:
     """The directory of the parts, held by this process; emptied of parts that were made with other settings."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    place = out.with_name(f".{out.name}.partial")
-    place.mkdir(exist_ok=True)
-    try:
-        with locked(place / _LOCK):
-            content = json.dumps(settings)
-            stored = place / _SETTINGS
-            if not stored.is_file() or stored.read_text(encoding="utf-8") != content:
-                for file in place.glob("part-*"):
-                    file.unlink()
-                stored.write_text(content, encoding="utf-8")
-            try:
-                yield place
-            except KeyboardInterrupt as interruption:
-                if parts := len(list(place.glob("part-*.arrow"))):
-                    kept = f"what is done is kept ({parts:,} parts)"
-                    raise KeyboardInterrupt(
-                        f"interrupted; {kept}, the same command continues behind it"
-                    ) from interruption
-                raise
-            finally:
-                if not any(place.glob("part-*.arrow")):  # nothing that would be worth keeping
-                    shutil.rmtree(place, ignore_errors=True)
-    except BlockingIOError as error:
-        raise UserError(f"{out}: {error.strerror} is writing it; wait for it, or choose another name") from error
+    with only_writer(out):
+        refuse_existing(out)
+        place = out.with_name(f".{out.name}.parts")
+        place.mkdir(exist_ok=True)
+        content = json.dumps(settings)
+        stored = place / _SETTINGS
+        if not stored.is_file() or stored.read_text(encoding="utf-8") != content:
+            for file in place.glob("part-*"):
+                file.unlink()
+            stored.write_text(content, encoding="utf-8")
+        try:
+            yield place
+        except KeyboardInterrupt as interruption:
+            if parts := len(list(place.glob("part-*.arrow"))):
+                kept = f"what is done is kept ({parts:,} parts)"
+                raise KeyboardInterrupt(f"interrupted; {kept}, the same command continues behind it") from interruption
+            raise
+        finally:
+            if not any(place.glob("part-*.arrow")):  # nothing that would be worth keeping
+                shutil.rmtree(place, ignore_errors=True)

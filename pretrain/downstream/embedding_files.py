@@ -16,10 +16,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pretrain.errors import UserError
 from pretrain.files import atomic_path
 
+LONGEST_ID = 1000
+"""Bytes of a name in NumPy and safetensors files, where every name takes as much as the longest."""
 _CHECKSUM = b"records"
 _FIRST_DATE = (1980, 1, 1, 0, 0, 0)  # a zip archive has no earlier one: equal embeddings make equal files
+_METADATA = "__metadata__"
 _SAFETENSORS = {"f4": "F32", "f2": "F16", "i8": "I64", "u1": "U8"}
 
 
@@ -47,7 +51,7 @@ def write_part(
         column = pa.FixedSizeListArray.from_arrays(flat, values.shape[-1])
         columns.append(column if offsets is None else pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), column))
     batch = pa.record_batch(columns, names=["id", *names]).replace_schema_metadata({_CHECKSUM: checksum})
-    with atomic_path(file) as partial_file, pa.ipc.new_file(str(partial_file), batch.schema) as writer:
+    with atomic_path(file, replace=True) as partial_file, pa.ipc.new_file(str(partial_file), batch.schema) as writer:
         writer.write_batch(batch)
 
 
@@ -113,7 +117,10 @@ def _arrays(parts: Sequence[Path], encode_ids: Callable[[list[str]], NDArray[Any
 
 
 def write_npz(file: Path, parts: Sequence[Path], about: dict[str, str]) -> None:
-    """An array ``ids`` of strings, one [N, D] for each layer, and ``about``; per residue, [rows, D] and ``offsets``."""
+    """An array ``ids`` of strings, and one [N, D] for each layer; per residue, [rows, D] and ``offsets``.
+
+    Another, ``about``, is a string of JSON: model, layers, ``per`` and pooling, the metadata of the other formats.
+    """
     note = np.array(json.dumps(about))
     arrays = _arrays(parts, lambda ids: np.array(ids, np.str_))
     write_npz_arrays(file, [*arrays, Array("about", note.dtype, (), lambda: iter([note]))])
@@ -139,10 +146,16 @@ def write_safetensors(file: Path, parts: Sequence[Path], about: dict[str, str]) 
 
 
 def write_safetensors_arrays(file: Path, arrays: Sequence[Array], about: dict[str, str]) -> None:
-    """Write arrays into a safetensors file with some metadata, a chunk at a time; bytes become [..., width]."""
-    header: dict[str, Any] = {"__metadata__": about}
+    """Write arrays into a safetensors file with some metadata, a chunk at a time; bytes become [..., width].
+
+    Raises:
+        UserError: If an array has the metadata's name.
+    """
+    header: dict[str, Any] = {_METADATA: about}
     end = 0
     for array in arrays:
+        if array.name == _METADATA:
+            raise UserError(f"'{_METADATA}' is a name that safetensors keeps for itself; give the sequence another")
         begin, end = end, end + array.dtype.itemsize * int(np.prod(array.shape))
         is_ids = array.dtype.kind == "S"
         header[array.name] = {

@@ -11,7 +11,7 @@ import yaml
 
 from pretrain.downstream.finetune.model import is_fine_tuning
 from pretrain.errors import UserError
-from pretrain.files import atomic_file
+from pretrain.files import atomic_file, check_suffix, only_writer
 from pretrain.train.logging import METRICS_FILE, read_metrics
 from pretrain.train.run import CONFIG, Run
 
@@ -37,13 +37,14 @@ def write_report(paths: list[Path], out: Path) -> None:
 
     Args:
         paths: Run directories.
-        out: The HTML file, whole or not at all.
+        out: The HTML file, whole or not at all; it is replaced.
 
     Raises:
-        UserError: If a path is no run.
+        UserError: If a path is no run, or ``out`` does not end in ``.html``.
     """
+    check_suffix(out, ".html")
     runs = [_read(path, COLOURS[i % len(COLOURS)], paths) for i, path in enumerate(paths)]
-    with atomic_file(out) as file:
+    with only_writer(out), atomic_file(out, replace=True) as file:
         file.write(page(runs))
 
 

@@ -13,10 +13,11 @@ from pretrain.downstream.finetune.data import FineTuneDataModule
 from pretrain.downstream.finetune.model import is_fine_tuning
 from pretrain.downstream.finetune.report import summary as fine_tuning_summary
 from pretrain.errors import UserError
+from pretrain.files import check_suffix
 from pretrain.train import ledger
 from pretrain.train.changes import read_config
 from pretrain.train.logging import METRICS_FILE, read_metrics
-from pretrain.train.picture import drawing
+from pretrain.train.picture import PICTURE_SUFFIX, drawing
 from pretrain.train.report import summary
 from pretrain.train.run import CONFIG, Run
 
@@ -38,8 +39,11 @@ def inspect(path: Path, picture: Path | None = None, check: bool = False) -> str
         The description, for people.
 
     Raises:
-        UserError: If ``path`` is neither, there is nothing to draw, or a shard is broken.
+        UserError: If ``path`` is neither, there is nothing to draw, ``picture`` does not end in ``.png``, or a shard is
+            broken.
     """
+    if picture:
+        check_suffix(picture, PICTURE_SUFFIX)
     if is_corpus(path) or (check and not (path / CONFIG).is_file()):
         if check:
             shards = verify(path)

@@ -1,6 +1,5 @@
 """Branching: a new run that begins where a checkpoint of another one stands."""
 
-import errno
 import json
 import os
 import shutil
@@ -58,21 +57,14 @@ class Branch:
         """Write the new run, which was not there before: ``origin`` is known.
 
         Raises:
-            UserError: If another process has made the directory meanwhile.
+            UserError: If another process makes the directory, or has made it meanwhile.
         """
         origin = self.origin
         assert origin is not None
         checkpoint = origin.checkpoint
         assert checkpoint is not None
-        try:
-            with new_directory(self.directory) as partial:
-                self._write(origin, checkpoint, partial)
-        except OSError as error:
-            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-                raise
-            raise UserError(
-                f"{self.directory}: another process has made it meanwhile; give the command again"
-            ) from error
+        with new_directory(self.directory) as partial:
+            self._write(origin, checkpoint, partial)
 
     def _write(self, origin: Run, checkpoint: Path, to: Path) -> None:
         (to / CHECKPOINTS).mkdir()

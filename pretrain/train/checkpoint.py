@@ -64,7 +64,7 @@ class AtomicCheckpointIO(CheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         path = Path(path)
         try:
-            with atomic_path(path) as partial, partial.open("w+b") as file:
+            with atomic_path(path, replace=True) as partial, partial.open("w+b") as file:
                 torch.save({**checkpoint, FORMAT: FORMAT_VERSION}, file)
                 _seal(file)
         except RuntimeError as error:  # what torch makes of a write that the disk refused

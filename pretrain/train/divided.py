@@ -134,7 +134,7 @@ def write_part(path: Path, tensors: dict[str, Tensor]) -> bytes:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the first tensor begins at a multiple of eight
     digest = hashlib.sha256()
-    with atomic_path(path) as partial, partial.open("wb") as file:
+    with atomic_path(path, replace=True) as partial, partial.open("wb") as file:
         for piece in (len(text).to_bytes(8, "little"), text, *map(_bytes_of, tensors.values())):
             digest.update(piece)
             file.write(piece)

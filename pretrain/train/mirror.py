@@ -16,9 +16,9 @@ from pretrain.corpus.remote_files import ATTEMPTS, file_system, put_file, remove
 from pretrain.corpus.whole import exclusive
 from pretrain.errors import UserError, one_line
 from pretrain.files import atomic_path
+from pretrain.lock import locked
 from pretrain.train.checkpoint import CHECKPOINTS, checkpoints_in, is_checkpoint_name
 from pretrain.train.divided import parts_of
-from pretrain.train.lock import locked
 from pretrain.train.run import LOCK, ORIGIN, RESULT
 from pretrain.train.spikes import read_skips
 
@@ -105,7 +105,7 @@ class Mirror:
         aside.mkdir()
         try:
             for name in self._list(""):
-                with atomic_path(aside / name) as partial:
+                with atomic_path(aside / name, replace=True) as partial:
                     self._get(name, partial)
             if len(read_skips(aside)) >= len(read_skips(self.directory)):
                 for path in aside.iterdir():
@@ -126,11 +126,11 @@ class Mirror:
         with exclusive(path.with_name(f".{name}.lock")):
             if path.exists() and not replace:  # another process of this machine was faster
                 return
-            with atomic_path(path) as partial:
+            with atomic_path(path, replace=True) as partial:
                 self._get(f"{CHECKPOINTS}/{name}", partial)
                 begins = f"{path.stem}.part-"
                 for part in [part for part in self._list(CHECKPOINTS) if part.startswith(begins)]:
-                    with atomic_path(path.with_name(part)) as partial_part:
+                    with atomic_path(path.with_name(part), replace=True) as partial_part:
                         self._get(f"{CHECKPOINTS}/{part}", partial_part)
 
     # --- what goes there ----------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ from torch.utils._pytree import tree_map
 
 from pretrain.errors import UserError, disk_is_full
 from pretrain.files import append_line, link, write_whole
+from pretrain.lock import Lock, locked
 from pretrain.model.config import DROPOUT
 from pretrain.train.changes import Change, changes_of_history, read_config
 from pretrain.train.checkpoint import (
@@ -45,7 +46,6 @@ from pretrain.train.checkpoint import (
     read_checkpoint,
 )
 from pretrain.train.divided import DividedTensor, lost_parts, remove
-from pretrain.train.lock import Lock, locked
 from pretrain.train.spikes import of_history, read_skips
 
 if TYPE_CHECKING:
@@ -241,7 +241,7 @@ class Run:
     def record_start(self, config_text: str, changes: list[Change], execution: dict[str, Any]) -> None:
         """Write the config, and a line about this start, what runs and the environment it runs in."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        write_whole(self.directory / CONFIG, config_text)
+        write_whole(self.directory / CONFIG, config_text, replace=True)
         (self.directory / RESULT).unlink(missing_ok=True)
         start = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -259,7 +259,7 @@ class Run:
     def record_result(self, result: dict[str, Any]) -> None:
         """Write the final figures; one that is not defined as null, since JSON knows no NaN."""
         plain = tree_map(lambda value: None if isinstance(value, float) and not math.isfinite(value) else value, result)
-        write_whole(self.directory / RESULT, json.dumps(plain, indent=1, allow_nan=False) + "\n")
+        write_whole(self.directory / RESULT, json.dumps(plain, indent=1, allow_nan=False) + "\n", replace=True)
 
 
 def _outline(checkpoint: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """`pretrain contacts`: fitted on structures or brought by the model, to files, figures and a picture."""
 
 import csv
+import errno
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,7 @@ from safetensors.torch import load_file as load_tensors
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 import pretrain
+import pretrain.downstream.contacts as contacts_module
 from pretrain.cli import main
 from pretrain.downstream.contact_regression import fit_regression, precisions, write_regression
 from pretrain.downstream.pretrained_encoder import PretrainedEncoder
@@ -242,7 +245,9 @@ def test_mistakes_are_told_in_one_line_and_nothing_is_written(
     model, out, fitting = str(protein_model), ["--out", str(tmp_path / "x.npz")], ["--fit", str(structures)]
     cases = {
         "nothing to predict": [model],
-        "no sequence to predict for": [model, *fitting, "--save_regression", str(tmp_path / "r"), *out],
+        "no sequence to predict for": [model, *fitting, "--save_regression", str(tmp_path / "r.safetensors"), *out],
+        "r.npz: the name must end in .safetensors": [model, *fitting, "--save_regression", str(tmp_path / "r.npz")],
+        "keep.txt: the name must end in .png": [model, str(fasta), *fitting, "--picture", str(tmp_path / "keep.txt")],
         "nowhere to write": [model, str(fasta)],
         "has no contact regression; fit one": [model, str(fasta), *out],
         "model of text": [str(text_model), str(fasta), *out, *fitting],
@@ -270,7 +275,42 @@ def test_mistakes_are_told_in_one_line_and_nothing_is_written(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_sequence_whose_name_safetensors_reserves_is_refused(
+    protein_model: Path, structures: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    source, out = tmp_path / "reserved.fasta", tmp_path / "maps"
+    source.write_text(">__metadata__\nMKTAYIAKQR\n")
+    arguments = ["contacts", str(protein_model), str(source), "--fit", str(structures), "--out"]
+    assert main([*arguments, f"{out}.safetensors"]) == 2
+    assert "'__metadata__' is a name that safetensors keeps for itself; " in capfd.readouterr().err
+    assert not out.with_suffix(".safetensors").exists()
+    assert main([*arguments, f"{out}.npz"]) == 0
+    assert np.load(f"{out}.npz")["__metadata__"].shape == (10, 10)
+
+
 def test_structures_without_a_contact_cannot_be_fitted_on(protein_model: Path) -> None:
     far = Structure("far", "A" * 20, np.arange(60.0).reshape(20, 3) * 100)
     with pytest.raises(UserError, match="none touch"):
         fit_regression(pretrain.load(protein_model), [far])
+
+
+def test_a_regression_is_kept_when_all_else_is_written_so_that_a_failed_call_can_be_repeated(
+    protein_model: Path, fasta: Path, structures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, kept, picture = (tmp_path / name for name in ("maps.npz", "kept.safetensors", "maps.png"))
+    arguments = ["contacts", str(protein_model), str(fasta), "--fit", str(structures), "--out", str(out)]
+    arguments += ["--save_regression", str(kept), "--picture", str(picture)]
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    regression = ContactRegression(torch.ones(6), torch.zeros(()))
+    monkeypatch.setattr(contacts_module, "fit_regression", lambda *_: regression)
+    with monkeypatch.context() as patch:
+        patch.setitem(contacts_module._WRITERS, ".npz", fail)
+        assert main(arguments) == 2
+    assert not out.exists()
+    assert not kept.exists()
+    assert main(arguments) == 0
+    assert out.exists()
+    assert kept.exists()

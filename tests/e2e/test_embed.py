@@ -244,7 +244,7 @@ def test_what_changed_since_the_interruption_is_made_anew(
     elif change == "settings":
         options = EmbedOptions(pooling="cls")
     else:
-        part = tmp_path / ".out.npz.partial" / "part-000001.arrow"
+        part = tmp_path / ".out.npz.parts" / "part-000001.arrow"
         part.write_bytes(part.read_bytes()[:-100])
     embed(protein_model, [str(source)], out, options)
     embed(protein_model, [str(source)], whole, options)
@@ -323,6 +323,11 @@ def test_half_precision_is_rounded_once(protein_model: Path, proteins: Path, tmp
         (["{model}", "{good}", "--out", "{out}.npz", "--dtype", "int8"], "float32 or float16"),
         (["{model}", "/nowhere.fasta", "--out", "{out}.npz"], "/nowhere.fasta: no such file"),
         (["/nowhere", "{good}", "--out", "{out}.npz"], "/nowhere: not found"),
+        (["{model}", "{good}", "--out", "{good}/out.npz"], "good.fasta/out.npz: Not a directory; "),
+        (["{model}", "{good}", "--out", f"{'x' * 300}.npz"], "xxx.npz: File name too long; choose a shorter name"),
+        (["{model}", "{good}", "--out", f"{{out}}{'x' * 245}.npz"], "xxx.npz: File name too long; choose a shorter"),
+        (["{model}", "{named}", "--out", "{out}.npz"], "has 2,400 bytes, .npz keeps 1,000 of each; choose .parquet"),
+        (["{model}", "{named}", "--out", "{out}.safetensors"], "2,400 bytes, .safetensors keeps 1,000 of each; choose"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
@@ -333,6 +338,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
         "good": ">a\nMKT\n",
         "bad": ">a\nMKT\n>b\nM1K\n",
         "stop": ">a\n*\n",
+        "named": f">{'nämé' * 400}\nMKT\n",
     }
     for name, text in files.items():
         (tmp_path / f"{name}.fasta").write_text(text)
@@ -341,3 +347,20 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
     places = {name: tmp_path / f"{name}.fasta" for name in files} | {"model": protein_model, "out": tmp_path / "out"}
     assert said in one_line_error(["embed", *(argument.format(**places) for argument in arguments)], capfd)
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_what_another_command_left_half_written_is_not_in_the_way(
+    protein_model: Path, proteins: Path, tmp_path: Path
+) -> None:
+    """As a killed `pretrain contacts` leaves it."""
+    (tmp_path / ".out.npz.partial").write_bytes(b"half")
+    (tmp_path / ".out.npz.lock").write_text("process 1 on another machine")
+    assert main(["embed", str(protein_model), str(proteins), "--out", str(tmp_path / "out.npz")]) == 0
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_long_names_are_kept_in_parquet(protein_model: Path, tmp_path: Path) -> None:
+    source, out = tmp_path / "named.fasta", tmp_path / "out.parquet"
+    source.write_text(f">{'x' * 20_000}\nMKT\n")
+    embed(protein_model, [str(source)], out)
+    assert pq.read_table(out)["id"].to_pylist() == ["x" * 20_000]

@@ -1,5 +1,6 @@
 """`pretrain export` and `pretrain.load`: what a run becomes, and that nothing in it can run code."""
 
+import gzip
 import json
 import os
 import pickle
@@ -22,10 +23,11 @@ from pretrain.cli import main
 from pretrain.corpus.tokenizer import ESM_ALPHABET, ProteinTokenizer, load_tokenizer, train_tokenizer
 from pretrain.downstream import export as export_module
 from pretrain.downstream import hf_files
-from pretrain.downstream.card import model_card
+from pretrain.downstream.card import data_name, model_card
 from pretrain.downstream.export import export
 from pretrain.errors import UserError
 from pretrain.model.encoder import Encoder
+from pretrain.shipped import shipped
 from pretrain.train.changes import Change
 
 STEPS = 4
@@ -219,7 +221,8 @@ def test_the_card_states_data_steps_loss_and_licence(run: Path, exported: Path) 
     assert "# run" in card
     assert re.search(rf"\| Optimizer steps \| {STEPS} of .*600 tokens, crops of 100 \|", card)
     assert f"| {result['tokens_seen']:,} (" in card
-    assert str(run.parent / "proteins.fasta") in card
+    assert "| Training data | `proteins.fasta` |" in card
+    assert str(run.parent) not in card
     loss, perplexity = result["val/loss"], result["val/perplexity"]
     assert re.search(rf"\| Validation loss \| {loss:.4f}.*perplexity {perplexity:.3f}", card)
     assert "The licence of the training data decides" in card
@@ -238,27 +241,54 @@ def test_the_card_of_an_earlier_checkpoint_does_not_claim_the_final_loss(run: Pa
     ("train_sources", "licence"),
     [
         ("data/proteins/train.fasta.gz", "cc-by-4.0"),
-        ("/somewhere/data/proteins/train.fasta.gz", "cc-by-4.0"),
+        (str(shipped("data/proteins/train.fasta.gz")), "cc-by-4.0"),
+        ("{copy}/data/proteins/train.fasta.gz", "cc-by-4.0"),
+        ("{own}/data/proteins/train.fasta.gz", "other"),
+        ("/somewhere/data/proteins/train.fasta.gz", "other"),
         (["data/proteins/train.fasta.gz", "own.fasta"], "other"),
         ("mydata/proteins/train.fasta.gz", "other"),
         ("data/proteins/private.fasta", "other"),
     ],
 )
 def test_the_card_claims_uniprots_licence_for_the_data_that_ships_only(
-    run: Path, train_sources: str | list[str], licence: str
+    run: Path, tmp_path: Path, train_sources: str | list[str], licence: str
 ) -> None:
+    sample = shipped("data/proteins/train.fasta.gz")
+    assert sample
+    for place, content in (("copy", sample.read_bytes()), ("own", gzip.compress(b">secret\nMKT\n"))):
+        (tmp_path / place / "data/proteins").mkdir(parents=True)
+        (tmp_path / place / "data/proteins/train.fasta.gz").write_bytes(content)
     settings = yaml.safe_load((run / "config.yaml").read_text())
+    if isinstance(train_sources, str):
+        train_sources = train_sources.format(copy=tmp_path / "copy", own=tmp_path / "own")
     settings["data"]["train"] = train_sources
     card = model_card(pretrain.load(run), {"global_step": 4}, settings, {}, "x")
     assert yaml.safe_load(card.split("---")[1])["license"] == licence
     assert ("UniProt" in card) == (licence == "cc-by-4.0")
 
 
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("data/proteins/train.fasta.gz", "data/proteins/train.fasta.gz"),
+        (str(shipped("data/localisation/localisation.csv.gz")), "data/localisation/localisation.csv.gz"),
+        ("/home/me/secret project/labels.csv", "labels.csv"),
+        ("/home/me/corpora/train/", "train"),
+        ("s3://my-bucket/corpora/train", "train"),
+        ("https://somewhere.org/files/labels.csv?signature=1234", "labels.csv"),
+        ("hf://datasets/org/proteins", "hf://datasets/org/proteins"),
+        ("-", "-"),
+    ],
+)
+def test_a_card_calls_data_by_their_name_and_does_not_tell_where_they_lie(source: str, name: str) -> None:
+    assert data_name(source) == name
+
+
 def test_the_card_of_a_mixture_with_a_range_of_shares_names_both(run: Path) -> None:
     settings = yaml.safe_load((run / "config.yaml").read_text())
     settings["data"] |= {"train": {"a.fasta": 3, "corpora/b": 1}, "mlm_probability": [0.1, 0.3], "mask_unit": "span"}
     card = model_card(pretrain.load(run), {"global_step": 4}, settings, {}, "x")
-    assert "| Training data | `a.fasta`, `corpora/b` |" in card
+    assert "| Training data | `a.fasta`, `b` |" in card
     assert "| Masking | 10% to 30% of tokens |" in card
     assert yaml.safe_load(card.split("```yaml")[1].split("```")[0])["data"]["mask_unit"] == "span"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.cli import main
-from pretrain.train.lock import locked
+from pretrain.lock import locked
 from pretrain.train.run import Run
 
 
@@ -94,7 +94,7 @@ def members(group: int) -> list[int]:
 TRY = """
 import sys
 from pathlib import Path
-from pretrain.train.lock import locked
+from pretrain.lock import locked
 try:
     with locked(Path(sys.argv[1])):
         print("free")

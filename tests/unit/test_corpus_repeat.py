@@ -109,8 +109,7 @@ DIFFERENCES: dict[str, tuple[str, str, Change | None, str]] = {
         "--validation_share 0.47",
         "--validation_share 0.4",
         None,
-        "prepared with split {'share': 0.47, 'clusters': None, 'ids': None} instead of "
-        "{'share': 0.4, 'clusters': None, 'ids': None}",
+        "prepared with validation_share 0.47 instead of 0.4",
     ),
     "another part": ("--shard 1/2", "--shard 2/2", None, "prepared with part '1/2' instead of '2/2'"),
     "a source that grew": (

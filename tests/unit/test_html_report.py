@@ -87,14 +87,24 @@ def test_a_page_that_cannot_be_finished_leaves_nothing(
 def test_a_page_in_the_place_of_a_directory_is_a_mistake(
     runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["inspect", str(runs[0]), "--html", str(tmp_path)]) == 2
-    assert capsys.readouterr().err.startswith(f"pretrain: error: {tmp_path}: Is a directory")
+    place = tmp_path / "page.html"
+    place.mkdir()
+    assert main(["inspect", str(runs[0]), "--html", str(place)]) == 2
+    assert capsys.readouterr().err.startswith(f"pretrain: error: {place}: Is a directory")
 
 
 def test_the_page_needs_no_network_and_no_script(runs: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "report.html"
     assert main(["inspect", *map(str, runs), "--html", str(out)]) == 0
     assert not re.search(r"https?:|src=|<script|@import|url\(", out.read_text())
+
+
+def test_a_page_is_written_anew_while_a_run_goes_on(runs: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "report.html"
+    out.write_text("earlier")
+    assert main(["inspect", str(runs[0]), "--html", str(out)]) == 0
+    assert out.read_text().startswith("<!doctype html>")
+    assert list(tmp_path.glob(".report*")) == []
 
 
 def test_one_run_shows_all_its_settings(runs: list[Path], tmp_path: Path) -> None:
@@ -109,6 +119,7 @@ def test_what_is_no_run_and_what_cannot_be_written_is_one_line(
     for arguments, said in (
         ([str(tmp_path), "--html", str(tmp_path / "x.html")], "no run (config.yaml is missing)"),
         ([str(runs[0]), "--html", str(runs[0] / "config.yaml" / "x.html")], "x.html: Not a directory; "),
+        ([str(runs[0]), "--html", str(tmp_path / "x.csv")], "x.csv: the name must end in .html"),
         ([*map(str, runs), "--picture", str(tmp_path / "x.png")], "several runs with --html FILE"),
     ):
         assert main(["inspect", *arguments]) == 2

@@ -94,6 +94,24 @@ def test_a_picture_that_cannot_be_written_is_a_mistake(
     )
 
 
+@pytest.mark.parametrize("name", ["keep.txt", "picture.pdf", "picture"])
+def test_a_file_of_another_kind_never_becomes_a_picture(
+    name: str, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = tmp_path / name
+    picture.write_text("mine")
+    assert main(["inspect", str(corpus), "--picture", str(picture)]) == 2
+    assert "the name must end in .png" in capsys.readouterr().err
+    assert picture.read_text() == "mine"
+
+
+def test_a_picture_is_drawn_anew_while_a_run_goes_on(corpus: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "picture.png"
+    picture.write_text("earlier")
+    assert main(["inspect", str(corpus), "--picture", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_picture_makes_its_directory(corpus: Path, tmp_path: Path) -> None:
     picture = tmp_path / "new" / "picture.png"
     assert main(["inspect", str(corpus), "--picture", str(picture)]) == 0

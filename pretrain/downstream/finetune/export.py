@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.downstream.card import starting_point
+from pretrain.downstream.card import data_name, starting_point
 from pretrain.downstream.finetune.head import SequenceHead, TokenHead
 from pretrain.downstream.finetune.labels import LabelSpec
 from pretrain.downstream.finetune.model import FineTuned
@@ -99,7 +99,7 @@ def model_card(model: FineTuned, settings: dict[str, Any], result: dict[str, Any
     start = f"`{starting_point(source)}`" if source else "random weights"
     rows = [
         ("Task", spec.task + (f": {', '.join(spec.classes)}" if spec.classes else "")),
-        ("Labelled data", f"`{data['train']}`"),
+        ("Labelled data", f"`{data_name(data['train'])}`"),
         ("Fine-tuned from", f"{start} ({settings['model']['tune']})"),
         ("Optimizer step", f"{model.step:,}"),
         ("Sequence length", f"at most {model.max_length} tokens"),

@@ -1,4 +1,4 @@
-"""One process trains in a run directory: a lock that ends with its owner, however it ends."""
+"""One process at a time in a directory, or at a file: a lock that ends with its owner, however it ends."""
 
 import fcntl
 import os
@@ -60,7 +60,7 @@ def locked(path: Path) -> Iterator[Lock]:
             owner = os.pread(descriptor, 1000, 0).decode("utf-8", "replace").strip()
             raise BlockingIOError(error.errno, owner or "another process") from error
         if not lock.in_place():
-            raise UserError(f"{path.parent}: was removed or replaced meanwhile; give the command again")
+            raise UserError(f"{path}: was removed or replaced meanwhile; give the command again")
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
         _held.add(descriptor)
