@@ -19,6 +19,7 @@ from pretrain.downstream.structures import MIN_SEPARATION, Structure
 from pretrain.errors import UserError, how_to_install
 from pretrain.files import atomic_path
 from pretrain.model.contacts import ContactRegression, pair_features
+from pretrain.model.encoder import check_finite
 from pretrain.model.hf import contacts_from_hf, contacts_to_hf
 
 RANGES = {"short": (MIN_SEPARATION, 11), "medium": (12, 23), "long": (24, None)}
@@ -37,7 +38,7 @@ def fit_regression(model: PretrainedEncoder, structures: Sequence[Structure]) ->
     residues 1 GB under ESM-2 8M, 6 GB under 650M.
 
     Raises:
-        UserError: If the structures hold no contact, or scikit-learn is missing.
+        UserError: If the structures hold no contact, the model's attention is not finite, or scikit-learn is missing.
     """
     try:
         from sklearn.linear_model import LogisticRegression
@@ -49,10 +50,8 @@ def fit_regression(model: PretrainedEncoder, structures: Sequence[Structure]) ->
     row = 0
     for ids, structure in _encoded(model, structures):
         first, second = (torch.from_numpy(places) for places in structure.pairs)
-        features[row : row + len(first)] = pair_features(model, ids, first, second).numpy()
+        features[row : row + len(first)] = check_finite(pair_features(model, ids, first, second)).numpy()
         row += len(first)
-    if not np.isfinite(features).all():
-        raise UserError("the model's attention is not finite; take an earlier checkpoint")
     # Its own random numbers, so that a training run that asks for it draws the same as one that does not.
     regression = LogisticRegression(C=_STRENGTH, l1_ratio=1.0, solver="liblinear", max_iter=1000, random_state=0)
     with warnings.catch_warnings():
@@ -92,12 +91,7 @@ def precisions(structures: Sequence[Structure], maps: Sequence[NDArray[np.float3
     Returns:
         Also, under `CHANCE`, the share of contacts among all pairs: what a guess would reach. A range that no structure
         is long enough for is left out.
-
-    Raises:
-        UserError: If a probability is NaN, as of a model that went astray.
     """
-    if not all(np.isfinite(predicted).all() for predicted in maps):
-        raise UserError("the model's attention is not finite; take an earlier checkpoint")
     found: dict[str, dict[str, list[float]]] = {}
     for structure, predicted in zip(structures, maps, strict=True):
         first, second = structure.pairs

@@ -17,6 +17,7 @@ from pretrain.downstream.load import load, use_device
 from pretrain.downstream.pretrained_encoder import PACK_TOKENS, PretrainedEncoder
 from pretrain.errors import UserError
 from pretrain.files import refuse_existing, write_whole
+from pretrain.model.encoder import check_finite
 from pretrain.train.changes import read_config
 from pretrain.train.run import CONFIG
 from pretrain.train.validation import Findings, Tally
@@ -45,7 +46,8 @@ def validate(
         The figures, for people. Those of a run's last checkpoint on its own validation set are its ``val/loss``, ...
 
     Raises:
-        UserError: If there is no model or no sequence, a setting is none of those above, or ``out`` exists.
+        UserError: If there is no model or no sequence, a setting is none of those above, ``out`` exists, or a loss is
+            not finite.
     """
     if out:
         refuse_existing(out)
@@ -106,7 +108,7 @@ def _ask(model: PretrainedEncoder, sources: list[str], max_length: int | None, s
                 losses, predictions = model.score(
                     batch.input_ids, batch.cu_seqlens, batch.max_seqlen, batch.target_positions, batch.targets
                 )
-            tally.add(batch, losses, predictions)
+            tally.add(batch, check_finite(losses), predictions)
             bar.update(len(batch.input_ids))
     return tally.collect(), len(corpus)
 
