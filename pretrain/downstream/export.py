@@ -12,10 +12,10 @@ from pretrain.downstream.card import CURVES, model_card, settings_at
 from pretrain.downstream.contact_regression import read_regression
 from pretrain.downstream.finetune.export import check_exportable, hf_class, verify_fine_tuned, write_fine_tuned
 from pretrain.downstream.finetune.export import model_card as fine_tuned_card
-from pretrain.downstream.finetune.model import is_fine_tuned, load_fine_tuned
+from pretrain.downstream.finetune.model import load_fine_tuned
 from pretrain.downstream.hf_files import check_equal, hf_config, hf_state, load_hf, probe, save_hf
 from pretrain.downstream.inspect import inspect
-from pretrain.downstream.load import checkpoint_of, encoder_of
+from pretrain.downstream.load import checkpoint_of, encoder_of, is_fine_tuned
 from pretrain.downstream.tokenizer_files import write_tokenizer
 from pretrain.errors import UserError
 from pretrain.files import new_directory, refuse_existing

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pretrain.corpus.readers import read_located
 from pretrain.corpus.sources import SourceOptions, find_sources
 from pretrain.corpus.tokenizer import InvalidSymbolError, TextTokenizer, Tokenizer
-from pretrain.downstream.load import load, use_device
+from pretrain.downstream.load import load_masked_lm, use_device
 from pretrain.downstream.pretrained_encoder import PretrainedEncoder
 from pretrain.errors import UserError
 from pretrain.files import atomic_file, refuse_existing
@@ -67,7 +67,7 @@ def fill(
         raise UserError(f"{out}: a table is written as .csv; give such a name with --out")
     if out:
         refuse_existing(out)
-    model = load(path).to(use_device(device))
+    model = load_masked_lm(path).to(use_device(device))
     if not 1 <= top <= model.tokenizer.vocab_size:
         raise UserError(f"top is {top}; give 1 to {model.tokenizer.vocab_size}, the size of the vocabulary")
     given = (_Text(f"text {n}", text, f"text {n}") for n, text in enumerate(texts, 1))

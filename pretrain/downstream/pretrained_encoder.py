@@ -35,12 +35,14 @@ class PretrainedEncoder(Encoder):
             if that is not known.
 
     Attributes:
+        fine_tuned: Whether it was, so that the masked-LM head, which had no part in that, no longer fits.
         contacts: The model's contact regression, where it brought one (`pretrain contacts --fit` makes one).
     """
 
     def __init__(self, config: EncoderConfig, read_tokenizer: Callable[[], Tokenizer], max_length: int | None) -> None:
         super().__init__(config)
         self.max_length = max_length
+        self.fine_tuned = False
         self.contacts: ContactRegression | None = None
         self._read_tokenizer = read_tokenizer
 

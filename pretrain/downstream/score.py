@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from pretrain.corpus.tokenizer import ProteinTokenizer
-from pretrain.downstream.load import load, use_device
+from pretrain.downstream.load import load_masked_lm, use_device
 from pretrain.downstream.pretrained_encoder import PretrainedEncoder
 from pretrain.downstream.variants import Variant, VariantColumns, VariantTable, read_variants
 from pretrain.errors import UserError
@@ -68,7 +68,7 @@ def score(
     names = [COLUMNS[method] for method in methods]
     if taken := [name for name in names if name in variants.header]:
         raise UserError(f"{table}: has a column '{taken[0]}' already; rename it, so that nothing is overwritten")
-    model = load(path).to(use_device(device))
+    model = load_masked_lm(path).to(use_device(device))
     if not isinstance(model.tokenizer, ProteinTokenizer):
         raise UserError(f"{path}: is a model of text; variants are scored by models of proteins")
     scores = [METHODS[method](model, variants.rows, progress=sys.stderr.isatty()) for method in methods]

@@ -13,7 +13,7 @@ from pretrain.corpus.datamodule import validation_planner
 from pretrain.corpus.opening import open_or_prepare
 from pretrain.corpus.packed import MAX_TOKENS_PER_SEQUENCE
 from pretrain.corpus.packing import validation_packs
-from pretrain.downstream.load import load, use_device
+from pretrain.downstream.load import load_masked_lm, use_device
 from pretrain.downstream.pretrained_encoder import PACK_TOKENS, PretrainedEncoder
 from pretrain.errors import UserError
 from pretrain.files import refuse_existing, write_whole
@@ -53,7 +53,7 @@ def validate(
         refuse_existing(out)
     data = _data_settings(path)
     sets = {"": list(sources)} if sources else _own_sets(path, data)
-    model = load(path)
+    model = load_masked_lm(path)
     longest = model.max_length if max_length is None else max_length
     if longest is not None and longest < 3:
         raise UserError(f"max_length is {longest}; give at least 3 tokens: <cls>, a residue, <eos>")

@@ -1,15 +1,20 @@
 """What the commands that apply a model have in common: which models they refuse, and what they say of sequences."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from labelled import finetune
 from safetensors.torch import load_file, save_file
 
+import pretrain
 from pretrain.cli import main
 from pretrain.downstream.contact_regression import write_regression
+from pretrain.downstream.load import checkpoint_of
+from pretrain.errors import UserError
 from pretrain.model.contacts import ContactRegression
 
 LONG = "ACDEFGHIKLMNPQRSTVWY" * 6
@@ -57,3 +62,28 @@ def test_a_model_that_went_astray_gives_no_figures(
     line = refusal(command(name, astray), capfd)
     assert line.endswith("the model's outputs are not finite; take an earlier checkpoint")
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_fine_tuned_model_is_the_best_of_its_run_and_is_asked_about_no_masks(
+    pretrained: Path,
+    config: Callable[..., Path],
+    command: Callable[..., list[str]],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    run = tmp_path / "run"
+    # A learning rate of next to nothing: no validation is better than the first by more than rounding.
+    settings = {"early_stopping": 1, "validate_every_n_steps": 2, "model__learning_rate": 1e-30}
+    assert finetune("-c", config(trainer__max_steps=40, **settings), "--from", pretrained, "--run", run) == 0
+    result = json.loads((run / "result.json").read_text())
+    assert checkpoint_of(run)["global_step"] == result["best_step"] < result["steps"]
+    for model in (run, run / "checkpoints" / "last.ckpt"):
+        for name in ("fill", "score", "validate"):
+            line = refusal(command(name, model), capfd)
+            assert f"{model}: was fine-tuned: its masked-LM head no longer fits" in line
+            assert line.endswith(f"give the pre-trained model ({pretrained})")
+    assert list((tmp_path / "out").iterdir()) == []
+    assert main(command("embed", run)) == 0
+    assert main(["export", str(run), "--out", str(tmp_path / "exported")]) == 0
+    with pytest.raises(UserError, match="is EsmForSequenceClassification without masked-LM head; give the run"):
+        pretrain.load(tmp_path / "exported")
