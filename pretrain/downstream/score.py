@@ -24,7 +24,7 @@ from tqdm import tqdm
 from pretrain.corpus.tokenizer import ProteinTokenizer
 from pretrain.downstream.load import load_masked_lm, use_device
 from pretrain.downstream.pretrained_encoder import PretrainedEncoder
-from pretrain.downstream.variants import Variant, VariantColumns, VariantTable, read_variants
+from pretrain.downstream.variants import MEASURED_COLUMN, Variant, VariantColumns, VariantTable, read_variants
 from pretrain.errors import UserError
 from pretrain.files import atomic_file, refuse_existing
 
@@ -50,7 +50,7 @@ def score(
         out: The CSV file to write.
         methods: Of `METHODS`.
         wild_type: The wild-type sequence; by default the table says it.
-        columns: What the table's columns are called.
+        columns: What the table's columns are called, where that is not as usual.
         first_residue: The number that the table gives the wild type's first residue.
         device: ``cpu`` or ``cuda``; by default a GPU if there is one.
 
@@ -193,6 +193,8 @@ def spearman(variants: Sequence[Variant], scores: NDArray[np.float64]) -> float 
 
 def _agreement(variants: VariantTable, methods: Sequence[str], scores: Sequence[NDArray[np.float64]]) -> list[str]:
     """Spearman's rank correlation of each method with what was measured, for people."""
+    if variants.measured_column is None:
+        return [f"  no column {MEASURED_COLUMN}: no correlation"]
     known = sum(variant.measured is not None for variant in variants.rows)
     lines = []
     for method, values in zip(methods, scores, strict=True) if known > 1 else ():
