@@ -27,6 +27,8 @@ RANGES = {"short": (MIN_SEPARATION, 11), "medium": (12, 23), "long": (24, None)}
 TOPS = {"P@L": 1, "P@L/2": 2, "P@L/5": 5}
 """The precision among the best L divided by that."""
 CHANCE = "chance"
+OLDER = "of the model that training began with; attention has changed since"
+"""What is said of the regression that a run took over."""
 _STRENGTH = 0.15
 """scikit-learn's ``C``; the paper's number."""
 

@@ -14,6 +14,7 @@ from pretrain.corpus.sources import SourceOptions, find_sources
 from pretrain.corpus.tokenizer import ProteinTokenizer
 from pretrain.downstream.contact_regression import (
     CHANCE,
+    OLDER,
     RANGES,
     TOPS,
     fit_regression,
@@ -24,7 +25,7 @@ from pretrain.downstream.contact_regression import (
 from pretrain.downstream.embedding_files import Array, write_npz_arrays, write_safetensors_arrays
 from pretrain.downstream.load import load, use_device
 from pretrain.downstream.pretrained_encoder import PretrainedEncoder
-from pretrain.downstream.records import read_tokens
+from pretrain.downstream.records import long_lines, read_tokens
 from pretrain.downstream.structures import MIN_SEPARATION, Structure, read_structures
 from pretrain.errors import UserError
 from pretrain.files import atomic_path, refuse_existing
@@ -127,6 +128,9 @@ def contacts(
     if picture:
         _draw(picture, [(protein, kept[protein.id]) for protein in proteins[:_PANELS]])
         lines.append(f"{picture}: {min(len(proteins), _PANELS)} of {len(proteins):,} maps")
+    lines += long_lines((len(protein.ids) for protein in proteins), model.max_length)
+    if regression is model.contacts and model.contacts_are_older:
+        lines.append(f"  its own regression is {OLDER}; fit one to it as it is by --fit")
     if known:
         lines += _precision_lines(precisions(known, [kept[structure.id] for structure in known]), len(known))
         if both := {s.sequence for s in known} & {s.sequence for s in training}:

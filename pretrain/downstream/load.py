@@ -142,6 +142,7 @@ def encoder_of(checkpoint: dict[str, Any], source: Path) -> PretrainedEncoder:
         if contacts := contacts_in(checkpoint):
             contacts.check(config, str(source))
             encoder.contacts = contacts
+            encoder.contacts_are_older = checkpoint["global_step"] > 0
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"{source}: the checkpoint is not one of a run ({one_line(error, 200)})") from error
     return encoder.eval()

@@ -37,6 +37,7 @@ class PretrainedEncoder(Encoder):
     Attributes:
         fine_tuned: Whether it was, so that the masked-LM head, which had no part in that, no longer fits.
         contacts: The model's contact regression, where it brought one (`pretrain contacts --fit` makes one).
+        contacts_are_older: Whether that is the one of the model that training began with.
     """
 
     def __init__(self, config: EncoderConfig, read_tokenizer: Callable[[], Tokenizer], max_length: int | None) -> None:
@@ -44,6 +45,7 @@ class PretrainedEncoder(Encoder):
         self.max_length = max_length
         self.fine_tuned = False
         self.contacts: ContactRegression | None = None
+        self.contacts_are_older = False
         self._read_tokenizer = read_tokenizer
 
     @override
@@ -129,7 +131,7 @@ class PretrainedEncoder(Encoder):
         Raises:
             UserError: If it is empty, or has a symbol without an id.
         """
-        return encode_or_refuse(self.tokenizer, sequence.encode(), name)
+        return encode_or_refuse(self.tokenizer, sequence.encode("utf-8", "surrogatepass"), name)
 
     def _encode_all(self, sequences: Sequence[str]) -> list[NDArray[np.unsignedinteger]]:
         if isinstance(sequences, str):

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from pretrain.corpus.tokenizer import ProteinTokenizer
 from pretrain.downstream.load import load_masked_lm, use_device
 from pretrain.downstream.pretrained_encoder import PretrainedEncoder
+from pretrain.downstream.records import long_lines
 from pretrain.downstream.variants import MEASURED_COLUMN, Variant, VariantColumns, VariantTable, read_variants
 from pretrain.errors import UserError
 from pretrain.files import atomic_file, refuse_existing
@@ -77,9 +78,9 @@ def score(
         writer.writerow([*variants.header, *names])
         for variant, *values in zip(variants.rows, *scores, strict=True):
             writer.writerow([*variant.fields.values(), *(f"{value:.6f}" for value in values)])
-    return "\n".join(
-        [f"{out}: {len(variants.rows):,} variants scored by {path}", *_agreement(variants, methods, scores)]
-    )
+    told = f"{out}: {len(variants.rows):,} variants scored by {path}"
+    long = long_lines((len(variant.mutated) + 2 for variant in variants.rows), model.max_length)
+    return "\n".join([told, *long, *_agreement(variants, methods, scores)])
 
 
 def _masked_marginals(

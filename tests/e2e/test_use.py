@@ -87,3 +87,30 @@ def test_a_fine_tuned_model_is_the_best_of_its_run_and_is_asked_about_no_masks(
     assert main(["export", str(run), "--out", str(tmp_path / "exported")]) == 0
     with pytest.raises(UserError, match="is EsmForSequenceClassification without masked-LM head; give the run"):
         pretrain.load(tmp_path / "exported")
+
+
+@pytest.mark.parametrize("name", ["embed", "contacts", "fill", "score"])
+def test_sequences_longer_than_those_of_training_are_taken_whole_and_counted(
+    name: str, protein_model: Path, command: Callable[..., list[str]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(name, protein_model)) == 0
+    assert "longer than" not in capfd.readouterr().out
+    shutil.rmtree(tmp_path / "out")
+    assert main(command(name, protein_model, LONG)) == 0
+    count = 2 if name == "score" else 1  # variants of one sequence
+    said = f"  {count} longer than 100 tokens: taken whole, though the model was trained on no longer ones"
+    assert said in capfd.readouterr().out.splitlines()
+
+
+def test_an_argument_that_is_no_utf8_is_one_line(
+    protein_model: Path, text_model: Path, command: Callable[..., list[str]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    bad = "MK\udcffALV"  # as Python reads the byte 0xff in an argument
+    assert "the wild type has" in refusal(
+        [*command("score", protein_model)[:-3], bad, *command("score", protein_model)[-2:]], capfd
+    )
+    assert "text 1 has" in refusal(["fill", str(protein_model), f"<mask>{bad}"], capfd)
+    assert "text 1 has" in refusal(["fill", str(text_model), f"<mask>{bad}"], capfd)
+    for model in (protein_model, text_model):
+        with pytest.raises(UserError, match="sequence 0 has"):
+            pretrain.load(model).embed([bad])
