@@ -13,7 +13,7 @@ from pretrain.downstream.tokenizer_files import check_special_tokens, read_token
 from pretrain.errors import UserError, one_line
 from pretrain.model.allocator import keep_freed_memory
 from pretrain.model.config import EncoderConfig
-from pretrain.model.hf import contacts_from_hf, from_hf_config
+from pretrain.model.hf import contacts_from_hf, from_hf_config, max_length_of
 from pretrain.train.changes import read_config as read_settings
 from pretrain.train.checkpoint import BEST, CHECKPOINTS, contacts_in, data_state, newest_checkpoint, read_checkpoint
 from pretrain.train.divided import assemble
@@ -38,7 +38,6 @@ def load(path: str | Path) -> PretrainedEncoder:
         stored, tensors = read_config(path), read_tensors(path)
         config = from_hf_config(stored)
         config.check_size(sum(tensor.numel() for tensor in tensors.values()))
-        longest = stored.get("max_position_embeddings")  # counted from the padding id on, hence the two
         if not any(name.startswith("lm_head.") for name in tensors):
             kinds = stored.get("architectures")
             raise UserError(
@@ -46,7 +45,7 @@ def load(path: str | Path) -> PretrainedEncoder:
                 "give the run that it was exported from, or the pre-trained model (`pretrain import` gives a model "
                 "without head a new one)"
             )
-        model = PretrainedEncoder(config, partial(_tokenizer_of_directory, path), longest and max(longest - 2, 1))
+        model = PretrainedEncoder(config, partial(_tokenizer_of_directory, path), max_length_of(stored))
         load_tensors(model, tensors, path)
         if contacts := contacts_from_hf(tensors):
             contacts.check(config, str(path))

@@ -280,5 +280,7 @@ def check_choices(per: str, pooling: str, max_length: int | None) -> None:
         raise UserError(f"per is '{per}'; give sequence or residue")
     if pooling not in ("mean", "cls"):
         raise UserError(f"pooling is '{pooling}'; give mean or cls")
+    if per == "residue" and pooling == "cls":
+        raise UserError("pooling is 'cls', but per residue nothing is pooled; leave one of the two out")
     if max_length is not None and max_length < 3:
         raise UserError(f"max_length is {max_length}; give at least 3 tokens: <cls>, a residue, <eos>")

@@ -49,7 +49,7 @@ def score(
         path: The model: a run, a checkpoint or a transformers directory, of proteins.
         table: See `read_variants`.
         out: The CSV file to write.
-        methods: Of `METHODS`.
+        methods: Of `METHODS`, each once.
         wild_type: The wild-type sequence; by default the table says it.
         columns: What the table's columns are called, where that is not as usual.
         first_residue: The number that the table gives the wild type's first residue.
@@ -63,6 +63,8 @@ def score(
     """
     if unknown := [method for method in methods if method not in METHODS]:
         raise UserError(f"method is '{unknown[0]}'; give one of {', '.join(METHODS)}")
+    if twice := [method for number, method in enumerate(methods) if method in methods[:number]]:
+        raise UserError(f"method {twice[0]} is named twice; name each once")
     refuse_existing(out)
     marginals = any(method != "pseudo-perplexity" for method in methods)
     variants = read_variants(table, wild_type, columns or VariantColumns(), first_residue, marginals)

@@ -114,7 +114,8 @@ def _chains(structure: Any) -> Iterator[Structure]:
         residues = list(polymer.first_conformer())
         listed = [gemmi.Entity.first_mon(names) for names in entity.full_sequence] if entity else []
         places = [residue.label_seq for residue in residues]
-        if not listed or None in places:  # no SEQRES, or one that the coordinates do not follow
+        # No SEQRES, or one that the coordinates do not follow.
+        if any(place is None or not 1 <= place <= len(listed) for place in places):
             listed, places = [residue.name for residue in residues], list(range(1, len(residues) + 1))
         sequence = "".join(_letter(monomer) for monomer in listed)
         if sequence in seen:

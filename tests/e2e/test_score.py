@@ -242,6 +242,7 @@ def test_a_bad_row_is_named_and_nothing_is_written(
         ([], "table.csv:2: no wild type: give --sequence or --fasta"),
         (["--sequence", "MKT1"], "the wild type has '1' at position 4"),
         (["--sequence", WILD_TYPE, "--method", "magic"], "method is 'magic'; give one of masked-marginals"),
+        (["--sequence", WILD_TYPE, "--method", METHODS[0], METHODS[0]], "masked-marginals is named twice; name each"),
         (["--fasta", "{two}"], "has 2 sequences"),
         (["--wild_type_column", "wt"], "no column 'wt'"),
         (["--score_column", "DMS"], "no column 'DMS'; its only column is 'mutant'"),

@@ -16,6 +16,7 @@ from pretrain.downstream.contact_regression import write_regression
 from pretrain.downstream.load import checkpoint_of
 from pretrain.errors import UserError
 from pretrain.model.contacts import ContactRegression
+from pretrain.model.encoder import Encoder
 
 LONG = "ACDEFGHIKLMNPQRSTVWY" * 6
 
@@ -106,11 +107,48 @@ def test_an_argument_that_is_no_utf8_is_one_line(
     protein_model: Path, text_model: Path, command: Callable[..., list[str]], capfd: pytest.CaptureFixture[str]
 ) -> None:
     bad = "MK\udcffALV"  # as Python reads the byte 0xff in an argument
-    assert "the wild type has" in refusal(
-        [*command("score", protein_model)[:-3], bad, *command("score", protein_model)[-2:]], capfd
-    )
+    score = command("score", protein_model)
+    score[score.index("--sequence") + 1] = bad
+    assert "the wild type has" in refusal(score, capfd)
     assert "text 1 has" in refusal(["fill", str(protein_model), f"<mask>{bad}"], capfd)
     assert "text 1 has" in refusal(["fill", str(text_model), f"<mask>{bad}"], capfd)
     for model in (protein_model, text_model):
         with pytest.raises(UserError, match="sequence 0 has"):
             pretrain.load(model).embed([bad])
+
+
+@pytest.mark.parametrize("name", ["embed", "contacts", "fill", "score", "validate"])
+def test_a_sequence_too_long_for_the_memory_is_one_line(
+    name: str,
+    protein_model: Path,
+    command: Callable[..., list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    def ask_for_too_much(*given: object) -> None:
+        torch.empty(2**58)
+
+    def ask_a_gpu_for_too_much(*given: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr(Encoder, "_embed", ask_for_too_much)
+    line = refusal(command(name, protein_model), capfd)
+    assert "this machine has too little memory for the longest sequence; give shorter ones" in line
+    assert ("(--max_length N" in line) == (name in ("embed", "validate"))
+    monkeypatch.setattr(Encoder, "_embed", ask_a_gpu_for_too_much)
+    line = refusal(command(name, protein_model), capfd)
+    assert "the GPU has too little memory" in line
+    assert line.endswith("or leave it out, or give --device cpu")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(
+    protein_model: Path, command: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*given: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(Encoder, "_embed", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(command("embed", protein_model))
