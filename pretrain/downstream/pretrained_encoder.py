@@ -221,7 +221,9 @@ class PretrainedEncoder(Encoder):
             starts = cu_seqlens.tolist()
             rows = [start + place for start, i in zip(starts, pack, strict=False) for place in positions[i]]
             with self.precision():
-                logits = self(input_ids, cu_seqlens, None, torch.tensor(rows, device=input_ids.device))
+                hidden = self.hidden_states(input_ids, cu_seqlens, None, torch.tensor(rows, device=input_ids.device))
+            # Differences of these numbers are scores: the head does not round them to bfloat16.
+            logits = self.head(hidden.to(self.embedding.weight.dtype), self.embedding.weight)
             found = check_finite(logits.float().log_softmax(-1)).cpu().split([len(positions[i]) for i in pack])
             for i, part in zip(pack, found, strict=True):
                 result[i] = part.numpy()

@@ -45,6 +45,8 @@ def score(
 ) -> str:
     """Score the variants of a CSV file into a copy of it with a column for each method.
 
+    On a GPU the blocks compute in bfloat16, the head in float32.
+
     Args:
         path: The model: a run, a checkpoint or a transformers directory, of proteins.
         table: See `read_variants`.

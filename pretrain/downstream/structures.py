@@ -1,7 +1,6 @@
 """Protein structures as contact maps: PDB and mmCIF files, read by gemmi."""
 
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ class Structure:
         self.sequence = sequence
         self.beta = beta
 
-    @cached_property
+    @property
     def pairs(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The pairs with coordinates that are far enough apart in the sequence to be asked about: i, and j > i."""
         resolved = np.flatnonzero(~np.isnan(self.beta).any(1))

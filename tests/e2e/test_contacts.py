@@ -170,6 +170,9 @@ def test_structures_are_predicted_for_compared_and_drawn(
     maps = np.load(out)
     assert {name: maps[name].shape for name in maps} == {"pin0_A": (30, 30), "pin1_A": (44, 44), "pin2_A": (61, 61)}
     assert picture.read_bytes().startswith(b"\x89PNG")
+    assert main(arguments) == 0
+    figures = [line for line in printed.splitlines() if line.startswith("  ")]
+    assert capfd.readouterr().out.splitlines() == figures, "whatever is written"
 
 
 def test_a_published_models_own_regression_is_taken_and_comes_back_from_a_run_that_trained_on(

@@ -11,7 +11,9 @@ from scipy.stats import spearmanr
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from pretrain.cli import main
+from pretrain.downstream.pretrained_encoder import PretrainedEncoder
 from pretrain.downstream.variants import VariantColumns, read_variants
+from pretrain.model.encoder import MaskedLMHead
 
 WILD_TYPE = "MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQ"
 MUTANTS = ["A4G", "K2R:Q11E", "V15L:M1K:F19W", "T3T", "WT", "Q33A"]
@@ -261,6 +263,32 @@ def test_a_mistake_is_one_line(
     (line,) = capsys.readouterr().err.splitlines()
     assert said in line
     assert not (tmp_path / "out.csv").exists()
+
+
+def test_the_head_is_not_rounded_where_the_blocks_are(
+    protein_model: Path, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU the blocks compute in bfloat16, whose steps near 8 are 1/32: more than most scores differ by."""
+    run = ["score", str(protein_model), str(table), "--method", *METHODS, "--out"]
+    assert main([*run, str(tmp_path / "exact.csv")]) == 0
+    dtypes = set()
+    head = MaskedLMHead.forward
+
+    def watch(self: MaskedLMHead, hidden: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+        logits = head(self, hidden, embedding)
+        dtypes.add(logits.dtype)
+        return logits
+
+    monkeypatch.setattr(MaskedLMHead, "forward", watch)
+    monkeypatch.setattr(PretrainedEncoder, "precision", lambda self: torch.autocast("cpu", torch.bfloat16))
+    assert main([*run, str(tmp_path / "rounded.csv")]) == 0
+    assert dtypes == {torch.float32}
+    exact, rounded = (
+        np.array([list(row.values())[-3:] for row in read(tmp_path / name)], float)
+        for name in ("exact.csv", "rounded.csv")
+    )
+    assert not np.array_equal(exact, rounded)
+    np.testing.assert_allclose(rounded, exact, rtol=0, atol=0.3)
 
 
 def test_a_model_of_text_scores_no_variants(
