@@ -236,10 +236,10 @@ def _score(commands: "Commands") -> None:
         "--first_residue", type=int, default=1, metavar="N", help="the number of its first (default 1)"
     )
     group = command.add_argument_group("what the columns are called")
-    group.add_argument("--mutant_column", default="mutant", metavar="NAME", help="(default mutant)")
-    group.add_argument("--sequence_column", default="mutated_sequence", metavar="NAME", help="(mutated_sequence)")
+    group.add_argument("--mutant_column", metavar="NAME", help="(default mutant)")
+    group.add_argument("--sequence_column", metavar="NAME", help="(mutated_sequence)")
     group.add_argument("--wild_type_column", metavar="NAME", help="(target_seq, wildtype_sequence, ...)")
-    group.add_argument("--score_column", default="DMS_score", metavar="NAME", help="the measured effect (DMS_score)")
+    group.add_argument("--score_column", metavar="NAME", help="the measured effect (DMS_score)")
     _add_device(command)
 
 

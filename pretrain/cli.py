@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options, unknown = parser().parse_known_args(given)
         if unknown:
             raise UserError(f"unrecognized arguments: {' '.join(unknown)}; see `pretrain {given[0]} --help`")
-        _COMMANDS[options.command](options)
+        _run(options)
         return 0
     except (UserError, CrashError) as error:
         code = 1 if isinstance(error, CrashError) else 2
@@ -62,6 +62,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code, message = 130, str(interruption) or "interrupted"
     print(f"pretrain: error: {message}", file=sys.stderr)
     return code
+
+
+def _run(options: argparse.Namespace) -> None:
+    try:
+        _COMMANDS[options.command](options)
+    except (MemoryError, RuntimeError) as error:
+        if "device" not in options:  # which all those that apply a model have
+            raise
+        from pretrain.train.hardware import is_out_of_memory
+
+        of_gpu = is_out_of_memory(error)
+        if not (of_gpu or isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)):
+            raise
+        cropped = " (--max_length N reads their beginning)" if "max_length" in options else ""
+        raise UserError(
+            f"{'the GPU' if of_gpu else 'this machine'} has too little memory for the longest sequence; give shorter "
+            f"ones{cropped} or leave it out{', or give --device cpu' if of_gpu else ''}"
+        ) from error
 
 
 _SPINS = "10000"

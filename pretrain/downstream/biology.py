@@ -21,7 +21,7 @@ from pretrain.downstream.contact_regression import contact_labels, fit_regressio
 from pretrain.downstream.pretrained_encoder import PretrainedEncoder
 from pretrain.downstream.score import METHODS, spearman
 from pretrain.downstream.structures import read_structures
-from pretrain.downstream.variants import VariantColumns, read_variants
+from pretrain.downstream.variants import MEASURED_COLUMN, VariantColumns, read_variants
 from pretrain.errors import UserError
 from pretrain.model.encoder import Encoder
 from pretrain.train.module import MLMModule
@@ -85,7 +85,7 @@ class Biology(pl.Callback):
             raise UserError("Biology: two tables of variants have the same name; rename one, figures go by it")
         for path in _paths(variants):
             if sum(variant.measured is not None for variant in self.variants[path.stem].rows) < 2:
-                raise UserError(f"{path}: has no measured effects (column {VariantColumns().measured}) to compare with")
+                raise UserError(f"{path}: has no measured effects (column {MEASURED_COLUMN}) to compare with")
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

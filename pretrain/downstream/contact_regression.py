@@ -19,6 +19,7 @@ from pretrain.downstream.structures import MIN_SEPARATION, Structure
 from pretrain.errors import UserError, how_to_install
 from pretrain.files import atomic_path
 from pretrain.model.contacts import ContactRegression, pair_features
+from pretrain.model.encoder import check_finite
 from pretrain.model.hf import contacts_from_hf, contacts_to_hf
 
 RANGES = {"short": (MIN_SEPARATION, 11), "medium": (12, 23), "long": (24, None)}
@@ -26,6 +27,10 @@ RANGES = {"short": (MIN_SEPARATION, 11), "medium": (12, 23), "long": (24, None)}
 TOPS = {"P@L": 1, "P@L/2": 2, "P@L/5": 5}
 """The precision among the best L divided by that."""
 CHANCE = "chance"
+OLDER = "of the model that training began with; attention has changed since"
+"""What is said of the regression that a run took over."""
+Precisions = dict[str, dict[str, float]]
+"""By range, then by `TOPS` and `CHANCE`."""
 _STRENGTH = 0.15
 """scikit-learn's ``C``; the paper's number."""
 
@@ -37,7 +42,7 @@ def fit_regression(model: PretrainedEncoder, structures: Sequence[Structure]) ->
     residues 1 GB under ESM-2 8M, 6 GB under 650M.
 
     Raises:
-        UserError: If the structures hold no contact, or scikit-learn is missing.
+        UserError: If the structures hold no contact, the model's attention is not finite, or scikit-learn is missing.
     """
     try:
         from sklearn.linear_model import LogisticRegression
@@ -49,10 +54,8 @@ def fit_regression(model: PretrainedEncoder, structures: Sequence[Structure]) ->
     row = 0
     for ids, structure in _encoded(model, structures):
         first, second = (torch.from_numpy(places) for places in structure.pairs)
-        features[row : row + len(first)] = pair_features(model, ids, first, second).numpy()
+        features[row : row + len(first)] = check_finite(pair_features(model, ids, first, second)).numpy()
         row += len(first)
-    if not np.isfinite(features).all():
-        raise UserError("the model's attention is not finite; take an earlier checkpoint")
     # Its own random numbers, so that a training run that asks for it draws the same as one that does not.
     regression = LogisticRegression(C=_STRENGTH, l1_ratio=1.0, solver="liblinear", max_iter=1000, random_state=0)
     with warnings.catch_warnings():
@@ -82,7 +85,7 @@ def _encoded(model: PretrainedEncoder, structures: Sequence[Structure]) -> list[
     return [(model.lay_out([model.encode(s.sequence, s.id)])[0], s) for s in structures]
 
 
-def precisions(structures: Sequence[Structure], maps: Sequence[NDArray[np.float32]]) -> dict[str, dict[str, float]]:
+def precisions(structures: Sequence[Structure], maps: Sequence[NDArray[np.float32]]) -> Precisions:
     """How many of the most probable pairs are contacts: by range, then by `TOPS`; means over the structures.
 
     Args:
@@ -92,26 +95,34 @@ def precisions(structures: Sequence[Structure], maps: Sequence[NDArray[np.float3
     Returns:
         Also, under `CHANCE`, the share of contacts among all pairs: what a guess would reach. A range that no structure
         is long enough for is left out.
-
-    Raises:
-        UserError: If a probability is NaN, as of a model that went astray.
     """
-    if not all(np.isfinite(predicted).all() for predicted in maps):
-        raise UserError("the model's attention is not finite; take an earlier checkpoint")
-    found: dict[str, dict[str, list[float]]] = {}
-    for structure, predicted in zip(structures, maps, strict=True):
-        first, second = structure.pairs
-        contacts, probabilities = structure.contacts(), predicted[first, second]
-        for name, (low, high) in RANGES.items():
-            here = (second - first >= low) & (second - first <= (high or len(predicted)))
-            if not here.any():
-                continue
-            figures = found.setdefault(name, {})
-            for top, part in TOPS.items():
-                best = max(1, len(predicted) // part)
-                figures.setdefault(top, []).append(_precision(probabilities[here], contacts[here], best))
-            figures.setdefault(CHANCE, []).append(float(contacts[here].mean()))
-    return {name: {top: float(np.mean(values)) for top, values in figures.items()} for name, figures in found.items()}
+    return means([precisions_of(structure, predicted) for structure, predicted in zip(structures, maps, strict=True)])
+
+
+def precisions_of(structure: Structure, predicted: NDArray[np.float32]) -> Precisions:
+    """As `precisions`, of one structure."""
+    first, second = structure.pairs
+    contacts, probabilities = structure.contacts(), predicted[first, second]
+    found: Precisions = {}
+    for name, (low, high) in RANGES.items():
+        here = (second - first >= low) & (second - first <= (high or len(predicted)))
+        if here.any():
+            found[name] = {
+                top: _precision(probabilities[here], contacts[here], max(1, len(predicted) // part))
+                for top, part in TOPS.items()
+            }
+            found[name][CHANCE] = float(contacts[here].mean())
+    return found
+
+
+def means(found: Sequence[Precisions]) -> Precisions:
+    """The means of `precisions_of` over the structures that are long enough for a range."""
+    by_range = {name: [figures[name] for figures in found if name in figures] for name in RANGES}
+    return {
+        name: {top: float(np.mean([figures[top] for figures in of_range])) for top in (*TOPS, CHANCE)}
+        for name, of_range in by_range.items()
+        if of_range
+    }
 
 
 def _precision(probabilities: NDArray[np.float32], contacts: NDArray[np.bool_], best: int) -> float:

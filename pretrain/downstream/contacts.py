@@ -14,17 +14,20 @@ from pretrain.corpus.sources import SourceOptions, find_sources
 from pretrain.corpus.tokenizer import ProteinTokenizer
 from pretrain.downstream.contact_regression import (
     CHANCE,
+    OLDER,
     RANGES,
     TOPS,
+    Precisions,
     fit_regression,
-    precisions,
+    means,
+    precisions_of,
     read_regression,
     write_regression,
 )
 from pretrain.downstream.embedding_files import Array, write_npz_arrays, write_safetensors_arrays
 from pretrain.downstream.load import load, use_device
 from pretrain.downstream.pretrained_encoder import PretrainedEncoder
-from pretrain.downstream.records import read_tokens
+from pretrain.downstream.records import long_lines, read_tokens
 from pretrain.downstream.structures import MIN_SEPARATION, Structure, read_structures
 from pretrain.errors import UserError
 from pretrain.files import atomic_path, check_suffix, refuse_existing
@@ -107,18 +110,20 @@ def contacts(
     lines = []
     bar = tqdm(total=len(proteins), desc="contacts", unit=" sequences", disable=None)
     kept: dict[str, NDArray[np.float32]] = {}
+    found: list[Precisions] = []
 
     def predict(protein: _Protein) -> NDArray[np.float32]:
         if protein.id in kept:
             return kept[protein.id]
-        predicted = regression.predict(model, model.lay_out([protein.ids])[0]).cpu().numpy()
+        predicted = np.asarray(regression.predict(model, model.lay_out([protein.ids])[0]).cpu().numpy())
+        if protein.structure:
+            found.append(precisions_of(protein.structure, predicted))
         bar.update()
-        return np.asarray(predicted)
+        return predicted
 
     with bar:
-        for number, protein in enumerate(proteins):  # what is looked at twice
-            if protein.structure or (picture and number < _PANELS):
-                kept[protein.id] = predict(protein)
+        for protein in proteins[:_PANELS] if picture else ():  # what is looked at twice
+            kept[protein.id] = predict(protein)
         if picture:  # may be drawn again, so it comes before what may not be written again
             _draw(picture, [(protein, kept[protein.id]) for protein in proteins[:_PANELS]])
             lines.append(f"{picture}: {min(len(proteins), _PANELS)} of {len(proteins):,} maps")
@@ -126,12 +131,19 @@ def contacts(
             with atomic_path(out) as partial_file:
                 _WRITERS[out.suffix](partial_file, proteins, predict)
             lines.append(f"{out}: maps of {len(proteins):,} sequences by {path}; {origin}")
+        else:
+            for protein in proteins:
+                if protein.structure:
+                    predict(protein)
     if save_to:
         about = {"model": str(path), "structures": [s.id for s in training]}
         write_regression(regression, save_to, about)
         lines.append(f"{save_to}: {origin}")
+    lines += long_lines((len(protein.ids) for protein in proteins), model.max_length)
+    if regression is model.contacts and model.contacts_are_older:
+        lines.append(f"  its own regression is {OLDER}; fit one to it as it is by --fit")
     if known:
-        lines += _precision_lines(precisions(known, [kept[structure.id] for structure in known]), len(known))
+        lines += _precision_lines(means(found), len(known))
         if both := {s.sequence for s in known} & {s.sequence for s in training}:
             lines.append(f"  {len(both):,} of these sequences are among those fitted on: the figures flatter")
     return "\n".join(lines)
@@ -219,7 +231,7 @@ def _write_csv(file: Path, proteins: Sequence[_Protein], predict: Predict) -> No
 _WRITERS = {".npz": _write_npz, ".safetensors": _write_safetensors, ".csv": _write_csv}
 
 
-def _precision_lines(figures: dict[str, dict[str, float]], count: int) -> list[str]:
+def _precision_lines(figures: Precisions, count: int) -> list[str]:
     lines = [
         f"  {'separation':18}" + "".join(f"{name:>8}" for name in (*TOPS, CHANCE)) + f"   (means of {count} chains)"
     ]

@@ -9,13 +9,13 @@ import yaml
 
 from pretrain.corpus.tokenizer import Tokenizer
 from pretrain.downstream.card import CURVES, model_card, settings_at
-from pretrain.downstream.contact_regression import read_regression
+from pretrain.downstream.contact_regression import OLDER, read_regression
 from pretrain.downstream.finetune.export import check_exportable, hf_class, verify_fine_tuned, write_fine_tuned
 from pretrain.downstream.finetune.export import model_card as fine_tuned_card
-from pretrain.downstream.finetune.model import is_fine_tuned, load_fine_tuned
+from pretrain.downstream.finetune.model import load_fine_tuned
 from pretrain.downstream.hf_files import check_equal, hf_config, hf_state, load_hf, probe, save_hf
 from pretrain.downstream.inspect import inspect
-from pretrain.downstream.load import checkpoint_of, encoder_of
+from pretrain.downstream.load import checkpoint_of, encoder_of, is_fine_tuned
 from pretrain.downstream.tokenizer_files import write_tokenizer
 from pretrain.errors import UserError
 from pretrain.files import new_directory, refuse_existing
@@ -52,7 +52,7 @@ def export(run: Path, out: Path, regression: Path | None = None) -> str:
         return _export_fine_tuned(run, home, settings, out)
     encoder = encoder_of(checkpoint, run)
     tokenizer, max_length = encoder.tokenizer, settings["data"]["max_length"]
-    contacts = "of the model that training began with; attention has changed since" if encoder.contacts else ""
+    contacts = OLDER if encoder.contacts else ""
     if regression:
         encoder.contacts = read_regression(regression)
         encoder.contacts.check(encoder.config, str(regression))

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from pretrain.corpus.readers import read_located
 from pretrain.corpus.sources import SourceOptions, find_sources
 from pretrain.corpus.tokenizer import InvalidSymbolError, TextTokenizer, Tokenizer
-from pretrain.downstream.load import load, use_device
+from pretrain.downstream.load import load_masked_lm, use_device
 from pretrain.downstream.pretrained_encoder import PretrainedEncoder
+from pretrain.downstream.records import long_lines
 from pretrain.errors import UserError
 from pretrain.files import atomic_file, refuse_existing
 
@@ -67,27 +68,36 @@ def fill(
         raise UserError(f"{out}: a table is written as .csv; give such a name with --out")
     if out:
         refuse_existing(out)
-    model = load(path).to(use_device(device))
+    model = load_masked_lm(path).to(use_device(device))
     if not 1 <= top <= model.tokenizer.vocab_size:
         raise UserError(f"top is {top}; give 1 to {model.tokenizer.vocab_size}, the size of the vocabulary")
     given = (_Text(f"text {n}", text, f"text {n}") for n, text in enumerate(texts, 1))
     blocks = _blocks(itertools.chain(given, _read(source, options or SourceOptions())))
-    filled = ((one, masks) for block in blocks for one, masks in _fill(model, block, top))
+    lengths: list[int] = []
+
+    def fill_all() -> Iterator[tuple[_Text, list[Prediction]]]:
+        for block in blocks:
+            tokens = [encode_masked(model.tokenizer, one.text, one.what) for one in block]
+            lengths.extend(map(len, tokens))
+            yield from zip(block, _fill(model, tokens, top), strict=True)
+
     if out is None:
-        for one, masks in filled:
+        for one, masks in fill_all():
             yield one.text
             yield from _lines(masks, model.tokenizer)
+        yield from long_lines(lengths, model.max_length)
         return
     with atomic_file(out) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("id", "mask", "position", "rank", "token", "probability"))
         count = 0
-        for one, masks in filled:
+        for one, masks in fill_all():
             for number, mask in enumerate(masks, 1):
                 count += 1
                 for rank, (token, probability) in enumerate(zip(mask.tokens, mask.probabilities, strict=True), 1):
                     writer.writerow((one.id, number, mask.position, rank, token, f"{probability:.6g}"))
     yield f"{out}: {count:,} masks, the best {top} tokens for each"
+    yield from long_lines(lengths, model.max_length)
 
 
 class _Text(NamedTuple):
@@ -108,17 +118,15 @@ def _blocks(texts: Iterable[_Text]) -> Iterator[list[_Text]]:
         yield block
 
 
-def _fill(model: PretrainedEncoder, texts: Sequence[_Text], top: int) -> Iterator[tuple[_Text, list[Prediction]]]:
-    tokens = [encode_masked(model.tokenizer, one.text, one.what) for one in texts]
+def _fill(model: PretrainedEncoder, tokens: Sequence[NDArray[np.int64]], top: int) -> Iterator[list[Prediction]]:
     places = [np.flatnonzero(ids == model.tokenizer.mask_token_id).tolist() for ids in tokens]
-    for one, where, rows in zip(texts, places, model.log_probabilities(tokens, places), strict=True):
+    for where, rows in zip(places, model.log_probabilities(tokens, places), strict=True):
         best = np.argsort(-rows, axis=-1, kind="stable")[:, :top]
         chances = np.exp(np.take_along_axis(rows, best, -1))
-        masks = [
+        yield [
             Prediction(place, [_show(model.tokenizer, token) for token in ids], probabilities)
             for place, ids, probabilities in zip(where, best.tolist(), chances.tolist(), strict=True)
         ]
-        yield one, masks
 
 
 def encode_masked(tokenizer: Tokenizer, text: str, name: str) -> NDArray[np.int64]:
@@ -140,7 +148,7 @@ def encode_masked(tokenizer: Tokenizer, text: str, name: str) -> NDArray[np.int6
     ids = [tokenizer.cls_token_id]
     for part in parts:
         try:
-            ids += [*tokenizer.encode(part.encode())[1:-1].tolist(), tokenizer.mask_token_id]
+            ids += [*tokenizer.encode(part.encode("utf-8", "surrogatepass"))[1:-1].tolist(), tokenizer.mask_token_id]
         except InvalidSymbolError as error:
             raise UserError(f"{name} has {error.symbol} in {part!r}; allowed: {error.allowed}, {MASK}") from error
     return np.array([*ids[:-1], tokenizer.eos_token_id])

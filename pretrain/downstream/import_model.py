@@ -28,6 +28,7 @@ from pretrain.model.hf import (
     DECODER,
     contacts_from_hf,
     from_hf_config,
+    max_length_of,
     published_names,
     to_hf,
 )
@@ -57,7 +58,7 @@ def import_model(source: str, out: Path, seed: int = 0) -> str:
     refuse_existing(out)
     directory = _find(source)
     stored = read_config(directory)
-    config = from_hf_config(stored)
+    config, max_length = from_hf_config(stored), max_length_of(stored) or 1024
     tokenizer = read_tokenizer(directory, stored)
     check_special_tokens(directory, config, tokenizer)
 
@@ -76,9 +77,6 @@ def import_model(source: str, out: Path, seed: int = 0) -> str:
     if contacts:
         contacts.check(config, str(directory))
     encoder.eval()
-
-    # transformers' ESM counts positions from the padding id on, hence the two.
-    max_length = (stored.get("max_position_embeddings") or 1026) - 2
     with new_directory(out) as partial:
         write_model(encoder, tokenizer, max_length, partial, contacts)
         write_tokenizer(tokenizer, max_length, partial)

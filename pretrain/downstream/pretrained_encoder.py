@@ -16,7 +16,7 @@ from pretrain.errors import UserError
 from pretrain.model.attention import Layout
 from pretrain.model.config import EncoderConfig
 from pretrain.model.contacts import ContactRegression
-from pretrain.model.encoder import Encoder
+from pretrain.model.encoder import Encoder, check_finite
 
 PACK_TOKENS = {"cpu": 2**12, "cuda": 2**16}
 """Tokens of a forward pass: on a CPU any number from a thousand on is as fast, a GPU needs more to be busy."""
@@ -35,13 +35,17 @@ class PretrainedEncoder(Encoder):
             if that is not known.
 
     Attributes:
+        fine_tuned: Whether it was, so that the masked-LM head, which had no part in that, no longer fits.
         contacts: The model's contact regression, where it brought one (`pretrain contacts --fit` makes one).
+        contacts_are_older: Whether that is the one of the model that training began with.
     """
 
     def __init__(self, config: EncoderConfig, read_tokenizer: Callable[[], Tokenizer], max_length: int | None) -> None:
         super().__init__(config)
         self.max_length = max_length
+        self.fine_tuned = False
         self.contacts: ContactRegression | None = None
+        self.contacts_are_older = False
         self._read_tokenizer = read_tokenizer
 
     @override
@@ -89,7 +93,8 @@ class PretrainedEncoder(Encoder):
 
         Raises:
             UserError: If a sequence is empty or has a symbol that the tokenizer does not know, a layer does not exist
-                or is named twice, a setting is none of those above, or there is no tokenizer.
+                or is named twice, a setting is none of those above, there is no tokenizer, or the model's outputs are
+                not finite.
         """
         chosen = self.resolve_layers([layers] if isinstance(layers, int) else layers)
         check_choices(per, pooling, max_length)
@@ -126,7 +131,7 @@ class PretrainedEncoder(Encoder):
         Raises:
             UserError: If it is empty, or has a symbol without an id.
         """
-        return encode_or_refuse(self.tokenizer, sequence.encode(), name)
+        return encode_or_refuse(self.tokenizer, sequence.encode("utf-8", "surrogatepass"), name)
 
     def _encode_all(self, sequences: Sequence[str]) -> list[NDArray[np.unsignedinteger]]:
         if isinstance(sequences, str):
@@ -170,6 +175,9 @@ class PretrainedEncoder(Encoder):
         Returns:
             Rows of [layers, D], one a sequence or one a residue, sequence by sequence; and where the sequences begin
             among them, with the number of rows last.
+
+        Raises:
+            UserError: If a number is not finite.
         """
         ends = [len(ids) - int(ids[-1] == self.tokenizer.eos_token_id) for ids in tokens]
         rows = [1] * len(tokens) if per == "sequence" else [end - 1 for end in ends]
@@ -185,7 +193,7 @@ class PretrainedEncoder(Encoder):
                 pooled = [part[:1] for part in parts]
             else:
                 pooled = [part[1 : ends[i]].mean(0, keepdim=True) for part, i in zip(parts, pack, strict=True)]
-            on_host = torch.cat(pooled).cpu().numpy()
+            on_host = check_finite(torch.cat(pooled)).cpu().numpy()
             places = np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in pack])
             values[places] = on_host
             done(len(input_ids))
@@ -203,6 +211,9 @@ class PretrainedEncoder(Encoder):
 
         Returns:
             Of each sequence, natural logarithms of probabilities over the vocabulary, [places, V].
+
+        Raises:
+            UserError: If one is not finite.
         """
         result: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * len(tokens)
         for pack in self.packs([len(ids) for ids in tokens]):
@@ -210,8 +221,10 @@ class PretrainedEncoder(Encoder):
             starts = cu_seqlens.tolist()
             rows = [start + place for start, i in zip(starts, pack, strict=False) for place in positions[i]]
             with self.precision():
-                logits = self(input_ids, cu_seqlens, None, torch.tensor(rows, device=input_ids.device))
-            found = logits.float().log_softmax(-1).cpu().split([len(positions[i]) for i in pack])
+                hidden = self.hidden_states(input_ids, cu_seqlens, None, torch.tensor(rows, device=input_ids.device))
+            # Differences of these numbers are scores: the head does not round them to bfloat16.
+            logits = self.head(hidden.to(self.embedding.weight.dtype), self.embedding.weight)
+            found = check_finite(logits.float().log_softmax(-1)).cpu().split([len(positions[i]) for i in pack])
             for i, part in zip(pack, found, strict=True):
                 result[i] = part.numpy()
         return result
@@ -269,5 +282,7 @@ def check_choices(per: str, pooling: str, max_length: int | None) -> None:
         raise UserError(f"per is '{per}'; give sequence or residue")
     if pooling not in ("mean", "cls"):
         raise UserError(f"pooling is '{pooling}'; give mean or cls")
+    if per == "residue" and pooling == "cls":
+        raise UserError("pooling is 'cls', but per residue nothing is pooled; leave one of the two out")
     if max_length is not None and max_length < 3:
         raise UserError(f"max_length is {max_length}; give at least 3 tokens: <cls>, a residue, <eos>")

@@ -1,6 +1,6 @@
 """Sources as `pretrain prepare` takes them, to tokens one record at a time: what a model is applied to."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +24,18 @@ class TokenizedRecord(NamedTuple):
     id: str
     ids: NDArray[np.unsignedinteger]
     length: int
+
+
+def long_lines(lengths: Iterable[int], longest: int | None) -> list[str]:
+    """How many sequences are longer than a model's training sequences and taken whole, for people; nothing if none is.
+
+    Args:
+        lengths: Tokens of each, ``<cls>`` and ``<eos>`` included.
+        longest: Tokens of the longest training sequences, where that is known.
+    """
+    long = sum(longest is not None and length > longest for length in lengths)
+    taken = f"  {long:,} longer than {longest:,} tokens: taken whole, though the model was trained on no longer ones"
+    return [taken] if long else []
 
 
 def read_tokens(

@@ -22,9 +22,10 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from pretrain.corpus.tokenizer import ProteinTokenizer
-from pretrain.downstream.load import load, use_device
+from pretrain.downstream.load import load_masked_lm, use_device
 from pretrain.downstream.pretrained_encoder import PretrainedEncoder
-from pretrain.downstream.variants import Variant, VariantColumns, VariantTable, read_variants
+from pretrain.downstream.records import long_lines
+from pretrain.downstream.variants import MEASURED_COLUMN, Variant, VariantColumns, VariantTable, read_variants
 from pretrain.errors import UserError
 from pretrain.files import atomic_file, refuse_existing
 
@@ -44,13 +45,15 @@ def score(
 ) -> str:
     """Score the variants of a CSV file into a copy of it with a column for each method.
 
+    On a GPU the blocks compute in bfloat16, the head in float32.
+
     Args:
         path: The model: a run, a checkpoint or a transformers directory, of proteins.
         table: See `read_variants`.
         out: The CSV file to write.
-        methods: Of `METHODS`.
+        methods: Of `METHODS`, each once.
         wild_type: The wild-type sequence; by default the table says it.
-        columns: What the table's columns are called.
+        columns: What the table's columns are called, where that is not as usual.
         first_residue: The number that the table gives the wild type's first residue.
         device: ``cpu`` or ``cuda``; by default a GPU if there is one.
 
@@ -62,13 +65,15 @@ def score(
     """
     if unknown := [method for method in methods if method not in METHODS]:
         raise UserError(f"method is '{unknown[0]}'; give one of {', '.join(METHODS)}")
+    if twice := [method for number, method in enumerate(methods) if method in methods[:number]]:
+        raise UserError(f"method {twice[0]} is named twice; name each once")
     refuse_existing(out)
     marginals = any(method != "pseudo-perplexity" for method in methods)
     variants = read_variants(table, wild_type, columns or VariantColumns(), first_residue, marginals)
     names = [COLUMNS[method] for method in methods]
     if taken := [name for name in names if name in variants.header]:
         raise UserError(f"{table}: has a column '{taken[0]}' already; rename it, so that nothing is overwritten")
-    model = load(path).to(use_device(device))
+    model = load_masked_lm(path).to(use_device(device))
     if not isinstance(model.tokenizer, ProteinTokenizer):
         raise UserError(f"{path}: is a model of text; variants are scored by models of proteins")
     scores = [METHODS[method](model, variants.rows, progress=sys.stderr.isatty()) for method in methods]
@@ -77,9 +82,9 @@ def score(
         writer.writerow([*variants.header, *names])
         for variant, *values in zip(variants.rows, *scores, strict=True):
             writer.writerow([*variant.fields.values(), *(f"{value:.6f}" for value in values)])
-    return "\n".join(
-        [f"{out}: {len(variants.rows):,} variants scored by {path}", *_agreement(variants, methods, scores)]
-    )
+    told = f"{out}: {len(variants.rows):,} variants scored by {path}"
+    long = long_lines((len(variant.mutated) + 2 for variant in variants.rows), model.max_length)
+    return "\n".join([told, *long, *_agreement(variants, methods, scores)])
 
 
 def _masked_marginals(
@@ -193,6 +198,8 @@ def spearman(variants: Sequence[Variant], scores: NDArray[np.float64]) -> float 
 
 def _agreement(variants: VariantTable, methods: Sequence[str], scores: Sequence[NDArray[np.float64]]) -> list[str]:
     """Spearman's rank correlation of each method with what was measured, for people."""
+    if variants.measured_column is None:
+        return [f"  no column {MEASURED_COLUMN}: no correlation"]
     known = sum(variant.measured is not None for variant in variants.rows)
     lines = []
     for method, values in zip(methods, scores, strict=True) if known > 1 else ():

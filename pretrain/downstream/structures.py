@@ -1,7 +1,6 @@
 """Protein structures as contact maps: PDB and mmCIF files, read by gemmi."""
 
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ class Structure:
         self.sequence = sequence
         self.beta = beta
 
-    @cached_property
+    @property
     def pairs(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The pairs with coordinates that are far enough apart in the sequence to be asked about: i, and j > i."""
         resolved = np.flatnonzero(~np.isnan(self.beta).any(1))
@@ -114,7 +113,8 @@ def _chains(structure: Any) -> Iterator[Structure]:
         residues = list(polymer.first_conformer())
         listed = [gemmi.Entity.first_mon(names) for names in entity.full_sequence] if entity else []
         places = [residue.label_seq for residue in residues]
-        if not listed or None in places:  # no SEQRES, or one that the coordinates do not follow
+        # No SEQRES, or one that the coordinates do not follow.
+        if any(place is None or not 1 <= place <= len(listed) for place in places):
             listed, places = [residue.name for residue in residues], list(range(1, len(residues) + 1))
         sequence = "".join(_letter(monomer) for monomer in listed)
         if sequence in seen:

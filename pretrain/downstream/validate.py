@@ -13,10 +13,11 @@ from pretrain.corpus.datamodule import validation_planner
 from pretrain.corpus.opening import open_or_prepare
 from pretrain.corpus.packed import MAX_TOKENS_PER_SEQUENCE
 from pretrain.corpus.packing import validation_packs
-from pretrain.downstream.load import load, use_device
+from pretrain.downstream.load import load_masked_lm, use_device
 from pretrain.downstream.pretrained_encoder import PACK_TOKENS, PretrainedEncoder
 from pretrain.errors import UserError
 from pretrain.files import refuse_existing, write_whole
+from pretrain.model.encoder import check_finite
 from pretrain.train.changes import read_config
 from pretrain.train.run import CONFIG
 from pretrain.train.validation import Findings, Tally
@@ -45,13 +46,14 @@ def validate(
         The figures, for people. Those of a run's last checkpoint on its own validation set are its ``val/loss``, ...
 
     Raises:
-        UserError: If there is no model or no sequence, a setting is none of those above, or ``out`` exists.
+        UserError: If there is no model or no sequence, a setting is none of those above, ``out`` exists, or a loss is
+            not finite.
     """
     if out:
         refuse_existing(out)
     data = _data_settings(path)
     sets = {"": list(sources)} if sources else _own_sets(path, data)
-    model = load(path)
+    model = load_masked_lm(path)
     longest = model.max_length if max_length is None else max_length
     if longest is not None and longest < 3:
         raise UserError(f"max_length is {longest}; give at least 3 tokens: <cls>, a residue, <eos>")
@@ -106,7 +108,7 @@ def _ask(model: PretrainedEncoder, sources: list[str], max_length: int | None, s
                 losses, predictions = model.score(
                     batch.input_ids, batch.cu_seqlens, batch.max_seqlen, batch.target_positions, batch.targets
                 )
-            tally.add(batch, losses, predictions)
+            tally.add(batch, check_finite(losses), predictions)
             bar.update(len(batch.input_ids))
     return tally.collect(), len(corpus)
 

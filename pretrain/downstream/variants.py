@@ -2,16 +2,21 @@
 
 import math
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from pretrain.corpus.pieces import choose_column
 from pretrain.corpus.readers import read_records
 from pretrain.corpus.tokenizer import ProteinTokenizer, encode_or_refuse
 from pretrain.downstream.finetune.table import read_fields
 from pretrain.errors import UserError
 
+MEASURED_COLUMN = "DMS_score"
 _WILD_TYPE_COLUMNS = ("target_seq", "wildtype_sequence", "wild_type", "wt_sequence")
+_UNKNOWN_RESIDUES = frozenset("XBZ")
+"""Letters for one of several residues; `J` is read as `X`."""
 _UNCHANGED = ("wt", "_wt")
 _TOKENIZER = ProteinTokenizer()
 _SUBSTITUTION = re.compile(r"([A-Za-z])(-?\d+)([A-Za-z])")
@@ -19,20 +24,41 @@ _SUBSTITUTION = re.compile(r"([A-Za-z])(-?\d+)([A-Za-z])")
 
 @dataclass(frozen=True)
 class VariantColumns:
-    """What a table's columns are called.
+    """What a table's columns are called; the usual names also in other case, and each only where it is there.
 
     Attributes:
-        mutant: Substitutions such as ``A42G:K50R``.
-        mutated_sequence: The variant as a whole.
+        mutant: Substitutions such as ``A42G:K50R``; by default ``mutant``.
+        mutated_sequence: The variant as a whole; by default ``mutated_sequence``.
         wild_type: What it is a variant of; by default the first of ``target_seq``, ``wildtype_sequence``, ``wild_type``
             and ``wt_sequence`` that there is.
-        measured: The measured effect.
+        measured: The measured effect; by default ``DMS_score``.
     """
 
-    mutant: str = "mutant"
-    mutated_sequence: str = "mutated_sequence"
+    mutant: str | None = None
+    mutated_sequence: str | None = None
     wild_type: str | None = None
-    measured: str = "DMS_score"
+    measured: str | None = None
+
+    def among(self, header: Sequence[str], path: Path) -> "VariantColumns":
+        """What they are called in a table's header; None for those that are not there.
+
+        Raises:
+            UserError: If one that was named is not there.
+        """
+        stripped = {name.strip(): name for name in header}
+
+        def find(wanted: str | None, *usual: str) -> str | None:
+            found = choose_column(list(stripped), wanted, usual)
+            if wanted is not None and found is None:
+                raise UserError(f"{path}: no column '{wanted}'; {_shown(header)}")
+            return found and stripped[found]
+
+        return VariantColumns(
+            find(self.mutant, "mutant"),
+            find(self.mutated_sequence, "mutated_sequence"),
+            find(self.wild_type, *_WILD_TYPE_COLUMNS),
+            find(self.measured, MEASURED_COLUMN, MEASURED_COLUMN.lower()),
+        )
 
 
 class Variant(NamedTuple):
@@ -55,11 +81,11 @@ class Variant(NamedTuple):
 
 @dataclass(frozen=True)
 class VariantTable:
-    """A table's header, its rows, and the name of the measured column."""
+    """A table's header, its rows, and the name of the measured column, if there is one."""
 
     header: list[str]
     rows: list[Variant]
-    measured_column: str
+    measured_column: str | None
 
 
 @dataclass
@@ -75,9 +101,9 @@ class _Reader:
         return UserError(f"{self.path}:{self.line}: {reason}")
 
     def get(self, row: dict[str, str], name: str | None) -> str | None:
-        return row[name].strip() if name is not None and name in row else None
+        return None if name is None else row[name].strip()
 
-    def residues(self, text: str, what: str) -> str:
+    def residues(self, text: str, what: str | None) -> str:
         """A sequence in upper case, every letter known."""
         return _residues(text, f"{self.path}:{self.line}: {what}")
 
@@ -97,6 +123,11 @@ class _Reader:
             raise self.fail(f"'{mutant}' changes a residue twice; name each once")
         return found
 
+    def check_known(self, what: str | None, letters: str) -> None:
+        """Refuse letters that are no residue: probabilities of these tell nothing of a protein."""
+        if unknown := sorted(_UNKNOWN_RESIDUES & set(letters)):
+            raise self.fail(f"{what} has {unknown[0]}, which is no single residue; give one, or remove the row")
+
     def variant(self, row: dict[str, str]) -> Variant:
         """A checked row."""
         try:
@@ -105,18 +136,23 @@ class _Reader:
             raise self.fail("is no UTF-8; convert the file") from None
         mutant = self.get(row, self.columns.mutant)
         whole = self.get(row, self.columns.mutated_sequence)
-        mutated = self.residues(whole, self.columns.mutated_sequence) if whole else ""
+        mutated = self.mutated(whole) if whole else ""
         changes = self.substitutions(mutant) if mutant else None
         if changes is None and not mutated:
-            names = "' or '".join(name for name in (self.columns.mutant, self.columns.mutated_sequence) if name in row)
+            names = "' or '".join(filter(None, (self.columns.mutant, self.columns.mutated_sequence)))
             raise self.fail(f"nothing in '{names}'; fill it in (WT for the wild type itself) or remove the row")
         given = self.get(row, self.columns.wild_type)
-        if given is not None:
-            wild_type = self.residues(given, str(self.columns.wild_type)) if given else ""
-        else:
-            if self.wild_type is None and changes is not None and mutated:
-                self.wild_type = self.revert(mutated, changes)
-            wild_type = self.wild_type or ""
+        own = self.residues(given, self.columns.wild_type) if given else ""
+        if own and self.wild_type and own != self.wild_type:
+            raise self.fail(
+                f"{self.columns.wild_type} is another sequence than the wild type that was given; leave that out, or "
+                "correct or remove the column"
+            )
+        if self.columns.wild_type is None and self.wild_type is None and changes is not None and mutated:
+            self.wild_type = self.revert(mutated, changes)
+        wild_type = self.wild_type or own
+        if set(mutated) - set(wild_type):  # what the wild type has, too, may stay where it is
+            self.check_known(self.columns.mutated_sequence, "".join(set(mutated) - set(wild_type)))
         if not wild_type:
             if self.needs_wild_type or not mutated:
                 raise self.fail(
@@ -127,6 +163,11 @@ class _Reader:
         if changes is None:
             changes = self.compare(wild_type, mutated)
         return self.applied(row, wild_type, changes, mutated)
+
+    def mutated(self, text: str) -> str:
+        if text.endswith("*"):  # which tokenizers drop
+            raise self.fail(f"{self.columns.mutated_sequence} has '*'; a stop has no score: remove it, or the row")
+        return self.residues(text, self.columns.mutated_sequence)
 
     def revert(self, mutated: str, changes: list[tuple[str, int, str]]) -> str:
         letters = list(mutated)
@@ -165,6 +206,7 @@ class _Reader:
                     f"{old}{number}{new} says that residue {number} is {old}, the wild type has {wild_type[place]} "
                     "there; check the sequence, or give the first residue's number with --first_residue"
                 )
+            self.check_known(f"{old}{place + self.first_residue}{new}", old + new)
             letters[place] = new
         result = "".join(letters)
         if mutated and len(mutated) == len(wild_type) and mutated != result:
@@ -188,7 +230,20 @@ class _Reader:
 
 
 def _residues(text: str, what: str) -> str:
-    return "".join(_TOKENIZER.tokens[i] for i in encode_or_refuse(_TOKENIZER, text.encode(), what)[1:-1])
+    ids = encode_or_refuse(_TOKENIZER, text.encode("utf-8", "surrogatepass"), what)[1:-1]
+    residues = "".join(_TOKENIZER.tokens[i] for i in ids)
+    if gap := next((letter for letter in residues if letter in "-."), None):
+        raise UserError(
+            f"{what} has '{gap}' at position {residues.index(gap) + 1}; write deletions without gap characters and "
+            "use --method pseudo-perplexity"
+        )
+    return residues
+
+
+def _shown(header: Sequence[str]) -> str:
+    if len(header) == 1:
+        return f"its only column is {header[0]!r}: columns are separated by commas"
+    return f"its columns are {', '.join(map(repr, header))}"
 
 
 def read_variants(
@@ -196,18 +251,19 @@ def read_variants(
 ) -> VariantTable:
     """A CSV file (also .gz, .bz2, .zst) with a column of substitutions, of mutated sequences, or with both.
 
-    The wild type is what is given, or else each row's own column; failing that, where there are both columns, what the
-    first row's mutated sequence is without its substitutions. All rows are checked against it.
+    The wild type is what is given, or each row's own column (both must agree); failing that, where there are both
+    columns, what the first row's mutated sequence is without its substitutions. All rows are checked against it.
 
     Args:
         path: The file.
         wild_type: The sequence of all variants, if it is known.
-        columns: What the columns are called.
+        columns: What the columns are called, where that is not as usual.
         first_residue: The number of the wild type's first residue.
         needs_wild_type: Whether insertions, deletions and rows without a wild type are errors.
 
     Raises:
-        UserError: If the file cannot be read, or a row does not fit its wild type; names file and line.
+        UserError: If the file cannot be read, a column that was named is not there, or a row does not fit its wild
+            type or has letters that are no residues; names file and line.
     """
     table = list(read_fields(str(path), "csv"))
     if not table:
@@ -215,22 +271,19 @@ def read_variants(
     header = list(table[0][1])
     if "\ufffd" in "".join(header):  # which stands there for bytes that are no UTF-8
         raise UserError(f"{path}:1: is no UTF-8; convert the file")
-    if columns.mutant not in header and columns.mutated_sequence not in header:
+    columns = columns.among(header, path)
+    if columns.mutant is None and columns.mutated_sequence is None:
         raise UserError(
-            f"{path}: no column '{columns.mutant}' or '{columns.mutated_sequence}'; its columns are "
-            f"{', '.join(map(repr, header))}; name one with --mutant_column or --sequence_column"
+            f"{path}: no column 'mutant' or 'mutated_sequence'; {_shown(header)}; name one with --mutant_column or "
+            "--sequence_column"
         )
-    if columns.wild_type is not None and columns.wild_type not in header:
-        raise UserError(f"{path}: no column '{columns.wild_type}'; its columns are {', '.join(map(repr, header))}")
     if wild_type is not None:
-        wild_type, columns = _residues(wild_type, "the wild type"), replace(columns, wild_type=None)
-    elif columns.wild_type is None:
-        columns = replace(columns, wild_type=next((name for name in _WILD_TYPE_COLUMNS if name in header), None))
+        wild_type = _residues(wild_type, "the wild type")
     reader = _Reader(path, columns, first_residue, needs_wild_type, wild_type)
     rows = []
     for reader.line, row in table:
         rows.append(reader.variant(row))
-    return VariantTable(header, rows, columns.measured)
+    return VariantTable(header, rows, columns.measured and columns.measured.strip())
 
 
 def read_wild_type(path: Path) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pretrain.errors import UserError
 from pretrain.model.config import EncoderConfig
-from pretrain.model.encoder import Encoder
+from pretrain.model.encoder import Encoder, check_finite
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,15 @@ class ContactRegression:
         Args:
             encoder: Whose attention the regression reads.
             input_ids: The sequence between its ``<cls>`` and ``<eos>``, so L = T - 2.
+
+        Raises:
+            UserError: If a probability is NaN, as of a model that went astray.
         """
         weights = self.weight.to(input_ids.device).view(encoder.config.num_hidden_layers, -1)
         logits = self.bias.to(input_ids.device)
         for weight, maps in zip(weights, corrected_maps(encoder, input_ids), strict=True):
             logits = logits + torch.einsum("h,hij->ij", weight, maps)
-        return logits.sigmoid()
+        return check_finite(logits.sigmoid())
 
 
 def corrected_maps(encoder: Encoder, input_ids: Int[Tensor, " T"]) -> Iterator[Float[Tensor, "H L L"]]:

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from pretrain.errors import UserError
 from pretrain.model.attention import Layout, variable_length_attention
 from pretrain.model.config import EncoderConfig
 from pretrain.model.cpu_kernels import CPUKernels, by_llvm
@@ -334,6 +335,17 @@ class MaskedLMHead(nn.Module):
 
     def _loss(self, hidden: Tensor, embedding: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(self(hidden, embedding).float(), targets, reduction="sum")
+
+
+def check_finite(outputs: Tensor) -> Tensor:
+    """A model's outputs, as they are.
+
+    Raises:
+        UserError: If one is infinite or NaN, as of weights that went astray in training.
+    """
+    if not bool(outputs.isfinite().all()):
+        raise UserError("the model's outputs are not finite; take an earlier checkpoint")
+    return outputs
 
 
 def _rows_at_a_time(hidden: Tensor, embedding: Tensor) -> int:

@@ -92,6 +92,19 @@ def from_hf_config(config: dict[str, Any]) -> EncoderConfig:
         raise UserError(f"a size in the model's config is no number ({error}); give the one saved with it") from error
 
 
+def max_length_of(config: dict[str, Any]) -> int | None:
+    """Tokens of the longest sequences that a model takes, ``<cls>`` and ``<eos>`` included; None if it does not say.
+
+    Raises:
+        UserError: If it is no number, or too small for a single token between these.
+    """
+    name = "max_position_embeddings"  # transformers' ESM counts positions from the padding id on, hence the two
+    value = config.get(name)
+    if value is not None and (type(value) is not int or value < 5):
+        raise UserError(f"{name} is {value!r} in the model's config; a whole number from 5 on is needed")
+    return value and value - 2
+
+
 def to_hf(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """An `Encoder`'s state dict under transformers' names."""
     renamed: dict[str, Tensor] = {}

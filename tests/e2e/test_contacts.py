@@ -173,10 +173,18 @@ def test_structures_are_predicted_for_compared_and_drawn(
     maps = np.load(out)
     assert {name: maps[name].shape for name in maps} == {"pin0_A": (30, 30), "pin1_A": (44, 44), "pin2_A": (61, 61)}
     assert picture.read_bytes().startswith(b"\x89PNG")
+    assert main(arguments) == 0
+    figures = [line for line in printed.splitlines() if line.startswith("  ")]
+    assert capfd.readouterr().out.splitlines() == figures, "whatever is written"
 
 
 def test_a_published_models_own_regression_is_taken_and_comes_back_from_a_run_that_trained_on(
-    protein_model: Path, fasta: Path, tmp_path: Path, tiny: Callable[..., Path], fit: Callable[..., int]
+    protein_model: Path,
+    fasta: Path,
+    tmp_path: Path,
+    tiny: Callable[..., Path],
+    fit: Callable[..., int],
+    capfd: pytest.CaptureFixture,
 ) -> None:
     theirs = AutoModelForMaskedLM.from_pretrained(protein_model, attn_implementation="eager").eval()
     torch.manual_seed(1)
@@ -196,11 +204,14 @@ def test_a_published_models_own_regression_is_taken_and_comes_back_from_a_run_th
 
     assert main(["import", str(tmp_path / "published"), "--out", str(tmp_path / "imported")]) == 0
     np.testing.assert_allclose(predicted(tmp_path / "imported"), expected, rtol=0, atol=1e-5)
+    assert "attention has changed" not in capfd.readouterr().out
     run, config = tmp_path / "run", tiny(data__max_length=100)
     overlay = ("-c", config, "-c", tmp_path / "imported/fit.yaml", "--run", run)
     assert fit(*overlay, "--trainer.max_steps", 2) == 0
     assert fit(*overlay, "--trainer.max_steps", 4, "--allow_change") == 0, "handed on over a resume"
+    capfd.readouterr()
     predicted(run)
+    assert "of the model that training began with; attention has changed since; fit one" in capfd.readouterr().out
     assert main(["export", str(run), "--out", str(tmp_path / "exported")]) == 0
     name = "esm.contact_head.regression.weight"
     head = load_tensors(tmp_path / "exported/model.safetensors")[name]

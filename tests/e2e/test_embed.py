@@ -317,6 +317,7 @@ def test_half_precision_is_rounded_once(protein_model: Path, proteins: Path, tmp
         (["{model}", "{good}", "--out", "{out}.npz", "--layers", "7"], "layer 7 does not exist"),
         (["{model}", "{bad}", "--out", "{out}.npz", "--layers", "-1", "3"], "layer 3 is named twice"),
         (["{model}", "{good}", "--out", "{out}.npz", "--per", "token"], "give sequence or residue"),
+        (["{model}", "{good}", "--out", "{out}.npz", "--per", "residue", "--pooling", "cls"], "nothing is pooled"),
         (["{model}", "{good}", "--out", "{out}.npz", "--long_sequences", "cut"], "give one of whole, crop, refuse"),
         (["{model}", "{good}", "--out", "{out}.npz", "--max_length", "2"], "at least 3 tokens"),
         (["{model}", "{good}", "--out", "{out}.npz", "--device", "tpu"], "give cpu or cuda"),

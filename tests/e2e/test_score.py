@@ -11,7 +11,9 @@ from scipy.stats import spearmanr
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from pretrain.cli import main
+from pretrain.downstream.pretrained_encoder import PretrainedEncoder
 from pretrain.downstream.variants import VariantColumns, read_variants
+from pretrain.model.encoder import MaskedLMHead
 
 WILD_TYPE = "MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQ"
 MUTANTS = ["A4G", "K2R:Q11E", "V15L:M1K:F19W", "T3T", "WT", "Q33A"]
@@ -123,6 +125,39 @@ def test_without_substitutions_the_whole_sequence_says_what_is_changed(tmp_path:
     assert [row.substitutions for row in table.rows] == [[(3, "G")], [(7, "G")], []]
 
 
+def test_usual_columns_are_found_in_any_case_and_with_spaces_and_their_absence_is_said(
+    protein_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = "\nA4G{0}0.5\nK2R{0}-1\nI6L{0}2\n"
+    run = ["score", str(protein_model), "--sequence", WILD_TYPE]
+    for number, header in enumerate(("mutant,DMS_score", "Mutant, dms_score", "MUTANT , DMS_score")):
+        (tmp_path / "table.csv").write_text(header + rows.format(","))
+        assert main([*run, str(tmp_path / "table.csv"), "--out", str(tmp_path / f"{number}.csv")]) == 0
+        assert f"with {header.split(',')[1].strip()}  (3 variants)" in capsys.readouterr().out
+        assert (tmp_path / f"{number}.csv").read_text().startswith(f"{header},masked_marginals\n")
+    (tmp_path / "table.csv").write_text("mutant,DMSscore" + rows.format(","))
+    assert main([*run, str(tmp_path / "table.csv"), "--out", str(tmp_path / "none.csv")]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "  no column DMS_score: no correlation"
+
+
+def test_unknown_residues_of_the_wild_type_may_stay_and_no_change_is_exactly_zero(
+    protein_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known = f"MKX{WILD_TYPE[3:]}"
+    (tmp_path / "table.csv").write_text(f"mutant,mutated_sequence\nA4A,{known}\nA4G,{known.replace('A', 'G', 1)}\n")
+    run = ["score", str(protein_model), str(tmp_path / "table.csv"), "--out", str(tmp_path / "out.csv")]
+    assert main([*run, "--sequence", known]) == 0
+    assert [row["masked_marginals"] == "0.000000" for row in read(tmp_path / "out.csv")] == [True, False]
+    (tmp_path / "out.csv").unlink()
+    for content in ("mutant\nX3A\n", f"mutated_sequence\n{WILD_TYPE}\n"):
+        (tmp_path / "table.csv").write_text(content)
+        assert main([*run, "--sequence", known]) == 2
+        assert "has X, which is no single residue" in capsys.readouterr().err
+    (tmp_path / "table.csv").write_text(f"mutated_sequence\n{known}\n")
+    assert main([*run, "--method", "pseudo-perplexity"]) == 2
+    assert "mutated_sequence has X, which" in capsys.readouterr().err
+
+
 def test_residues_may_be_numbered_from_anywhere(protein_model: Path, tmp_path: Path) -> None:
     (tmp_path / "one.csv").write_text("mutant\nA4G\n")
     (tmp_path / "far.csv").write_text("mutant\nA104G\n")
@@ -163,7 +198,22 @@ def test_deletions_have_a_pseudo_perplexity(
             "table.csv:2: mutated_sequence has 34 residues",
         ),
         ("mutated_sequence\nM1K\n", "table.csv:2: mutated_sequence has '1' at position 2"),
-        ("variant\nA4G\n", "no column 'mutant' or 'mutated_sequence'; its columns are 'variant'"),
+        ("variant,note\nA4G,x\n", "no column 'mutant' or 'mutated_sequence'; its columns are 'variant', 'note'"),
+        ("mutant;DMS_score\nA4G;1\n", "its only column is 'mutant;DMS_score': columns are separated by commas"),
+        ("mutant\nA4G\nA4X\n", "table.csv:3: A4X has X, which is no single residue"),
+        ("mutant\nA4J\n", "table.csv:2: A4X has X"),
+        ("mutant\nA4-\n", "table.csv:2: 'A4-' is no substitution"),
+        (
+            f"mutated_sequence\n{mutate('A4-')}\n",
+            "table.csv:2: mutated_sequence has '-' at position 4; write",
+        ),
+        (
+            f"mutated_sequence\n{mutate('A4.')}\n",
+            "table.csv:2: mutated_sequence has '.' at position 4; write",
+        ),
+        (f"mutated_sequence\n{mutate('A4B')}\n", "table.csv:2: mutated_sequence has B, which is no single residue"),
+        (f"mutated_sequence\n{mutate('Q33*')}\n", "table.csv:2: mutated_sequence has '*'; a stop has no score"),
+        (f"mutant,target_seq\nA4G,{mutate('A4G')}\n", "table.csv:2: target_seq is another sequence than the wild type"),
         ("mutant\n", "has no variant"),
         ("mutant\rA4G\rK4G\r", "table.csv:3: K4G says"),
         ('mutant,note\nA4G,x\n"",y\n', "table.csv:3: nothing in 'mutant'; fill it in (WT for"),
@@ -171,7 +221,7 @@ def test_deletions_have_a_pseudo_perplexity(
         ("mutant,note\nA4G,caf\udce9\n", "table.csv:2: is no UTF-8"),
         ("mutant,caf\udce9\nA4G,x\n", "table.csv:1: is no UTF-8"),
         ('mutant,note\nA4G,"z"x\n', "table.csv:2: not CSV (',' expected after '\"'); a field with"),
-        ("mutated_sequence\n*\n", "table.csv:2: mutated_sequence has nothing that becomes a token; correct"),
+        ("mutated_sequence\n*\n", "table.csv:2: mutated_sequence has '*'; a stop has no score"),
         ("", "has no variant"),
         ("mutant,masked_marginals\nA4G,1\n", "has a column 'masked_marginals' already"),
     ],
@@ -194,8 +244,11 @@ def test_a_bad_row_is_named_and_nothing_is_written(
         ([], "table.csv:2: no wild type: give --sequence or --fasta"),
         (["--sequence", "MKT1"], "the wild type has '1' at position 4"),
         (["--sequence", WILD_TYPE, "--method", "magic"], "method is 'magic'; give one of masked-marginals"),
+        (["--sequence", WILD_TYPE, "--method", METHODS[0], METHODS[0]], "masked-marginals is named twice; name each"),
         (["--fasta", "{two}"], "has 2 sequences"),
         (["--wild_type_column", "wt"], "no column 'wt'"),
+        (["--score_column", "DMS"], "no column 'DMS'; its only column is 'mutant'"),
+        (["--sequence_column", "mutated_sequence"], "no column 'mutated_sequence'; its only"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
@@ -210,6 +263,32 @@ def test_a_mistake_is_one_line(
     (line,) = capsys.readouterr().err.splitlines()
     assert said in line
     assert not (tmp_path / "out.csv").exists()
+
+
+def test_the_head_is_not_rounded_where_the_blocks_are(
+    protein_model: Path, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU the blocks compute in bfloat16, whose steps near 8 are 1/32: more than most scores differ by."""
+    run = ["score", str(protein_model), str(table), "--method", *METHODS, "--out"]
+    assert main([*run, str(tmp_path / "exact.csv")]) == 0
+    dtypes = set()
+    head = MaskedLMHead.forward
+
+    def watch(self: MaskedLMHead, hidden: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+        logits = head(self, hidden, embedding)
+        dtypes.add(logits.dtype)
+        return logits
+
+    monkeypatch.setattr(MaskedLMHead, "forward", watch)
+    monkeypatch.setattr(PretrainedEncoder, "precision", lambda self: torch.autocast("cpu", torch.bfloat16))
+    assert main([*run, str(tmp_path / "rounded.csv")]) == 0
+    assert dtypes == {torch.float32}
+    exact, rounded = (
+        np.array([list(row.values())[-3:] for row in read(tmp_path / name)], float)
+        for name in ("exact.csv", "rounded.csv")
+    )
+    assert not np.array_equal(exact, rounded)
+    np.testing.assert_allclose(rounded, exact, rtol=0, atol=0.3)
 
 
 def test_a_model_of_text_scores_no_variants(

@@ -49,6 +49,18 @@ def test_residues_without_coordinates_keep_their_place_and_are_asked_about_nowhe
     assert not set(missing) & {*found.pairs[0].tolist(), *found.pairs[1].tolist()}
 
 
+@pytest.mark.parametrize("place", [0, 99, -1])
+def test_coordinates_that_point_outside_the_listed_sequence_are_taken_in_their_own_order(
+    place: int, tmp_path: Path
+) -> None:
+    structure = hairpin(SEQUENCE, missing=(0,))
+    structure[0]["A"][4].label_seq = place
+    (found,) = read_structures([write(structure, tmp_path / "a.cif")])
+    assert found.sequence == SEQUENCE[1:]
+    assert not np.isnan(found.beta).any()
+    assert len(contacts(found)) > 10
+
+
 def test_without_a_listed_sequence_it_is_that_of_the_coordinates(tmp_path: Path) -> None:
     (found,) = read_structures([write(hairpin(SEQUENCE, missing=(0,), listed=False), tmp_path / "a.pdb")])
     assert found.sequence == SEQUENCE[1:]

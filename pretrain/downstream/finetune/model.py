@@ -12,12 +12,10 @@ from pretrain.downstream.finetune.labels import LabelSpec
 from pretrain.downstream.finetune.metrics import Answers
 from pretrain.downstream.finetune.packs import LabelledBatch
 from pretrain.downstream.finetune.pairs import PairOrder
-from pretrain.downstream.load import checkpoint_of, encoder_of
+from pretrain.downstream.load import checkpoint_of, encoder_of, is_fine_tuned
 from pretrain.downstream.pretrained_encoder import PretrainedEncoder
 from pretrain.errors import UserError
-from pretrain.train.checkpoint import BEST, CHECKPOINTS
 from pretrain.train.pretrained import HF_CONFIG
-from pretrain.train.spikes import of_history, read_skips
 
 
 @dataclass
@@ -58,10 +56,7 @@ def load_fine_tuned(path: Path) -> FineTuned:
     """
     if (path / HF_CONFIG).is_file():
         raise UserError(f"{path}: is an export, for transformers; give the fine-tuning run, or one of its checkpoints")
-    best = path / CHECKPOINTS / BEST
-    checkpoint = checkpoint_of(best if best.exists() else path)
-    if not of_history(read_skips(path))(checkpoint):
-        checkpoint = checkpoint_of(path)
+    checkpoint = checkpoint_of(path)
     if not is_fine_tuned(checkpoint):
         raise UserError(f"{path}: was pre-trained, not fine-tuned; fine-tune it first: pretrain finetune --from {path}")
     encoder = encoder_of(checkpoint, path)
@@ -80,11 +75,6 @@ def load_fine_tuned(path: Path) -> FineTuned:
         pair_order=settings["pair_order"],
         step=checkpoint["global_step"],
     )
-
-
-def is_fine_tuned(checkpoint: dict[str, Any]) -> bool:
-    """Whether a checkpoint is one of a fine-tuning run."""
-    return "fine_tuning" in checkpoint.get("hyper_parameters", {})
 
 
 def is_fine_tuning(config: dict[str, Any]) -> bool:
