@@ -41,12 +41,21 @@ class FineTuned:
     step: int
 
     def answers(self, batches: Iterable[LabelledBatch], device: torch.device) -> Iterator[Answers]:
-        """The model's outputs for batches, one by one."""
+        """The model's outputs for batches, one by one.
+
+        Raises:
+            UserError: If one is infinite or NaN, as of weights that went astray in training.
+        """
         self.encoder.to(device)
         self.head.to(device)
         for batch in batches:
             with torch.inference_mode(), self.encoder.precision():
                 outputs = head_outputs(self.encoder, self.head, batch.to(device))
+            if not bool(outputs.isfinite().all()):
+                raise UserError(
+                    f"the fine-tuned model's outputs are not finite (after step {self.step}); take an earlier "
+                    "checkpoint, or fine-tune again with a lower model.learning_rate"
+                )
             yield Answers.of(batch, outputs)
 
 

@@ -152,6 +152,24 @@ def test_a_record_that_cannot_be_predicted_for_is_named_with_its_file(
     assert not out.exists()
 
 
+def test_a_model_whose_outputs_are_not_finite_has_no_result_and_no_predictions(
+    pretrained: Path, config: Callable[..., Path], tables: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from pretrain.downstream.finetune import model
+
+    outputs, run, out = model.head_outputs, tmp_path / "run", tmp_path / "out.csv"
+    monkeypatch.setattr(model, "head_outputs", lambda *given: outputs(*given) * torch.nan)
+    for command in (
+        ["finetune", "-c", str(config(trainer__max_steps=4)), "--from", str(pretrained), "--run", str(run)],
+        ["predict", str(run), str(tables / "binary.csv"), "--out", str(out)],
+    ):
+        assert main(command) == 2
+        assert "outputs are not finite (after step 4)" in capsys.readouterr().err
+    assert not out.exists()
+    assert not (run / "result.json").exists()
+
+
 @pytest.mark.parametrize(
     ("settings", "moves"),
     [
