@@ -16,6 +16,7 @@ from pretrain.downstream.finetune.lora import add_lora, merge_lora
 from pretrain.downstream.finetune.metrics import Answers, bootstrap, metrics
 from pretrain.downstream.finetune.module import FineTuneModule
 from pretrain.downstream.finetune.packs import LabelledBatch
+from pretrain.downstream.finetune.predict import _columns
 from pretrain.downstream.finetune.report import _bars
 from pretrain.model.config import EncoderConfig
 from pretrain.model.encoder import Encoder
@@ -312,3 +313,12 @@ def test_the_picture_of_several_labels_leaves_out_those_without_an_f1() -> None:
     labels = np.array([[1, 0, 0], [1, 0, 1]]) > 0
     _bars(plot, LabelSpec("multilabel", ("a", "b", "c")), labels & [True, True, False], labels)
     assert [text.get_text() for text in plot.get_yticklabels()] == ["a (2)", "c (1)"]
+
+
+def test_predictions_of_several_labels_are_parted_as_the_labels_were(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("sequence,label\nMKV,a|b;c\nML,a\n")
+    data = FineTuneDataModule(str(tmp_path / "t.csv"), task="multilabel", label_separator="|")
+    data.open()
+    spec = LabelSpec.from_plain(data.spec.plain())
+    assert spec == data.spec
+    assert _columns(spec, ["s"], answers_of(torch.ones(1, 2), torch.zeros(1, 2)))["prediction"] == ["a|b;c"]

@@ -94,8 +94,3 @@ def load_fine_tuned(path: Path) -> FineTuned:
 def is_fine_tuned(checkpoint: dict[str, Any]) -> bool:
     """Whether a checkpoint is one of a fine-tuning run."""
     return "fine_tuning" in checkpoint.get("hyper_parameters", {})
-
-
-def is_fine_tuning(config: dict[str, Any]) -> bool:
-    """Whether settings are those of a fine-tuning run."""
-    return "task" in (config.get("data") or {})

@@ -43,7 +43,7 @@ def header(run: Run, trainer: pl.Trainer, module: FineTuneModule, data: FineTune
             f"  model     {config.num_hidden_layers} layers, {config.hidden_size} wide, from "
             f"{module.initialized_from or ('its checkpoint' if run.checkpoint else 'random weights')}",
             f"  training  {trained:,} parameters ({_TUNED[module.tune]}); head: {head}",
-            f"  labels    {spec.task}{classes}{', ...' if len(spec.classes) > 8 else ''}",
+            f"  labels    {spec.described}{classes}{', ...' if len(spec.classes) > 8 else ''}",
             f"  data      {what}: {sizes}",
             f"  step      {data.global_batch_tokens:,} tokens, at most {data.max_length} of a sequence; an epoch is "
             f"about {max(1, round(epoch)):,} steps",
