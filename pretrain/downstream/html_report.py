@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
-from pretrain.downstream.finetune.model import is_fine_tuning
 from pretrain.errors import UserError
 from pretrain.files import atomic_file, check_suffix, only_writer
+from pretrain.train.changes import is_fine_tuning
 from pretrain.train.logging import METRICS_FILE, read_metrics
 from pretrain.train.run import CONFIG, Run
 

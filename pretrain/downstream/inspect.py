@@ -10,12 +10,11 @@ from pretrain.corpus.datamodule import MLMDataModule
 from pretrain.corpus.split import SIDES
 from pretrain.corpus.store import REPORT, Corpus, is_corpus, verify
 from pretrain.downstream.finetune.data import FineTuneDataModule
-from pretrain.downstream.finetune.model import is_fine_tuning
 from pretrain.downstream.finetune.report import summary as fine_tuning_summary
 from pretrain.errors import UserError
 from pretrain.files import check_suffix
 from pretrain.train import ledger
-from pretrain.train.changes import read_config
+from pretrain.train.changes import is_fine_tuning, read_config
 from pretrain.train.logging import METRICS_FILE, read_metrics
 from pretrain.train.picture import PICTURE_SUFFIX, drawing
 from pretrain.train.report import summary

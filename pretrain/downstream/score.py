@@ -13,6 +13,7 @@ substitutions are taken one by one and added up.
 """
 
 import csv
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from pretrain.corpus.tokenizer import ProteinTokenizer
+from pretrain.downstream import ranks
 from pretrain.downstream.load import load_masked_lm, use_device
 from pretrain.downstream.pretrained_encoder import PretrainedEncoder
 from pretrain.downstream.records import long_lines
@@ -185,15 +187,9 @@ COLUMNS = {
 
 def spearman(variants: Sequence[Variant], scores: NDArray[np.float64]) -> float | None:
     """Rank correlation of scores with what was measured, where it was; None if either side is all equal."""
-    import torch
-    from torchmetrics.functional import spearman_corrcoef
-
     known = [number for number, variant in enumerate(variants) if variant.measured is not None]
-    measured = torch.tensor([variants[number].measured for number in known], dtype=torch.float64)
-    pair = torch.from_numpy(scores[known]), measured
-    if any(bool((side == side[:1]).all()) for side in pair):
-        return None
-    return float(spearman_corrcoef(*pair))
+    found = ranks.spearman(scores[known], np.array([variants[number].measured for number in known], np.float64))
+    return None if math.isnan(found) else found
 
 
 def _agreement(variants: VariantTable, methods: Sequence[str], scores: Sequence[NDArray[np.float64]]) -> list[str]:

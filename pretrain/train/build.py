@@ -18,14 +18,15 @@ from typing_extensions import override
 import pretrain.train.pseudo_perplexity  # noqa: F401  (trainer.callbacks then knows it by its name)
 from pretrain.errors import UserError, one_line
 from pretrain.train.branch import Branch
+from pretrain.train.changes import is_fine_tuning, read_config
 from pretrain.train.checkpoint import CHECKPOINTS, AtomicCheckpointIO
 from pretrain.train.ledger import Ledger
 from pretrain.train.logging import EventLogger, LearningRateMonitor, MetricsFile, ProgressBar
 from pretrain.train.mirror import Mirror
 from pretrain.train.report import final_figures, header, summary
-from pretrain.train.run import Run
+from pretrain.train.run import CONFIG, Run
 from pretrain.train.saving import StepCheckpoint
-from pretrain.train.settings import SettingsCLI
+from pretrain.train.settings import SettingsCLI, paths_given
 from pretrain.train.sharding import FullyShardedStrategy
 from pretrain.train.sick import SickSteps
 from pretrain.train.spikes import LossSpikes
@@ -36,7 +37,13 @@ from pretrain.train.watchdog import Watchdog
 
 
 class FitCLI(SettingsCLI):
-    """The settings, and the run that they are for."""
+    """The settings, and the run that they are for.
+
+    Attributes:
+        fine_tunes: Whether it is for runs of fine-tuning.
+    """
+
+    fine_tunes = False
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -59,6 +66,13 @@ class FitCLI(SettingsCLI):
             help="Begin a new run where another one stands, with other history settings if wanted.",
         )
         super().add_arguments_to_parser(parser)
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Refuse a run of the other kind first: its settings would be told to be wrong one by one."""
+        for directory in paths_given(args, "--run"):
+            _check_kind(directory, self.fine_tunes)
+        super().parse_arguments(parser, args)
 
     @override
     def before_instantiate_classes(self) -> None:
@@ -181,6 +195,19 @@ class FitCLI(SettingsCLI):
     def summary(self, result: dict[str, Any]) -> str:
         """How it went."""
         return summary(self.run.directory, result)
+
+
+def _check_kind(directory: Path, fine_tunes: bool) -> None:
+    """Refuse to continue a run of pre-training as one of fine-tuning, or the other way round."""
+    path = directory / CONFIG
+    if not path.is_file() or is_fine_tuning(read_config(path)) == fine_tunes:
+        return
+    kind, command = ("pre-training", "fit") if fine_tunes else ("fine-tuning", "finetune")
+    beginning = f"give --from {directory} and another --run" if fine_tunes else "choose another directory with --run"
+    raise UserError(
+        f"{directory}: is a run of {kind}, which `pretrain {command} -c {path} --run {directory}` continues; to begin "
+        f"another one, {beginning}"
+    )
 
 
 def _in_ddp(strategy: DDPStrategy, module: torch.nn.Module) -> DistributedDataParallel:

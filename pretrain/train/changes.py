@@ -130,6 +130,11 @@ def _differences(
             yield Change(f"{prefix}{name}", was, now)
 
 
+def is_fine_tuning(config: dict[str, Any]) -> bool:
+    """Whether settings are those of a fine-tuning run."""
+    return "task" in (config.get("data") or {})
+
+
 def _names(value: Any) -> list[str]:
     return list(value) if isinstance(value, dict) else []
 

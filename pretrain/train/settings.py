@@ -111,7 +111,7 @@ class SettingsCLI(LightningCLI):
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse what was given; Lightning's own version warns when that is also what stands in ``sys.argv``."""
-        for given in _config_files(args):
+        for given in paths_given(args, "-c", "--config"):
             if given.is_file() and (problem := yaml_error(given)):
                 raise UserError(problem)
         if wants_help(args):
@@ -181,10 +181,9 @@ def parse(cli: type[CLI], command: str, description: str, arguments: Sequence[st
     )
 
 
-def _config_files(arguments: Sequence[str]) -> list[Path]:
-    """What the arguments give as ``-c`` or ``--config``."""
+def paths_given(arguments: Sequence[str], *options: str) -> list[Path]:
+    """What the arguments give as one of some options, such as ``--config``."""
     pairs = zip(arguments, [*arguments[1:], ""], strict=True)
-    separate = [following for argument, following in pairs if argument in ("-c", "--config")]
-    return [Path(name) for name in separate] + [
-        Path(argument.partition("=")[2]) for argument in arguments if argument.startswith("--config=")
-    ]
+    separate = [following for argument, following in pairs if argument in options]
+    joined = [argument.partition("=") for argument in arguments if "=" in argument]
+    return [Path(name) for name in [*separate, *(value for option, _, value in joined if option in options)]]

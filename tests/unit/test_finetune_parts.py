@@ -16,6 +16,8 @@ from pretrain.downstream.finetune.lora import add_lora, merge_lora
 from pretrain.downstream.finetune.metrics import Answers, bootstrap, metrics
 from pretrain.downstream.finetune.module import FineTuneModule
 from pretrain.downstream.finetune.packs import LabelledBatch
+from pretrain.downstream.finetune.predict import _columns
+from pretrain.downstream.finetune.report import _bars
 from pretrain.model.config import EncoderConfig
 from pretrain.model.encoder import Encoder
 
@@ -227,3 +229,96 @@ def test_an_auroc_is_over_the_classes_for_which_it_is_defined() -> None:
         score, is_k = shares[:, k], truth.numpy() == k
         expected.append((score[is_k][:, None] > score[~is_k][None]).mean())
     assert found == pytest.approx(np.mean(expected), abs=1e-5)
+
+
+SPECS = [
+    LabelSpec("regression", mean=2.0, std=3.0),
+    LabelSpec("binary", ("no", "yes")),
+    LabelSpec("multiclass", ("a", "b", "c")),
+    LabelSpec("multilabel", ("a", "b", "c")),
+    LabelSpec("token", ("C", "E", "H")),
+]
+
+
+def random_answers(spec: LabelSpec, count: int = 30) -> Answers:
+    """Answers with ties, right more often than not; two residues a sequence."""
+    generator = torch.Generator().manual_seed(0)
+    targets, outputs = spec.num_outputs, count * (2 if spec.task == "token" else 1)
+    labels = torch.randint(max(2, targets), (outputs,), generator=generator)
+    noise = torch.randn(outputs, targets, generator=generator).round(decimals=1)
+    if spec.task == "regression":
+        return answers_of(labels[:, None] + noise, labels * 3.0 + 2)
+    right = F.one_hot(labels, targets)
+    truth = right.float() if spec.task == "multilabel" else labels
+    return answers_of(right + noise, truth, [outputs // count] * count)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.task)
+def test_an_interval_is_of_the_metrics_of_samples_that_are_drawn_one_by_one(spec: LabelSpec) -> None:
+    answers, generator = random_answers(spec), np.random.default_rng(0)
+    drawn = [metrics(spec, answers.take(generator.integers(30, size=30))) for _ in range(50)]
+    for name, interval in bootstrap(spec, answers, samples=50).items():
+        expected = np.nanquantile([one[name] for one in drawn], [0.025, 0.975])
+        assert interval == pytest.approx(expected, abs=1e-9), name
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.task)
+def test_outputs_that_are_not_finite_have_no_figure(spec: LabelSpec, bad: float) -> None:
+    answers = random_answers(spec)
+    named = metrics(spec, answers).keys()
+    for where in (slice(None), 3):  # all outputs, or those of one target
+        answers.outputs[where] = bad
+        found, intervals = metrics(spec, answers), bootstrap(spec, answers, samples=3)
+        assert found.keys() == intervals.keys() == named
+        assert np.isnan([*found.values(), *np.ravel(list(intervals.values()))]).all()
+
+
+def test_a_macro_f1_is_over_the_classes_that_are_there_or_were_predicted() -> None:
+    several = LabelSpec("multilabel", tuple(map(str, range(50))))
+    truth = (torch.rand(200, 50, generator=torch.Generator().manual_seed(0)) < 0.01).float()
+    truth[:, 7] = 0
+    perfect = answers_of(2 * truth - 1, truth)
+    assert metrics(several, perfect)["f1"] == 1
+    assert bootstrap(several, perfect, samples=100)["f1"] == (1, 1)
+    claimed = 2 * truth - 1
+    claimed[0, 7] = 1
+    with_a_false_one = metrics(several, answers_of(claimed, truth))["f1"]
+    present = int((claimed > 0).any(0).sum())
+    assert with_a_false_one == pytest.approx((present - 1) / present)
+    none = answers_of(torch.zeros(3, 2), torch.zeros(3, 2))
+    assert np.isnan(metrics(LabelSpec("multilabel", ("a", "b")), none)["f1"])
+
+
+@pytest.mark.parametrize("spec", SPECS[1:4], ids=lambda spec: spec.task)
+def test_f1_and_auroc_are_scikit_learns(spec: LabelSpec) -> None:
+    from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
+
+    answers = random_answers(spec)
+    scores = answers.outputs.sigmoid() if spec.task == "multilabel" else answers.outputs.softmax(-1)
+    said = scores > 0.5 if spec.task == "multilabel" else scores.argmax(-1)
+    average = "binary" if spec.task == "binary" else "macro"
+    found = metrics(spec, answers)
+    assert found["f1"] == pytest.approx(f1_score(answers.targets, said, average=average))
+    scores = scores[:, 1] if spec.task == "binary" else scores
+    assert found["auroc"] == pytest.approx(roc_auc_score(answers.targets, scores, multi_class="ovr"))
+    if spec.task != "multilabel":  # which scikit-learn counts by sequences
+        assert found["accuracy"] == pytest.approx(accuracy_score(answers.targets, said))
+
+
+def test_the_picture_of_several_labels_leaves_out_those_without_an_f1() -> None:
+    from matplotlib.figure import Figure
+
+    plot = Figure().subplots()
+    labels = np.array([[1, 0, 0], [1, 0, 1]]) > 0
+    _bars(plot, LabelSpec("multilabel", ("a", "b", "c")), labels & [True, True, False], labels)
+    assert [text.get_text() for text in plot.get_yticklabels()] == ["a (2)", "c (1)"]
+
+
+def test_predictions_of_several_labels_are_parted_as_the_labels_were(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("sequence,label\nMKV,a|b;c\nML,a\n")
+    data = FineTuneDataModule(str(tmp_path / "t.csv"), task="multilabel", label_separator="|")
+    data.open()
+    spec = LabelSpec.from_plain(data.spec.plain())
+    assert spec == data.spec
+    assert _columns(spec, ["s"], answers_of(torch.ones(1, 2), torch.zeros(1, 2)))["prediction"] == ["a|b;c"]

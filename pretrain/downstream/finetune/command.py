@@ -29,6 +29,7 @@ class FineTuneCLI(FitCLI):
     """The settings of a fine-tuning run, and the run."""
 
     module_class, data_class = FineTuneModule, FineTuneDataModule
+    fine_tunes = True
 
     @override
     def link_model(self, parser: LightningArgumentParser) -> None:

@@ -57,6 +57,7 @@ class FineTuneDataModule(PackedDataModule):
             and its like (see `PAIR_COLUMNS`), where there is no column for a single sequence.
         pair_order: ``given``: the order of a pair has a meaning. ``any``: it has none, as where two proteins interact:
             training shows either at random, a new one in each epoch; everything else the same one for both.
+        positive_class: Of two classes the one whose F1 and AUROC are told; by default the second by name.
         label_separator: What parts the labels of a multilabel row.
         mask_label: The label of a residue that has none, such as one that is not resolved: a letter, or where labels
             are lists any string (null has the same meaning there).
@@ -90,6 +91,7 @@ class FineTuneDataModule(PackedDataModule):
         split_column: str | None = None,
         pair_column: str | None = None,
         pair_order: PairOrder = "given",
+        positive_class: str | None = None,
         label_separator: str = ";",
         mask_label: str | None = None,
         tokenizer: str = "esm",
@@ -118,6 +120,8 @@ class FineTuneDataModule(PackedDataModule):
             )
         if mask_label is not None and (task != "token" or not mask_label):
             raise UserError(f"data.mask_label is {mask_label!r} but data.task is {task}; only residues have one")
+        if positive_class is not None and task != "binary":
+            raise UserError(f"data.positive_class is {positive_class!r} but data.task is {task}; only binary has one")
         if not label_separator:
             raise UserError("data.label_separator is empty; give what stands between two labels, such as ';'")
         if label_separator != ";" and task != "multilabel":
@@ -135,7 +139,7 @@ class FineTuneDataModule(PackedDataModule):
             )
         self._columns = Columns(label_column, text_column, id_column, split_column, pair_column)
         self._pair_order: PairOrder = pair_order
-        self._separator, self._mask = label_separator, mask_label
+        self._separator, self._mask, self._positive = label_separator, mask_label, positive_class
 
     @override
     def open(self) -> None:
@@ -144,7 +148,7 @@ class FineTuneDataModule(PackedDataModule):
         rows = self._rows()
         self.pair_order = self._check_pairs(rows)  # None where rows are single sequences
         tokens = {split: [encode(row, self.tokenizer, self._pair_order) for row in rows[split]] for split in rows}
-        self.spec: LabelSpec = learn_spec(self.task, rows["train"], self._separator, self._mask)
+        self.spec: LabelSpec = learn_spec(self.task, rows["train"], self._separator, self._mask, self._positive)
         self.splits: dict[str, Labelled] = {}
         for split, its_rows in rows.items():
             residues = [len(sequence) - 2 for sequence in tokens[split]]

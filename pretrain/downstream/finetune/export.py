@@ -98,7 +98,7 @@ def model_card(model: FineTuned, settings: dict[str, Any], result: dict[str, Any
     source = None if settings["model"]["from_scratch"] else settings["model"]["initialize_from"]
     start = f"`{starting_point(source)}`" if source else "random weights"
     rows = [
-        ("Task", spec.task + (f": {', '.join(spec.classes)}" if spec.classes else "")),
+        ("Task", spec.described + (f": {', '.join(spec.classes)}" if spec.classes else "")),
         ("Labelled data", f"`{data_name(data['train'])}`"),
         ("Fine-tuned from", f"{start} ({settings['model']['tune']})"),
         ("Optimizer step", f"{model.step:,}"),

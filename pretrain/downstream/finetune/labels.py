@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
@@ -27,12 +28,19 @@ class LabelSpec:
         classes: Names of the classes, in the order of the outputs; the second of two is the positive one.
         mean: Mean of the training labels of a regression; the head's output 0.
         std: Their standard deviation; a step of 1 of the head's output.
+        separator: What stands between the labels of a multilabel row.
     """
 
     task: Task
     classes: tuple[str, ...] = ()
     mean: float = 0.0
     std: float = 1.0
+    separator: str = ";"
+
+    @property
+    def described(self) -> str:
+        """The task, and of two classes which is the positive one, for people."""
+        return f"{self.task} (positive: {self.classes[1]})" if self.task == "binary" else self.task
 
     @property
     def num_outputs(self) -> int:
@@ -74,11 +82,14 @@ class Labels:
         return np.bincount(self.values[self.values >= 0], minlength=num_classes)
 
 
-def learn_spec(task: Task, rows: Sequence[Row], separator: str, mask_label: str | None) -> LabelSpec:
+def learn_spec(
+    task: Task, rows: Sequence[Row], separator: str, mask_label: str | None, positive: str | None = None
+) -> LabelSpec:
     """What the labels of the training rows mean: the classes that occur, or mean and spread.
 
     Raises:
-        UserError: If a label is missing or of the wrong kind, or there are too few classes; names file and row.
+        UserError: If a label is missing or of the wrong kind, or there are too few classes; names file and row. Also if
+            none is ``positive``.
     """
     if task == "regression":
         numbers = np.array([_number(row) for row in rows])
@@ -90,7 +101,7 @@ def learn_spec(task: Task, rows: Sequence[Row], separator: str, mask_label: str 
     found: set[str | None] = set()
     for row in rows:
         found.update(_names(row, task, separator))
-    classes = tuple(sorted(name for name in found if name and name != mask_label))
+    classes = _in_order([name for name in found if name and name != mask_label])
     allowed = {"binary": (2, 2), "multiclass": (2, 10_000), "multilabel": (1, 10_000), "token": (2, 10_000)}
     fewest, most = allowed[task]
     if not fewest <= len(classes) <= most:
@@ -99,7 +110,17 @@ def learn_spec(task: Task, rows: Sequence[Row], separator: str, mask_label: str 
         if task == "binary" and len(classes) > 2:
             remedy += "; for more, set data.task to multiclass, for numbers to regression"
         raise UserError(f"{_file(rows)}: the training labels have {len(classes)} classes ({shown}); {remedy}")
-    return LabelSpec(task, classes)
+    if positive is not None:
+        if positive not in classes:
+            raise UserError(f"data.positive_class is {positive!r}; the training labels are {' and '.join(classes)}")
+        classes = tuple(sorted(classes, key=lambda name: name == positive))
+    return LabelSpec(task, classes, separator=separator)
+
+
+def _in_order(classes: list[str]) -> tuple[str, ...]:
+    """By name; if all are whole numbers, by value."""
+    whole = all(re.fullmatch("-?[0-9]{1,18}", name) for name in classes)
+    return tuple(sorted(classes, key=lambda name: (int(name) if whole else 0, name)))
 
 
 def encode_labels(

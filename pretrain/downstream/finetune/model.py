@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -39,12 +38,21 @@ class FineTuned:
     step: int
 
     def answers(self, batches: Iterable[LabelledBatch], device: torch.device) -> Iterator[Answers]:
-        """The model's outputs for batches, one by one."""
+        """The model's outputs for batches, one by one.
+
+        Raises:
+            UserError: If one is infinite or NaN, as of weights that went astray in training.
+        """
         self.encoder.to(device)
         self.head.to(device)
         for batch in batches:
             with torch.inference_mode(), self.encoder.precision():
                 outputs = head_outputs(self.encoder, self.head, batch.to(device))
+            if not bool(outputs.isfinite().all()):
+                raise UserError(
+                    f"the fine-tuned model's outputs are not finite (after step {self.step}); take an earlier "
+                    "checkpoint, or fine-tune again with a lower model.learning_rate"
+                )
             yield Answers.of(batch, outputs)
 
 
@@ -75,8 +83,3 @@ def load_fine_tuned(path: Path) -> FineTuned:
         pair_order=settings["pair_order"],
         step=checkpoint["global_step"],
     )
-
-
-def is_fine_tuning(config: dict[str, Any]) -> bool:
-    """Whether settings are those of a fine-tuning run."""
-    return "task" in (config.get("data") or {})

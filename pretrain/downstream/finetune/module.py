@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,8 @@ from pretrain.model.encoder import Encoder
 from pretrain.train.schedule import LinearDecay, ShapedScheduler
 from pretrain.train.step import RunningLoss, StepModule
 
+Number = TypeVar("Number", int, float)
+
 
 class FineTuneModule(StepModule):
     """An encoder and a head for its labels, trained with AdamW and a linear schedule.
@@ -42,9 +44,9 @@ class FineTuneModule(StepModule):
         pooling: How a sequence's hidden states become one; see `SequenceHead`.
         tune: ``full``: everything is trained. ``frozen``: the head alone (a probe). ``last``: the head and the last
             ``last_layers`` blocks. ``lora``: the head and a low-rank addition to every matrix of the blocks.
-        last_layers: With ``last``, how many blocks.
-        lora_rank: With ``lora``, the rank.
-        lora_alpha: With ``lora``, the scale times the rank.
+        last_layers: With ``last``, how many blocks; by default 1.
+        lora_rank: With ``lora``, the rank; by default 8.
+        lora_alpha: With ``lora``, the scale times the rank; by default 16.
         learning_rate: Peak learning rate, of the head and the last block.
         warmup_steps: Steps until the peak; from there it falls linearly to zero at ``max_steps``.
         layer_decay: Factor on the learning rate from one block to the one before (Howard and Ruder 2018).
@@ -67,9 +69,9 @@ class FineTuneModule(StepModule):
         from_scratch: bool = False,
         pooling: Pooling = "cls",
         tune: Literal["full", "frozen", "last", "lora"] = "full",
-        last_layers: int = 1,
-        lora_rank: int = 8,
-        lora_alpha: float = 16.0,
+        last_layers: int | None = None,
+        lora_rank: int | None = None,
+        lora_alpha: float | None = None,
         learning_rate: float = 1e-4,
         warmup_steps: int = 50,
         layer_decay: float = 1.0,
@@ -82,8 +84,13 @@ class FineTuneModule(StepModule):
     ) -> None:
         if not 0 < layer_decay <= 1:
             raise UserError(f"model.layer_decay is {layer_decay}; give a factor above 0 and at most 1, such as 0.9")
+        last_layers = _with(tune, "last", "last_layers", last_layers, default=1)
+        lora_rank = _with(tune, "lora", "lora_rank", lora_rank, default=8)
+        lora_alpha = _with(tune, "lora", "lora_alpha", lora_alpha, default=16.0)
         if lora_rank < 1:
             raise UserError(f"model.lora_rank is {lora_rank}; give 1 or more")
+        if not lora_alpha > 0:
+            raise UserError(f"model.lora_alpha is {lora_alpha}; give a number above 0")
         net, read_tokenizer = _start(initialize_from, encoder, from_scratch)
         super().__init__(net, activation_checkpointing, compile=False, scheduler_name=scheduler_name)
         self.read_tokenizer = read_tokenizer
@@ -222,6 +229,16 @@ class FineTuneModule(StepModule):
         self._answers = []
         figures = {f"val/{name}": value for name, value in metrics(self.spec, answers).items()}
         self.log_dict({"val/loss": loss, **figures})
+
+
+def _with(tune: str, its: str, name: str, given: Number | None, default: Number) -> Number:
+    """A setting that only one way of tuning has."""
+    if given is not None and tune != its:
+        raise UserError(
+            f"model.{name} is {given} but model.tune is {tune}, which has none; give --model.tune {its}, or leave "
+            f"model.{name} out"
+        )
+    return default if given is None else given
 
 
 def _start(

@@ -39,7 +39,8 @@ def predict(
     """Predict for every sequence of a source, in its order; for every pair of a table, where the model takes pairs.
 
     Regression: ``id, prediction``. Classes: the class, then the probability of each, ``p(class)``; of several labels
-    those above one half, parted by ``;``. Residues: a string of classes, a letter each where the classes are letters.
+    those above one half, parted as the training labels were. Residues: a string of classes, a letter each where the
+    classes are letters.
 
     Args:
         run: A fine-tuning run (its best checkpoint), or a checkpoint.
@@ -117,7 +118,7 @@ def _columns(spec: LabelSpec, names: list[str], answers: Answers) -> dict[str, l
         return {**columns, "prediction": strings}
     if spec.task == "multilabel":
         chosen = [
-            ";".join(name for name, yes in zip(spec.classes, row, strict=True) if yes)
+            spec.separator.join(name for name, yes in zip(spec.classes, row, strict=True) if yes)
             for row in (predicted > 0.5).tolist()
         ]
     else:

@@ -9,7 +9,7 @@ import torch
 
 from pretrain.downstream.finetune.data import FineTuneDataModule
 from pretrain.downstream.finetune.labels import LabelSpec
-from pretrain.downstream.finetune.metrics import Answers, bootstrap, main_metric, metrics, predictions
+from pretrain.downstream.finetune.metrics import Answers, bootstrap, f1_scores, main_metric, metrics, predictions
 from pretrain.downstream.finetune.model import FineTuned, load_fine_tuned
 from pretrain.downstream.finetune.module import FineTuneModule
 from pretrain.train.picture import drawing
@@ -43,7 +43,7 @@ def header(run: Run, trainer: pl.Trainer, module: FineTuneModule, data: FineTune
             f"  model     {config.num_hidden_layers} layers, {config.hidden_size} wide, from "
             f"{module.initialized_from or ('its checkpoint' if run.checkpoint else 'random weights')}",
             f"  training  {trained:,} parameters ({_TUNED[module.tune]}); head: {head}",
-            f"  labels    {spec.task}{classes}{', ...' if len(spec.classes) > 8 else ''}",
+            f"  labels    {spec.described}{classes}{', ...' if len(spec.classes) > 8 else ''}",
             f"  data      {what}: {sizes}",
             f"  step      {data.global_batch_tokens:,} tokens, at most {data.max_length} of a sequence; an epoch is "
             f"about {max(1, round(epoch)):,} steps",
@@ -55,7 +55,11 @@ def header(run: Run, trainer: pl.Trainer, module: FineTuneModule, data: FineTune
 def final_figures(
     run: Run, trainer: pl.Trainer, data: FineTuneDataModule, initialized_from: str | None, stopped_early: bool
 ) -> dict[str, Any]:
-    """What ``result.json`` holds. The best checkpoint answers validation and, only now, the test split."""
+    """What ``result.json`` holds. The best checkpoint answers validation and, only now, the test split.
+
+    Raises:
+        UserError: If an output of it is not finite: there is no result then.
+    """
     state = data.state_dict()
     model = load_fine_tuned(run.directory)
     device = trainer.strategy.root_device
@@ -75,11 +79,11 @@ def final_figures(
     if "validation" in data.splits:
         result["validation"] = metrics(data.spec, _answer(model, data, "validation", device))
     if "test" in data.splits:
-        answers = _answer(model, data, "test", device)
-        intervals = bootstrap(data.spec, answers)
-        values = metrics(data.spec, answers)
-        result["test"] = {name: {"value": value, "interval": intervals[name]} for name, value in values.items()}
+        answers = _answer(model, data, "test", device)  # by each process, so that all end in the same way
         if trainer.is_global_zero:
+            intervals = bootstrap(data.spec, answers)
+            values = metrics(data.spec, answers)
+            result["test"] = {name: {"value": value, "interval": intervals[name]} for name, value in values.items()}
             draw(data.spec, answers, run.directory / PICTURE)
             _show_in_tensorboard(trainer, run.directory / PICTURE)
     return result
@@ -134,10 +138,11 @@ def _scatter(plot: Any, labels: Any, predicted: Any) -> None:
 
 
 def _bars(plot: Any, spec: LabelSpec, predicted: Any, labels: Any) -> None:
-    right = (predicted & labels).sum(0)
-    f1 = 2 * right / np.maximum(1, predicted.sum(0) + labels.sum(0))
-    names = [f"{name} ({count:,})" for name, count in zip(spec.classes, labels.sum(0), strict=True)]
-    plot.barh(names, f1)
+    true = labels.sum(0)
+    f1 = f1_scores((predicted & labels).sum(0), predicted.sum(0), true)
+    names = [f"{name} ({count:,})" for name, count in zip(spec.classes, true, strict=True)]
+    defined = np.flatnonzero(~np.isnan(f1))
+    plot.barh([names[i] for i in defined], f1[defined])
     plot.invert_yaxis()
     plot.set(xlabel="F1", xlim=(0, 1), title=f"test, {len(labels):,} sequences")
 

@@ -94,6 +94,7 @@ def test_a_card_names_what_was_fine_tuned_and_not_where_it_lay(model: dict[str, 
     tuned = FineTuned(Encoder(shape), build_head(shape, spec, "cls"), spec, 64, None, 3)
     card = model_card(tuned, {"model": {**model, "tune": "full"}, "data": {"train": "labels.csv"}}, {}, "x")
     assert f"| Fine-tuned from | {start} |" in card
+    assert "| Task | binary (positive: yes): no, yes |" in card
 
 
 def test_what_cannot_be_exported_is_told_in_one_line(

@@ -230,6 +230,28 @@ MISTAKES: dict[str, tuple[Callable[[], str], dict[str, Any], list[str]]] = {
     "too many blocks": (
         lambda: table("t.csv", GOOD), {"model__tune": "last", "model__last_layers": 3}, ["the model has 2: give 1 to 2"]
     ),
+    "blocks of a run that trains all": (
+        lambda: table("t.csv", GOOD), {"model__last_layers": 2},
+        ["model.last_layers is 2 but model.tune is full", "--model.tune last"],
+    ),
+    "a rank of a run that trains blocks": (
+        lambda: table("t.csv", GOOD), {"model__tune": "last", "model__lora_rank": 4},
+        ["model.lora_rank is 4 but model.tune is last", "--model.tune lora"],
+    ),
+    "a scale of a frozen encoder": (
+        lambda: table("t.csv", GOOD), {"model__tune": "frozen", "model__lora_alpha": 4.0},
+        ["model.lora_alpha is 4.0 but model.tune is frozen", "--model.tune lora"],
+    ),
+    "low rank parts that count nothing": (
+        lambda: table("t.csv", GOOD), {"model__tune": "lora", "model__lora_alpha": 0.0},
+        ["model.lora_alpha is 0.0; give a number above 0"],
+    ),
+    "a positive class of several": (
+        lambda: table("t.csv", GOOD), {**MANY, "data__positive_class": "a"}, ["'a' but data.task is multilabel"]
+    ),
+    "a positive class that no row has": (
+        lambda: table("t.csv", GOOD), {"data__positive_class": "yes"}, ["data.positive_class is 'yes'", "are 0 and 1"]
+    ),
     "warmup longer than the run": (
         lambda: table("t.csv", GOOD), {"model__warmup_steps": 8}, ["warmup_steps is 8 of 8 steps"]
     ),
@@ -303,6 +325,35 @@ def test_a_number_is_one_class_however_it_is_written_and_null_is_no_label_of_a_r
     data.open()
     assert data.spec.classes == ("E", "H")
     assert data.splits["train"].labels.values.tolist() == [1, IGNORED, 0, IGNORED]
+
+
+def test_classes_that_are_whole_numbers_stand_in_their_order_and_others_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    for labels, expected in (
+        (range(12), tuple(map(str, range(12)))),
+        (("10", "-1", "9"), ("-1", "9", "10")),
+        (("10", "9", "1.5"), ("1.5", "10", "9")),
+        (("10", "9", "x"), ("10", "9", "x")),
+    ):
+        path.write_text("sequence,label\n" + "".join(f"MKV,{label}\n" for label in labels))
+        data = FineTuneDataModule(str(path), task="multiclass")
+        data.open()
+        assert data.spec.classes == expected
+        assert [expected[i] for i in data.splits["train"].labels.values] == [str(label) for label in labels]
+
+
+@pytest.mark.parametrize(
+    ("positive", "classes"), [(None, ("in", "out")), ("out", ("in", "out")), ("in", ("out", "in"))]
+)
+def test_the_positive_class_is_the_second_by_name_or_the_one_that_is_named(
+    positive: str | None, classes: tuple[str, ...], tmp_path: Path
+) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("sequence,label\nMKV,out\nMKL,in\n")
+    data = FineTuneDataModule(str(path), task="binary", positive_class=positive)
+    data.open()
+    assert data.spec.classes == classes
+    assert data.spec.described == f"binary (positive: {classes[1]})"
 
 
 def test_columns_are_found_in_upper_case_as_prepare_finds_them(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from labelled import finetune, read_csv
 from test_resume import equal, figures
 
@@ -151,6 +152,24 @@ def test_a_record_that_cannot_be_predicted_for_is_named_with_its_file(
     assert not out.exists()
 
 
+def test_a_model_whose_outputs_are_not_finite_has_no_result_and_no_predictions(
+    pretrained: Path, config: Callable[..., Path], tables: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from pretrain.downstream.finetune import model
+
+    outputs, run, out = model.head_outputs, tmp_path / "run", tmp_path / "out.csv"
+    monkeypatch.setattr(model, "head_outputs", lambda *given: outputs(*given) * torch.nan)
+    for command in (
+        ["finetune", "-c", str(config(trainer__max_steps=4)), "--from", str(pretrained), "--run", str(run)],
+        ["predict", str(run), str(tables / "binary.csv"), "--out", str(out)],
+    ):
+        assert main(command) == 2
+        assert "outputs are not finite (after step 4)" in capsys.readouterr().err
+    assert not out.exists()
+    assert not (run / "result.json").exists()
+
+
 @pytest.mark.parametrize(
     ("settings", "moves"),
     [
@@ -198,9 +217,36 @@ def test_the_recipe_that_ships_builds_a_run_on_the_data_that_ship(
     assert not (tmp_path / "run").exists()
 
 
-def test_pretraining_that_was_fine_tuned_is_refused_as_a_run_of_the_other_kind(
-    pretrained: Path, config: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+def test_a_run_of_the_other_kind_is_told_with_the_command_that_continues_it(
+    pretrained: Path, config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A config and a run of two kinds are told apart before anything is trained."""
-    assert finetune("-c", config(), "--from", pretrained, "--run", pretrained) == 2
-    assert "was started with" in capsys.readouterr().err
+    """Before settings that only one of the two kinds has are found missing or unknown."""
+    tuned = tmp_path / "tuned"
+    assert finetune("-c", config(trainer__max_steps=4), "--from", pretrained, "--run", tuned) == 0
+    assert "labels    binary (positive: out), 2 classes: in, out" in capsys.readouterr().out
+    for run, kind, wrong, right in (
+        (pretrained, "pre-training", "finetune", "fit"),
+        (tuned, "fine-tuning", "fit", "finetune"),
+    ):
+        for given in (["--run", f"{run}"], [f"--run={run}"], ["-c", f"{run}/config.yaml", "--run", f"{run}"]):
+            assert main([wrong, *given]) == 2
+            (line,) = capsys.readouterr().err.splitlines()
+            assert f"{run}: is a run of {kind}, which `pretrain {right} -c {run}/config.yaml --run {run}`" in line
+        assert main([right, "-c", f"{run}/config.yaml", "--run", f"{run}"]) == 0
+        assert "finished already" in capsys.readouterr().out
+
+
+def test_a_run_whose_config_has_the_defaults_of_another_way_of_tuning_is_refused_in_one_line(
+    pretrained: Path, config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As those of an earlier version have."""
+    run, path = tmp_path / "run", config(trainer__max_steps=4)
+    assert finetune("-c", path, "--from", pretrained, "--run", run) == 0
+    stored = yaml.safe_load((run / "config.yaml").read_text())
+    stored["model"] |= {"last_layers": 1, "lora_rank": 8, "lora_alpha": 16.0}
+    (run / "config.yaml").write_text(yaml.safe_dump(stored))
+    capsys.readouterr()
+    for again in (path, run / "config.yaml"):
+        assert finetune("-c", again, "--from", pretrained, "--run", run) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "model.last_layers" in line
