@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from labelled import finetune, read_csv
-from test_resume import equal, figures
+from test_resume import equal, figures, kill
 
 from pretrain import load
 from pretrain.cli import main
@@ -86,8 +86,7 @@ def test_a_killed_and_continued_run_has_the_bits_of_an_uninterrupted_one(
     given = ("-c", config("token", model__tune="lora", trainer__accumulate_grad_batches=2), "--from", source, "--run")
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     assert fit(*given, straight, command="finetune") == 0
-    kill = ["--trainer.callbacks+=kill.Kill", "--trainer.callbacks.moment=batch_end", "--trainer.callbacks.number=9"]
-    assert fit(*given, broken, *kill, command="finetune") == -9
+    assert fit(*given, broken, *kill("batch_end", 9), command="finetune") == -9
     shutil.rmtree(source)  # the run holds all that it needs
     assert fit(*given, broken, command="finetune") == 0
     one, other = (read_checkpoint(run / "checkpoints" / "last.ckpt") for run in (straight, broken))
@@ -127,6 +126,22 @@ def test_early_stopping_keeps_the_best_checkpoint_and_ends_a_run_which_is_then_f
     assert f"{run}: finished\n" in capsys.readouterr().out
     assert finetune("-c", path, "--from", pretrained, "--run", run) == 0
     assert "finished already" in capsys.readouterr().out
+
+
+def test_a_run_that_was_killed_after_it_had_been_told_to_stop_takes_no_further_step(
+    pretrained: Path, config: Callable[..., Path], fit: Callable[..., int], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    settings = {"early_stopping": 1, "validate_every_n_steps": 2, "checkpoint__every_n_steps": None}
+    path = config(trainer__max_steps=40, model__learning_rate=1e-30, **settings)
+    given = ("-c", path, "--from", pretrained, "--run", run)
+    assert fit(*given, *kill("saved", 2), command="finetune") == -9  # the first is the best, the second that of the end
+    assert read_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 4
+    assert not (run / "result.json").exists()
+    assert fit(*given, command="finetune") == 0
+    result = json.loads((run / "result.json").read_text())
+    assert result["stopped_early"]
+    assert result["steps"] == 4
 
 
 def test_the_test_split_is_looked_at_once(
