@@ -15,6 +15,7 @@ from test_resume import equal, figures, kill
 
 from pretrain import load
 from pretrain.cli import main
+from pretrain.downstream.finetune import predict
 from pretrain.train.checkpoint import read_checkpoint
 
 SLOW = pytest.mark.slow
@@ -153,6 +154,24 @@ def test_the_test_split_is_looked_at_once(
     for change in (longer, other):
         assert finetune("-c", config(), "--from", pretrained, "--run", run, *change) == 2
         assert "the test split was looked at after step 8" in capsys.readouterr().err
+
+
+def test_predictions_do_not_depend_on_how_many_sequences_are_in_memory(
+    pretrained: Path, config: Callable[..., Path], tables: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, source = tmp_path / "run", str(tables / "binary.csv")
+    assert finetune("-c", config(trainer__max_steps=4), "--from", pretrained, "--run", run) == 0
+    whole, cut, table = (tmp_path / name for name in ("whole.csv", "cut.csv", "cut.parquet"))
+    assert main(["predict", str(run), source, "--out", str(whole)]) == 0
+    monkeypatch.setattr(predict, "_WINDOW", 7)
+    for out in (cut, table):
+        assert main(["predict", str(run), source, "--out", str(out)]) == 0
+    expected = read_csv(whole)
+    for rows in (read_csv(cut), pq.read_table(table).to_pylist()):
+        for name in ("id", "prediction"):
+            assert [row[name] for row in rows] == [row[name] for row in expected]
+        shares = [float(row["p(in)"]) for row in rows]
+        assert shares == pytest.approx([float(row["p(in)"]) for row in expected], rel=1e-4)
 
 
 def test_a_record_that_cannot_be_predicted_for_is_named_with_its_file(
