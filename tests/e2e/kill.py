@@ -9,15 +9,16 @@ import pytorch_lightning as pl
 import torch
 
 from pretrain.corpus import shards
-from pretrain.train import divided, sharding, spikes
+from pretrain.train import divided, saving, sharding, spikes
 
 
 class Kill(pl.Callback):
     """Kill at the start or the end of a micro-batch, or this process's n-th time in the middle of something else.
 
     That is a pack of a validation, the writing of a checkpoint, of this process's part of one, of a corpus, or after it
-    decided to go back. ``copied`` is the start of a micro-batch, once all checkpoints have been copied to where they
-    go. Where there are several processes, ``rank`` is the one, or None for whichever comes there first.
+    decided to go back. ``saved`` is when a checkpoint has become the newest; ``copied`` the start of a micro-batch,
+    once all checkpoints have been copied to where they go. Where there are several processes, ``rank`` is the one, or
+    None for whichever comes there first.
     """
 
     def __init__(self, moment: str, number: int, rank: int | None = None) -> None:
@@ -27,6 +28,8 @@ class Kill(pl.Callback):
         self._count = 0
         if moment == "save":
             self._save, torch.save = torch.save, self._save_half
+        if moment == "saved":
+            self._link, saving.link = saving.link, self._link_and_die
         if moment == "part":
             self._write_part, sharding.write_part = sharding.write_part, self._write_part_half
         if moment == "rewind":
@@ -60,6 +63,12 @@ class Kill(pl.Callback):
             file.flush()
         self._kill("save", self._count)
         self._save(checkpoint, file)
+
+    def _link_and_die(self, path: Any, target: str) -> None:
+        self._link(path, target)
+        if path.name == saving.LAST:
+            self._count += 1
+            self._kill("saved", self._count)
 
     def _write_part_half(self, path: Any, tensors: Any) -> bytes:
         self._count += 1

@@ -1,6 +1,7 @@
 """Dropout: a killed and continued run drops what an uninterrupted one drops; how much is a setting of history."""
 
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from pretrain.cli import main
 from pretrain.downstream.load import load
 from pretrain.errors import UserError
 from pretrain.train.checkpoint import AtomicCheckpointIO, read_checkpoint
+from pretrain.train.fit import build
 from pretrain.train.fit import fit as fit_here
 
 DROPOUT = {"model__encoder__hidden_dropout_prob": 0.2, "model__encoder__attention_probs_dropout_prob": 0.1}
@@ -33,9 +35,9 @@ def test_a_killed_and_continued_run_drops_what_an_uninterrupted_one_drops(
     assert not equal(final_state(straight)["state_dict"], final_state(without)["state_dict"])
 
 
-def test_each_step_micro_batch_and_process_drops_something_else(tiny: Callable[..., Path]) -> None:
-    from pretrain.train.fit import build
-
+def test_each_seed_step_process_and_micro_batch_drops_something_else(
+    tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     cli = build(["-c", str(tiny(**DROPOUT)), "--run", "nowhere"])
     module, trainer = cli.model, cli.trainer
     trainer.strategy.connect(module)
@@ -43,14 +45,15 @@ def test_each_step_micro_batch_and_process_drops_something_else(tiny: Callable[.
     module.trainer = trainer
     progress = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total
     drawn = set()
-    for step in (0, 1, 2):
-        progress.completed = step
-        for micro_batch in (0, 1):
-            module._seed_dropout(2 * step + micro_batch)
-            drawn.add(float(torch.rand(())))
-            module._seed_dropout(2 * step + micro_batch)
-            assert float(torch.rand(())) in drawn
-    assert len(drawn) == 6
+    for seed, rank, step, micro_batch in product((7, 8), (0, 1), (0, 1, 2), (0, 1)):
+        cli.datamodule.seed, progress.completed = seed, step
+        monkeypatch.setattr(type(trainer), "global_rank", rank)
+        module._seed_dropout(2 * step + micro_batch)
+        first = float(torch.rand(()))
+        module._seed_dropout(2 * step + micro_batch)
+        assert float(torch.rand(())) == first
+        drawn.add(first)
+    assert len(drawn) == 24
 
 
 def test_how_much_is_dropped_may_change_on_purpose(tiny: Callable[..., Path], tmp_path: Path) -> None:

@@ -9,23 +9,26 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 from transformers.models.esm.configuration_esm import get_default_vocab_list
 
 import pretrain
 from pretrain.cli import main
-from pretrain.corpus.tokenizer import ESM_ALPHABET, ProteinTokenizer, load_tokenizer, train_tokenizer
+from pretrain.corpus.tokenizer import ESM_ALPHABET, ProteinTokenizer, Tokenizer, load_tokenizer, train_tokenizer
 from pretrain.downstream import export as export_module
 from pretrain.downstream import hf_files
 from pretrain.downstream.card import data_name, model_card
+from pretrain.downstream.contact_regression import write_regression
 from pretrain.downstream.export import export
 from pretrain.errors import UserError
+from pretrain.model.contacts import ContactRegression
 from pretrain.model.encoder import Encoder
 from pretrain.shipped import shipped
 from pretrain.train.changes import Change
@@ -455,6 +458,26 @@ def test_an_export_that_fails_half_way_leaves_nothing(
     monkeypatch.setattr(export_module, "verify", fail)
     with pytest.raises(OSError, match="No space"):
         export(run, untouched / "out")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "what"), [("lm_head.bias", "logits"), ("esm.contact_head.regression.bias", "contacts")]
+)
+def test_an_export_that_computes_something_else_is_refused_and_leaves_nothing(
+    run: Path, tmp_path: Path, untouched: Path, monkeypatch: pytest.MonkeyPatch, tensor: str, what: str
+) -> None:
+    write = export_module.write_model
+
+    def write_wrongly(encoder: Encoder, tokenizer: Tokenizer, max_length: int, out: Path, *contacts: Any) -> None:
+        write(encoder, tokenizer, max_length, out, *contacts)
+        tensors = load_file(out / "model.safetensors")
+        tensors[tensor] += 0.1
+        save_file(tensors, out / "model.safetensors", {"format": "pt"})
+
+    monkeypatch.setattr(export_module, "write_model", write_wrongly)
+    write_regression(ContactRegression(torch.ones(4), torch.zeros(())), tmp_path / "regression", {})
+    with pytest.raises(RuntimeError, match=f"exported {what} differ"):
+        export(run, untouched / "out", tmp_path / "regression")
 
 
 # Nothing is unpickled

@@ -7,8 +7,16 @@ import pytest
 from transformers import pipeline
 
 from pretrain.cli import main
+from pretrain.downstream import fill
 
 
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that three strings are in two blocks."""
+    monkeypatch.setattr(fill, "_BLOCK", 2)
+
+
+@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("kind", ["protein", "text"])
 def test_it_says_what_the_fill_mask_pipeline_says(
     kind: str, protein_model: Path, text_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

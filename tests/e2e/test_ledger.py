@@ -9,7 +9,10 @@ import pytest
 from test_resume import kill
 
 from pretrain.cli import main
+from pretrain.corpus.order import Order
 from pretrain.corpus.packing import Pack, PackSampler
+from pretrain.errors import UserError
+from pretrain.train.ledger import _Visits
 
 
 def audit(run: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
@@ -80,6 +83,39 @@ def test_the_audit_passes_over_kills_and_counts_every_epoch(
     lines = (run / "ledger.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in lines] == ["step", *map(str, range(60))]
     assert sum(int(line.split(",")[1]) for line in lines[1:]) > 3 * 150, "less than three epochs: the test is too short"
+
+
+def test_the_ledger_is_on_the_disk_before_the_checkpoint_is(
+    tiny: Callable[..., Path], fit: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, config = tmp_path / "run", tiny(checkpoint__in_background=False)  # so that nothing goes on beside the writing
+    assert fit("-c", config, "--run", run, *kill("saved", 1)) == -9
+    assert "3 steps" in audit(run, capsys)[1]
+    assert fit("-c", config, "--run", run) == 0
+    assert "10 steps" in audit(run, capsys)[1]
+
+
+@pytest.mark.parametrize(
+    ("positions", "message"),
+    [
+        ([[0, 1], [2, 1]], "repeats sequences within epoch 0"),
+        ([[0, 1, 1]], "repeats sequences within epoch 0"),
+        ([[0, 1, 2, 3], [5, 6]], "leaves sequences of epoch 0 out"),
+        ([[0, 1, 2, 5, 6]], "leaves sequences of epoch 0 out"),
+        ([[0, 1, 2, 3, 4], [10]], "leaves sequences of epoch 0 out"),
+    ],
+    ids=["repeated later", "repeated at once", "omitted", "the next epoch too early", "an epoch omitted"],
+)
+def test_the_audit_notices_an_order_that_does_not_visit_everything_once_an_epoch(
+    positions: list[list[int]], message: str
+) -> None:
+    order = Order(5, seed=1)
+    visits = _Visits(order)
+    *sound, defective = positions
+    for step in sound:
+        visits.add(*order(step))
+    with pytest.raises(UserError, match=message):
+        visits.add(*order(defective))
 
 
 @pytest.mark.parametrize("damage", ["changed", "missing"])

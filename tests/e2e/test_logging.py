@@ -1,6 +1,7 @@
 """What a run writes down is complete, exact and under the names that the design promises."""
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pretrain import EncoderConfig, MLMDataModule, MLMModule
+from pretrain.cli import main
 from pretrain.train import logging
 from pretrain.train.checkpoint import read_checkpoint
 from pretrain.train.logging import read_metrics
@@ -73,6 +75,25 @@ def test_a_run_logs_the_promised_names_once_a_step_to_tensorboard_and_csv(
     assert 0 <= figures[9, "throughput/data_wait"] < 1
     tokens = [figures[step, "data/tokens_seen"] for step in range(10)]
     assert all(0 < b - a <= 512 for a, b in zip([0, *tokens], tokens, strict=False))
+
+
+def test_the_bar_counts_optimizer_steps_and_shows_what_is_logged(
+    tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    config = tiny(trainer__enable_progress_bar=True, trainer__accumulate_grad_batches=2, validate_every_n_steps=5)
+    assert main(["fit", "-c", str(config), "--run", str(run)]) == 0
+    figures = {(step, name): value for step, name, value in read_metrics(run / "metrics.csv")}
+    shown = capsys.readouterr()
+    last = re.split(r"[\r\n]+", shown.err.strip())[-1]
+    assert re.match(r"100%.* step 10/10 \[", last), last
+    # What was logged of the step before, since the bar moves on before this one's is.
+    assert f"loss {figures[8, 'train/loss']:.3f}, lr {inverse_sqrt(10, peak=1e-2, warmup=3):.2e}, " in last
+    assert f"{figures[8, 'throughput/tokens_per_second'] / 1000:.1f}k tokens/s" in last
+    for step in (5, 10):
+        perplexity, accuracy = (figures[step - 1, f"val/{name}"] for name in ("perplexity", "accuracy"))
+        line = f"validation after step {step}: perplexity {perplexity:.3f}, accuracy {accuracy:.3f}"
+        assert shown.out.count(line) == 1
 
 
 @pytest.mark.parametrize("accumulate", [2, 5])

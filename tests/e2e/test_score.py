@@ -11,6 +11,7 @@ from scipy.stats import spearmanr
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from pretrain.cli import main
+from pretrain.downstream import score
 from pretrain.downstream.pretrained_encoder import PretrainedEncoder
 from pretrain.downstream.variants import VariantColumns, read_variants
 from pretrain.model.encoder import MaskedLMHead
@@ -71,6 +72,13 @@ class Slow:
         return total
 
 
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that two masked copies of the wild type are computed at a time."""
+    monkeypatch.setattr(score, "_BLOCK_TOKENS", 2 * (len(WILD_TYPE) + 2) + 1)
+
+
+@pytest.mark.usefixtures("small_blocks")
 def test_scores_equal_a_slow_loop_over_transformers_and_rank_as_scipy_says(
     protein_model: Path, table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -86,6 +86,13 @@ def test_a_run_killed_after_a_sick_step_continues_with_the_same_bits(
     assert lines[0] == lines[1]
 
 
+def test_only_sick_steps_in_a_row_end_a_run(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    run, config = tmp_path / "run", tiny(max_sick_steps_in_a_row=2)
+    sick = [argument for number in (4, 8, 12) for argument in poison("gradient", number, number)]
+    assert main(["fit", "-c", str(config), "--run", str(run), *sick]) == 0
+    assert [json.loads(line)["step"] for line in (run / "sick.jsonl").read_text().splitlines()] == [2, 4, 6]
+
+
 def test_a_run_that_stays_sick_stops_with_good_weights_and_says_what_to_try(
     tiny: Callable[..., Path], fit: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

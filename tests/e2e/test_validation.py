@@ -40,6 +40,12 @@ def test_every_set_has_its_figures_and_the_first_is_the_one_that_counts(
         assert logged[f"val/near/{figure}"] == on_its_own[f"val/{figure}"]
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["val/loss"] == result["val/far/loss"] == result["validation"]["far"]["loss"]
+    for name, found in result["validation"].items():
+        loss, perplexity, accuracy = (logged[f"val/{name}/{x}"][-1][1] for x in ("loss", "perplexity", "accuracy"))
+        assert loss == pytest.approx(found["loss"], rel=1e-6)
+        assert perplexity == pytest.approx(math.exp(loss), rel=1e-5)
+        assert accuracy == pytest.approx(found["accuracy"], rel=1e-6)
+    assert accuracy > 0, "of the last set, near, some are right"
     for found in result["validation"].values():
         for group in (found["by_length"], found["by_token"].values()):
             targets = sum(part["targets"] for part in group)

@@ -90,6 +90,11 @@ def test_tokens_are_a_read_only_view_of_the_mapped_file(corpus: Corpus) -> None:
     assert mapped_files(one.__array_interface__["data"][0]) == [str(corpus.path / "shard-00000.arrow")]
 
 
+def test_lengths_stay_in_the_mapped_file(corpus: Corpus) -> None:
+    """Memory does not grow with the number of sequences; a byte for each would be below what a process's own varies."""
+    assert mapped_files(corpus._lengths.__array_interface__["data"][0]) == [str(corpus.path / "lengths.npy")]
+
+
 def test_a_pickled_corpus_is_only_its_path(corpus: Corpus) -> None:
     pickled = pickle.dumps(corpus)
     assert len(pickled) < 500

@@ -1,6 +1,8 @@
 """The parts of fine-tuning: heads, low-rank parts, learning rates, targets of packs, metrics."""
 
+import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -99,6 +101,31 @@ def test_learning_rates_fall_from_block_to_block_and_every_parameter_has_one() -
     for part, rate in expected.items():
         assert [rates[id(p)] for p in part.parameters()] == pytest.approx([rate] * len(list(part.parameters())))
     assert len(rates) == sum(p.requires_grad for p in module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("task", "labels", "targets", "loss"),
+    [
+        # Four, one and one of six, where two of each would be balanced; outputs of zero cost log(3) each.
+        ("multiclass", ["a", "a", "a", "a", "b", "c"], torch.tensor([0, 2]), math.log(3) * (2 / 4 + 2 / 1)),
+        # Two do not have "a" for four that do, five not "b" for one that does; log(2) each, the mean over the classes.
+        (
+            "multilabel",
+            ["a", "a", "a", "a;b", "", ""],
+            torch.tensor([[1.0, 1.0], [0.0, 1.0]]),
+            math.log(2) * (2 / 4 + 5 / 1 + 1 + 5 / 1) / 2,
+        ),
+    ],
+)
+def test_balanced_classes_count_the_same_however_rare_they_are(
+    task: Any, labels: list[str], targets: torch.Tensor, loss: float, tmp_path: Path
+) -> None:
+    (tmp_path / "t.csv").write_text("sequence,label\n" + "".join(f"MKV,{label}\n" for label in labels))
+    data = FineTuneDataModule(str(tmp_path / "t.csv"), task=task)
+    data.setup("fit")
+    module = FineTuneModule(encoder=CONFIG, class_weights="balanced")
+    module.prepare(data)
+    assert float(module._compare(torch.zeros(2, len(data.spec.classes)), targets)) == pytest.approx(loss)
 
 
 def test_targets_of_residues_are_at_their_places_in_every_crop(tmp_path: Path) -> None:

@@ -1,6 +1,9 @@
 """What the machine cannot run is refused in one line, before anything is written."""
 
 import json
+import platform
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -219,3 +222,11 @@ def test_what_runs_is_printed_and_logged(
     assert start["precision"] == "32-true"
     assert start["compiled"] is False
     assert start["activation_checkpointing"] is True
+    assert start["python"] == platform.python_version()
+    assert start["packages"].keys() >= {"torch", "pytorch-lightning", "transformers", "numpy"}
+    assert start["packages"]["torch"] == torch.__version__
+    commit = ""  # where there is no git, or no checkout
+    if shutil.which("git"):
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    assert start["git_commit"] == (commit or None)

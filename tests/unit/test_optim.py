@@ -1,4 +1,4 @@
-"""AdamW and its groups: what decays, and what the learning rate's name depends on."""
+"""AdamW, its groups, and Muon: what decays, and what the learning rate's name depends on."""
 
 import torch
 
@@ -48,6 +48,28 @@ def test_adamw_is_fused() -> None:
     for decay in ("all", "matrices"):
         optimizer = build_optimizer(Encoder(CONFIG), "adamw", 1e-3, (0.9, 0.98), 1e-8, 0.1, decay)  # type: ignore[arg-type]
         assert all(group["fused"] for group in optimizer.param_groups)
+
+
+def test_muon_moves_and_decays_hidden_matrices_as_adamw_would() -> None:
+    """Liu et al. 2025, section 2.2: with an update of about AdamW's root mean square, 0.2 of the learning rate."""
+    for drawn in (True, False):
+        encoder = Encoder(CONFIG)
+        optimizer = build_optimizer(encoder, "muon", 0.5, (0.9, 0.98), 1e-8, 0.1, "all")
+        hidden, others = optimizer.param_groups
+        assert id(encoder.embedding.weight) in {id(p) for p in others["params"]}
+        assert {id(p) for p in hidden["params"]} == {
+            id(p) for p in encoder.parameters() if p.ndim == 2 and p is not encoder.embedding.weight
+        }
+        torch.manual_seed(0)
+        for parameter in encoder.parameters():
+            parameter.grad = torch.randn_like(parameter) if drawn else torch.zeros_like(parameter)
+        before = [p.detach().clone() for p in hidden["params"]]
+        optimizer.step()
+        for old, new in zip(before, hidden["params"], strict=True):
+            moved = new.detach() - 0.95 * old
+            # Muon makes the gradient's singular values 0.7 to 1.2, not quite 1.
+            size = float(moved.square().mean().sqrt())
+            assert 0.7 * 0.2 * 0.5 < size < 1.2 * 0.2 * 0.5 if drawn else size < 1e-7
 
 
 def test_frozen_parameters_are_left_out() -> None:

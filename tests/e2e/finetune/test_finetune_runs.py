@@ -12,10 +12,11 @@ import pytest
 import torch
 import yaml
 from labelled import finetune, read_csv
-from test_resume import equal, figures
+from test_resume import equal, figures, kill
 
 from pretrain import load
 from pretrain.cli import main
+from pretrain.downstream.finetune import predict
 from pretrain.train.checkpoint import read_checkpoint
 
 SLOW = pytest.mark.slow
@@ -87,8 +88,7 @@ def test_a_killed_and_continued_run_has_the_bits_of_an_uninterrupted_one(
     given = ("-c", config("token", model__tune="lora", trainer__accumulate_grad_batches=2), "--from", source, "--run")
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     assert fit(*given, straight, command="finetune") == 0
-    kill = ["--trainer.callbacks+=kill.Kill", "--trainer.callbacks.moment=batch_end", "--trainer.callbacks.number=9"]
-    assert fit(*given, broken, *kill, command="finetune") == -9
+    assert fit(*given, broken, *kill("batch_end", 9), command="finetune") == -9
     shutil.rmtree(source)  # the run holds all that it needs
     assert fit(*given, broken, command="finetune") == 0
     one, other = (read_checkpoint(run / "checkpoints" / "last.ckpt") for run in (straight, broken))
@@ -129,6 +129,22 @@ def test_early_stopping_keeps_the_best_checkpoint_and_ends_a_run_which_is_then_f
     assert "finished already" in capsys.readouterr().out
 
 
+def test_a_run_that_was_killed_after_it_had_been_told_to_stop_takes_no_further_step(
+    pretrained: Path, config: Callable[..., Path], fit: Callable[..., int], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    settings = {"early_stopping": 1, "validate_every_n_steps": 2, "checkpoint__every_n_steps": None}
+    path = config(trainer__max_steps=40, model__learning_rate=1e-30, **settings)
+    given = ("-c", path, "--from", pretrained, "--run", run)
+    assert fit(*given, *kill("saved", 2), command="finetune") == -9  # the first is the best, the second that of the end
+    assert read_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 4
+    assert not (run / "result.json").exists()
+    assert fit(*given, command="finetune") == 0
+    result = json.loads((run / "result.json").read_text())
+    assert result["stopped_early"]
+    assert result["steps"] == 4
+
+
 def test_the_test_split_is_looked_at_once(
     pretrained: Path, config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -138,6 +154,24 @@ def test_the_test_split_is_looked_at_once(
     for change in (longer, other):
         assert finetune("-c", config(), "--from", pretrained, "--run", run, *change) == 2
         assert "the test split was looked at after step 8" in capsys.readouterr().err
+
+
+def test_predictions_do_not_depend_on_how_many_sequences_are_in_memory(
+    pretrained: Path, config: Callable[..., Path], tables: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, source = tmp_path / "run", str(tables / "binary.csv")
+    assert finetune("-c", config(trainer__max_steps=4), "--from", pretrained, "--run", run) == 0
+    whole, cut, table = (tmp_path / name for name in ("whole.csv", "cut.csv", "cut.parquet"))
+    assert main(["predict", str(run), source, "--out", str(whole)]) == 0
+    monkeypatch.setattr(predict, "_WINDOW", 7)
+    for out in (cut, table):
+        assert main(["predict", str(run), source, "--out", str(out)]) == 0
+    expected = read_csv(whole)
+    for rows in (read_csv(cut), pq.read_table(table).to_pylist()):
+        for name in ("id", "prediction"):
+            assert [row[name] for row in rows] == [row[name] for row in expected]
+        shares = [float(row["p(in)"]) for row in rows]
+        assert shares == pytest.approx([float(row["p(in)"]) for row in expected], rel=1e-4)
 
 
 def test_a_record_that_cannot_be_predicted_for_is_named_with_its_file(
