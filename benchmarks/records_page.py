@@ -18,10 +18,9 @@ Results = dict[str, list[dict[str, Any]]]
 ROOT = Path(__file__).resolve().parents[1]
 README, PAGE, PICTURES = ROOT / "README.md", ROOT / "docs/records.md", ROOT / "docs/images/records"
 SHOWN = {
-    "schedules": "Five schedules, the same tokens: on the left the validation loss, on the right the final loss less that of the "
-    "inverse square root, with 95 % intervals over three seeds; left of the line is better.",
-    "transformers_larger": "The same model here and in transformers' Trainer, by seconds of training: the same loss for the same "
-    "tokens (right), sooner (left).",
+    "schedules": "Five schedules on the same tokens: the validation loss (left), and the final loss less that of the "
+    "inverse square root, with 95 % intervals over three seeds (right):",
+    "transformers_larger": "One model here and in transformers' Trainer: sooner (left), to the same loss (right):",
 }
 """In the README, where they have been run, and what each picture shows."""
 
@@ -75,7 +74,8 @@ def times(results: Results) -> str:
     said = f"{name} does the same steps {mean:.2f} ± {half:.2f} times as fast"
     theirs = f"{rival}' final loss" if rival.endswith("s") else f"{rival}'s final loss"
     if len(reached) < len(whole):
-        return f"{said}; {len(reached)} of {len(whole)} seeds {'reaches' if len(reached) == 1 else 'reach'} {theirs} within them."
+        reach = "reaches" if len(reached) == 1 else "reach"
+        return f"{said}; {len(reached)} of {len(whole)} seeds {reach} {theirs} within them."
     mean, half = interval(reached)
     return f"{said}; it reaches {theirs} {mean:.2f} ± {half:.2f} times as fast."
 
