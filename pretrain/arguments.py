@@ -10,21 +10,28 @@ from pretrain.errors import UserError
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction["_Parser"]
 
-_PREPARE = """Sources: FASTA (.fasta .fa .faa .fas), .txt, .jsonl, .csv, .tsv, .parquet and .arrow, each also .gz, .bz2
-or .zst (Parquet compresses itself); directories of these, or of a dataset's save_to_disk; patterns; s3://, gs://, http://
-and other fsspec URLs; Hub datasets as hf://org/name[:config][@split]; and - for standard input (with --kind). A call
-that was ended goes on where it stopped when it is given again."""
+_WHOLE = """Pre-train ESM-style masked language models on proteins or text. Start: pretrain fit -c quickstart"""
 
-_EMBED = """Sequences are packed without padding, whatever their lengths, and come in the order of the sources. A call
-that was ended goes on where it stopped when it is given again, to the same file, byte for byte. Sequences longer than
-the model was trained on are taken whole; --max_length N reads only the first N tokens (<cls> counts) of those longer
-than N, and --long_sequences refuse makes them an error."""
+_PREPARE = """Sources: FASTA (.fasta .fa .faa .fas), .txt, .jsonl, .ndjson, .csv, .tsv, .tab, .parquet and .arrow, each
+also .gz, .bz2 or .zst (Parquet compresses itself); directories of these, or of a dataset's save_to_disk; patterns; s3://,
+gs://, http:// and other fsspec URLs; Hub datasets as hf://org/name[:config][@split]; and - for standard input (with
+--kind). If it was stopped, give the same command again: it continues."""
+
+_EMBED = """Sequences are packed without padding, whatever their lengths, and come in the order of the sources. If it
+was stopped, give the same command again: it continues, to the same file, byte for byte. Sequences longer than the model
+was trained on are taken whole; --max_length N reads only the first N tokens (<cls> counts) of those longer than N, and
+--long_sequences refuse makes them an error."""
+
+_MAX_LENGTH = "crop sequences longer than N tokens (with --long_sequences refuse: stop at them)"
 
 _SCORE = """Higher scores are what the model finds more natural. masked-marginals: log p(new) - log p(old) with that
 place masked, summed over a variant's substitutions; wildtype-marginals: the same with nothing masked, much quicker;
 pseudo-perplexity: the mean log p of all residues of the variant, each masked in turn, slow, for insertions and
 deletions, too. The wild type is --sequence or --fasta, or each row's own column, or what `mutated_sequence` is without
 the substitutions in `mutant`; every row is checked against it."""
+
+_FIRST_RESIDUE = "number that the table gives to the wild type's first residue (default 1)"
+_VARIANTS = "the variants: a column mutant (A42G, A42G:K50R), a column mutated_sequence, or both"
 
 _CONTACTS = """Contacts are pairs of residues whose Cβ are closer than 8 Å. A logistic regression over the attention
 maps predicts them: the model's own, as published ESM-2 models bring one, or one that --fit makes of some structures
@@ -52,28 +59,30 @@ def parser() -> argparse.ArgumentParser:
 
     A mistake is a `UserError`; ``command`` in the result is the command's name.
     """
-    whole = _Parser(prog="pretrain", description="Pre-train ESM-style masked language models.")
+    whole = _Parser(prog="pretrain", description=_WHOLE)
     whole.add_argument("--version", action="version", version=f"pretrain {__version__}")
     whole.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = whole.add_subparsers(dest="command", title="commands", metavar="COMMAND", required=True)
+    commands.add_parser("fit", help="train, or continue a run: -c CONFIG [--run DIR]", add_help=False)
+    commands.add_parser("finetune", help="train on labels: -c CONFIG --from RUN_OR_DIR", add_help=False)
+    commands.add_parser("plan", help="estimate memory, hours and cost of a run: -c CONFIG", add_help=False)
+    _recipes(commands)
     _prepare(commands)
     _tokenizer(commands)
-    _recipes(commands)
-    commands.add_parser("plan", help="what a run needs: memory, hours, cost: pretrain plan -c CONFIG", add_help=False)
-    commands.add_parser("fit", help="train, or continue a run: pretrain fit -c CONFIG [--run DIR]", add_help=False)
-    commands.add_parser(
-        "finetune", help="train on labels: pretrain finetune -c CONFIG --from RUN_OR_DIR", add_help=False
-    )
-    _inspect(commands)
     _import(commands)
-    _predict(commands)
-    _export(commands)
+    _inspect(commands)
     _validate(commands)
+    _export(commands)
     _embed(commands)
+    _predict(commands)
     _fill(commands)
-    _contacts(commands)
     _score(commands)
+    _contacts(commands)
     return whole
+
+
+def _recipes(commands: "Commands") -> None:
+    commands.add_parser("recipes", help="list the recipes and overlays that -c takes by name")
 
 
 def _prepare(commands: "Commands") -> None:
@@ -108,20 +117,23 @@ def _prepare(commands: "Commands") -> None:
 
 def _tokenizer(commands: "Commands") -> None:
     command = commands.add_parser("tokenizer", help="train a tokenizer on text: BPE, WordPiece or Unigram")
-    command.add_argument("sources", nargs="+", metavar="SOURCE", help="the text, as for prepare")
+    command.add_argument("sources", nargs="+", metavar="SOURCE", help="the text: see pretrain prepare --help")
     command.add_argument("--out", required=True, type=Path, metavar="FILE", help="the tokenizer.json to write")
     command.add_argument("--vocab_size", type=int, default=8192, help="number of ids (default 8192)")
     command.add_argument("--algorithm", default="bpe", help="bpe (default), wordpiece or unigram, all on bytes")
     _add_reading(command)
 
 
-def _recipes(commands: "Commands") -> None:
-    commands.add_parser("recipes", help="list the recipes and overlays that ship, for -c")
+def _import(commands: "Commands") -> None:
+    command = commands.add_parser("import", help="make a transformers ESM-2 model the start of a run")
+    command.add_argument("source", metavar="DIR_OR_HUB_NAME", help="what save_pretrained wrote, or a name on the Hub")
+    command.add_argument("--out", required=True, type=Path, metavar="DIR", help="the directory to write")
+    command.add_argument("--seed", type=int, default=0, help="of the masked-LM head, if it has none (default 0)")
 
 
 def _inspect(commands: "Commands") -> None:
-    command = commands.add_parser("inspect", help="look at a corpus or a run: counts, figures, a picture of the curves")
-    command.add_argument("paths", type=Path, nargs="+", metavar="RUN_OR_CORPUS")
+    command = commands.add_parser("inspect", help="show what corpora or runs hold, and draw them")
+    command.add_argument("paths", type=Path, nargs="+", metavar="RUN_OR_CORPUS", help="run or corpus directories")
     command.add_argument("--html", type=Path, metavar="FILE", help="write one page about the runs, side by side")
     command.add_argument(
         "--picture", type=Path, metavar="PNG", help="draw the run's curves, or the corpus, into a file"
@@ -130,26 +142,14 @@ def _inspect(commands: "Commands") -> None:
     command.add_argument("--audit", action="store_true", help="compare what the run consumed with corpus and order")
 
 
-def _import(commands: "Commands") -> None:
-    command = commands.add_parser("import", help="bring a transformers ESM-2 model, to train it further")
-    command.add_argument("source", metavar="DIR_OR_HUB_NAME", help="what save_pretrained wrote, or a name on the Hub")
-    command.add_argument("--out", required=True, type=Path, metavar="DIR", help="the directory to write")
-    command.add_argument("--seed", type=int, default=0, help="of the masked-LM head, if it has none (default 0)")
-
-
-def _predict(commands: "Commands") -> None:
-    command = commands.add_parser("predict", help="a fine-tuned model's predictions for new sequences")
-    command.add_argument(
-        "run", type=Path, metavar="RUN", help="a fine-tuning run (its best checkpoint), or a checkpoint"
-    )
-    command.add_argument("source", metavar="FILE", help="sequences: FASTA, CSV, Parquet, ..., as for prepare")
-    command.add_argument("--out", required=True, type=Path, metavar="FILE", help="the .csv or .parquet to write")
-    command.add_argument(
-        "--pair_column", metavar="NAME", help="of a model of pairs: column with the other sequence (sequence_b, ...)"
-    )
-    command.add_argument("--pack_tokens", type=int, default=16_384, metavar="N", help="tokens in a forward pass")
+def _validate(commands: "Commands") -> None:
+    command = commands.add_parser("validate", help="compute loss and perplexity of a model", description=_VALIDATE)
+    _add_model(command)
+    command.add_argument("sources", nargs="*", metavar="SOURCE", help="files, 'pattern', directory or corpus")
+    command.add_argument("--max_length", type=int, metavar="N", help="tokens of a sequence that are seen")
+    command.add_argument("--long_sequences", metavar="HOW", help="longer ones are cropped (crop) or divided (split)")
+    command.add_argument("--out", type=Path, metavar="JSON", help="write the figures, also by length and by token")
     _add_device(command)
-    _add_reading(command)
 
 
 def _export(commands: "Commands") -> None:
@@ -160,9 +160,9 @@ def _export(commands: "Commands") -> None:
 
 
 def _embed(commands: "Commands") -> None:
-    command = commands.add_parser("embed", help="vectors of sequences, into a file", description=_EMBED)
+    command = commands.add_parser("embed", help="write vectors of sequences into a file", description=_EMBED)
     _add_model(command)
-    command.add_argument("sources", nargs="+", metavar="SOURCE", help="as for prepare")
+    command.add_argument("sources", nargs="+", metavar="SOURCE", help="see pretrain prepare --help")
     command.add_argument("--out", required=True, type=Path, metavar="FILE", help=".parquet, .safetensors or .npz")
     command.add_argument("--per", default="sequence", help="one vector per sequence (default) or per residue")
     command.add_argument("--pooling", default="mean", help="of a sequence: mean over its residues (default), or cls")
@@ -170,7 +170,7 @@ def _embed(commands: "Commands") -> None:
         "--layers", type=int, nargs="+", default=[-1], metavar="N", help="0 the embedding, 1 ..., -1 the last (default)"
     )
     command.add_argument("--dtype", default="float32", help="of the file: float32 (default) or float16")
-    command.add_argument("--max_length", type=int, metavar="N", help="which sequences are long, in tokens")
+    command.add_argument("--max_length", type=int, metavar="N", help=_MAX_LENGTH)
     command.add_argument(
         "--long_sequences", metavar="HOW", help="whole (default), crop (default with --max_length) or refuse"
     )
@@ -178,21 +178,64 @@ def _embed(commands: "Commands") -> None:
     _add_reading(command)
 
 
+def _predict(commands: "Commands") -> None:
+    command = commands.add_parser("predict", help="predict labels of new sequences by a fine-tuned model")
+    command.add_argument(
+        "run", type=Path, metavar="RUN", help="a fine-tuning run (its best checkpoint), or one of its checkpoints"
+    )
+    command.add_argument("source", metavar="FILE", help="sequences: FASTA, CSV, ...: see pretrain prepare --help")
+    command.add_argument("--out", required=True, type=Path, metavar="FILE", help="the .csv or .parquet to write")
+    command.add_argument(
+        "--pair_column", metavar="NAME", help="of a model of pairs: column with the other sequence (sequence_b, ...)"
+    )
+    command.add_argument(
+        "--pack_tokens", type=int, default=16_384, metavar="N", help="tokens in a forward pass (default 16384)"
+    )
+    _add_device(command)
+    _add_reading(command)
+
+
 def _fill(commands: "Commands") -> None:
-    command = commands.add_parser("fill", help="the most probable residues or words in the place of <mask>")
+    command = commands.add_parser("fill", help="name the most probable residues or words in the place of <mask>")
     _add_model(command)
     command.add_argument("texts", nargs="*", metavar="TEXT", help="such as 'MKT<mask>LV'")
-    command.add_argument("--file", metavar="SOURCE", help="further ones, as for prepare")
+    command.add_argument("--file", metavar="SOURCE", help="further ones: see pretrain prepare --help")
     command.add_argument("--top", type=int, default=5, metavar="N", help="how many for each mask (default 5)")
     command.add_argument("--out", type=Path, metavar="CSV", help="write a table rather than print")
     _add_device(command)
     _add_reading(command)
 
 
-def _contacts(commands: "Commands") -> None:
-    command = commands.add_parser("contacts", help="which residues touch, read from attention", description=_CONTACTS)
+def _score(commands: "Commands") -> None:
+    command = commands.add_parser("score", help="score variants of a protein, without training", description=_SCORE)
     _add_model(command)
-    command.add_argument("sources", nargs="*", metavar="SOURCE", help="sequences, as for prepare")
+    command.add_argument("table", type=Path, metavar="CSV", help=_VARIANTS)
+    command.add_argument("--out", required=True, type=Path, metavar="CSV", help="the copy with scores to write")
+    command.add_argument(
+        "--method",
+        nargs="+",
+        default=["masked-marginals"],
+        metavar="METHOD",
+        help="masked-marginals (default), wildtype-marginals, pseudo-perplexity",
+    )
+    wild_type = command.add_mutually_exclusive_group()
+    wild_type.add_argument("--sequence", help="the wild type (default: what the table says)")
+    wild_type.add_argument("--fasta", type=Path, help="a file with it")
+    command.add_argument("--first_residue", type=int, default=1, metavar="N", help=_FIRST_RESIDUE)
+    group = command.add_argument_group("what the columns are called")
+    group.add_argument("--mutant_column", metavar="NAME", help="(default mutant)")
+    group.add_argument("--sequence_column", metavar="NAME", help="(mutated_sequence)")
+    group.add_argument("--wild_type_column", metavar="NAME", help="(target_seq, wildtype_sequence, ...)")
+    group.add_argument("--score_column", metavar="NAME", help="the measured effect (DMS_score)")
+    _add_device(command)
+
+
+def _contacts(commands: "Commands") -> None:
+    command = commands.add_parser(
+        "contacts", help="predict which residues touch, from attention", description=_CONTACTS
+    )
+    _add_model(command)
+    command.add_argument("sources", nargs="*", metavar="SOURCE", help="sequences: see pretrain prepare --help")
     command.add_argument("--out", type=Path, metavar="FILE", help=".npz, .safetensors or .csv, a map for each sequence")
     command.add_argument("--picture", type=Path, metavar="PNG", help="draw the first maps")
     pdb = "PDB, mmCIF files, or directories of them"
@@ -205,42 +248,6 @@ def _contacts(commands: "Commands") -> None:
     group.add_argument("--save_regression", type=Path, metavar="FILE", help="keep it: .safetensors")
     _add_device(command)
     _add_reading(command)
-
-
-def _validate(commands: "Commands") -> None:
-    command = commands.add_parser("validate", help="loss and perplexity of a model", description=_VALIDATE)
-    _add_model(command)
-    command.add_argument("sources", nargs="*", metavar="SOURCE", help="files, 'pattern', directory or corpus")
-    command.add_argument("--max_length", type=int, metavar="N", help="tokens of a sequence that are seen")
-    command.add_argument("--long_sequences", metavar="HOW", help="longer ones are cropped (crop) or divided (split)")
-    command.add_argument("--out", type=Path, metavar="JSON", help="write the figures, also by length and by token")
-    _add_device(command)
-
-
-def _score(commands: "Commands") -> None:
-    command = commands.add_parser("score", help="effects of protein variants, without training", description=_SCORE)
-    _add_model(command)
-    command.add_argument("table", type=Path, metavar="CSV", help="with a column mutant (A42G:K50R), mutated_sequence")
-    command.add_argument("--out", required=True, type=Path, metavar="CSV", help="the copy with scores to write")
-    command.add_argument(
-        "--method",
-        nargs="+",
-        default=["masked-marginals"],
-        metavar="METHOD",
-        help="masked-marginals (default), wildtype-marginals, pseudo-perplexity",
-    )
-    wild_type = command.add_mutually_exclusive_group()
-    wild_type.add_argument("--sequence", help="the wild type (default: what the table says)")
-    wild_type.add_argument("--fasta", type=Path, help="a file with it")
-    command.add_argument(
-        "--first_residue", type=int, default=1, metavar="N", help="the number of its first (default 1)"
-    )
-    group = command.add_argument_group("what the columns are called")
-    group.add_argument("--mutant_column", metavar="NAME", help="(default mutant)")
-    group.add_argument("--sequence_column", metavar="NAME", help="(mutated_sequence)")
-    group.add_argument("--wild_type_column", metavar="NAME", help="(target_seq, wildtype_sequence, ...)")
-    group.add_argument("--score_column", metavar="NAME", help="the measured effect (DMS_score)")
-    _add_device(command)
 
 
 def _add_model(command: argparse.ArgumentParser) -> None:

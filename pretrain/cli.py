@@ -161,11 +161,14 @@ def _tokenizer(options: argparse.Namespace) -> None:
 
 
 def _recipes(options: argparse.Namespace) -> None:
-    from pretrain.shipped import recipes
+    from pretrain.shipped import OVERLAY, recipes
 
     known = list(recipes())
     width = max(len(name) for name, _ in known)
-    print("\n".join(f"{name:{width}}  {about}" for name, about in known))
+    lines = [f"{name:{width}}  {about}" for name, about in known if not about.startswith(OVERLAY)]
+    lines += ["", "overlays, given after a recipe:"]
+    lines += [f"{name:{width}}  {about.removeprefix(OVERLAY)}" for name, about in known if about.startswith(OVERLAY)]
+    print("\n".join(lines))
 
 
 def _inspect(options: argparse.Namespace) -> None:

@@ -12,6 +12,8 @@ from pretrain.errors import UserError
 _PACKAGE = Path(__file__).parent
 _HOME = _PACKAGE if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent
 _CONFIGS, _DATA = "configs", "data"
+OVERLAY = "Overlay: "
+"""How the first line of an overlay begins."""
 
 
 def shipped(name: str) -> Path | None:
@@ -29,7 +31,7 @@ def recipes() -> Iterator[tuple[str, str]]:
     for path in (_HOME / _CONFIGS).glob("*.yaml"):
         with path.open(encoding="utf-8") as file:
             found.append((path.stem, file.readline().removeprefix("#").strip()))
-    yield from sorted(found, key=lambda recipe: (recipe[1].startswith("Overlay"), *_by_size(recipe[0])))
+    yield from sorted(found, key=lambda recipe: (recipe[1].startswith(OVERLAY), *_by_size(recipe[0])))
 
 
 def _by_size(name: str) -> tuple[str, float, str]:

@@ -20,7 +20,7 @@ attempt() {
     *"No space left on device"* | *"Disk quota exceeded"* | *"No usable temporary directory"*)
         tmp=${TMPDIR:-/tmp}
         fail "the disk is full: $(space .venv .) left for $PWD/.venv, $(space "$tmp") for temporary files in $tmp;" \
-            "installing takes 3 GB (10 GB with torch for CUDA): make room, or set TMPDIR to a folder on a larger" \
+            "installing takes 3 GB (8 GB with torch for CUDA): make room, or set TMPDIR to a folder on a larger" \
             "disk, and repeat the command"
         ;;
     *"connection broken by"*"No matching distribution"* | *"Read timed out"* | *"Connection broken"*)

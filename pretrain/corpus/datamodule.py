@@ -31,9 +31,9 @@ class MLMDataModule(PackedDataModule):
     number of processes, workers or micro-batches. A checkpoint holds that one number and what identifies the order.
 
     Args:
-        train: Source files, patterns or directories (as `pretrain prepare` takes), or one corpus that it made. Sources
-            are prepared once, into a cache. Or a mapping of several of these to their weights, which are shares of the
-            sequences that are drawn; see `MixtureOrder`.
+        train: Local source files, patterns or directories, or one corpus that `pretrain prepare` made, here or at a URL
+            (sources at URLs and Hub datasets: prepare them first). Sources are prepared once, into a cache. Or a
+            mapping of several of these to their weights, ``{a.fasta: 3, b.fasta: 1}``: shares of the sequences drawn.
         validation: The same without weights, for validation; without it there is none. Or several sets by name,
             ``{near: a.fasta, far: b.fasta}``, the first of which is the one that ``val/loss`` is about.
         tokenizer: ``esm``, or a ``tokenizer.json``, or a directory that holds one.
@@ -41,7 +41,8 @@ class MLMDataModule(PackedDataModule):
         long_sequences: What becomes of longer ones: ``crop`` shows a random window, another one in each epoch;
             ``split`` cuts them into several sequences, without losing a token (for documents of text).
         global_batch_tokens: Tokens in an optimizer step, over all processes and micro-batches.
-        batch_warmup: Smaller steps at the beginning, ``{first: 262144, tokens: 1000000000}``; see `BatchWarmup`.
+        batch_warmup: Smaller steps at the beginning, ``{first: 262144, tokens: 1000000000}``: of that many tokens at
+            first, growing to ``global_batch_tokens`` while so many are consumed.
         mlm_probability: Share of the tokens that are targets; or two, between which one is drawn for each sequence.
         mask_replace_prob: Share of the targets that become ``<mask>``.
         random_replace_prob: Share of the targets that become a random token; the rest stays.

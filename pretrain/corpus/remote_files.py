@@ -14,7 +14,7 @@ from pretrain.errors import UserError, disk_is_full, how_to_install, one_line
 Found = TypeVar("Found")
 
 ATTEMPTS = 9
-"""Tries with one file before giving up: about four minutes, with what `_wait` waits in between."""
+"""Tries with one file before giving up: about three minutes, with what `_wait` waits in between."""
 
 
 def with_retries(url: str, attempt: Callable[[], Found], attempts: int = ATTEMPTS, action: str = "read") -> Found:

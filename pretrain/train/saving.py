@@ -95,14 +95,14 @@ class StepCheckpoint(Checkpoint):
         directory: Where checkpoints go.
         before_save: Called on all processes before each attempt; what has to be on disk before a checkpoint is.
         mirror: Where each checkpoint and the run's files are copied to, in the background; None for nowhere.
-        every_n_steps: Steps between checkpoints; None for none by step.
+        every_n_steps: Steps between checkpoints; null: none by step.
         every_minutes: Minutes after which one is due in any case.
         keep_last: How many of the newest to keep.
-        keep_every_n_steps: Save at the multiples of this, and keep those for good; None for none.
-        keep_best: How many of the best by validation loss to keep, saved when validated; None for none.
+        keep_every_n_steps: Save at the multiples of this, and keep those for good; null: none.
+        keep_best: How many of the best by validation loss to keep, saved when validated; null: none.
         remote: Address to copy each checkpoint and the run's files to, in the background (``s3://bucket/runs/a``, or
-            whatever fsspec knows); a run whose disk is gone continues from there. None for none. Read by `pretrain
-            fit`, which makes ``mirror`` of it; elsewhere give that.
+            whatever fsspec knows); a run whose disk is gone continues from there. null: none. Only for `pretrain fit`
+            and `pretrain finetune`.
         in_background: Copy what is to be saved, in host memory, and write it while training goes on; otherwise training
             waits, and no memory is needed for a copy (under FSDP2 there is one in any case).
 

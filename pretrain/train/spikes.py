@@ -60,12 +60,12 @@ class LossSpikes(pl.Callback):
     Args:
         run: The run directory.
         skips: What the run leaves out already.
-        threshold: Robust standard deviations above the median that make a spike; None to look for none.
+        threshold: Robust standard deviations above the median that make a spike; null: look for none.
         window: How many steps to compare with; there is no spike before there are so many.
         rewind: Go back to the newest checkpoint that is ``margin`` steps older than the spike, and leave out the data
             from there to the spike.
         margin: How many steps before a spike ``rewind`` goes back; where no checkpoint is so old, to the oldest.
-        max_rewinds: How often in a row to go back to a checkpoint, or one after it, before the run ends.
+        max_rewinds: How often in a row to go back without getting further, before the run ends.
         settle: Waits for the checkpoint that is being written, on all processes.
 
     Raises:

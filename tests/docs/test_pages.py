@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
-PROSE = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks/README.md", ROOT / "data/README.md"]
+PROSE = [*PAGES, ROOT / "CONTRIBUTING.md", *(ROOT / "benchmarks").glob("*.md"), ROOT / "data/README.md"]
 _SECONDS = {"tutorial": 1800}
 """For one block of a page that trains in earnest."""
 

@@ -80,7 +80,9 @@ def test_a_recipe_is_called_by_its_name_wherever_it_lies() -> None:
 
 def test_every_recipe_is_listed_with_its_first_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipes"]) == 0
-    listed = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    of_recipes, of_overlays = capsys.readouterr().out.split("\noverlays, given after a recipe:\n")
+    assert all(line.split()[0] in ("compile", "ddp", "fsdp", "gpu", "wandb") for line in of_overlays.splitlines())
+    listed = dict(line.split(maxsplit=1) for line in (of_recipes + of_overlays).splitlines())
     assert listed.keys() == {path.stem for path in CONFIGS.glob("*.yaml")}
     assert list(listed) == [name for name, _ in recipes()]
     sizes = [name for name in listed if name.startswith("esm2_")]

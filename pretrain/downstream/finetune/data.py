@@ -54,7 +54,7 @@ class FineTuneDataModule(PackedDataModule):
         split_column: The same of the split, ``train``, ``validation`` or ``test``; by default ``split``, where there is
             one.
         pair_column: The same of a second sequence, for labels of pairs; by default ``sequence_b`` beside ``sequence_a``
-            and its like (see `PAIR_COLUMNS`), where there is no column for a single sequence.
+            and its like (``seq1``, ``protein_A``, ``text_1``), where there is no column for a single sequence.
         pair_order: ``given``: the order of a pair has a meaning. ``any``: it has none, as where two proteins interact:
             training shows either at random, a new one in each epoch; everything else the same one for both.
         positive_class: Of two classes the one whose F1 and AUROC are told; by default the second by name.

@@ -41,7 +41,8 @@ class FineTuneModule(StepModule):
         encoder: An encoder's shape, with random weights, instead.
         from_scratch: Take only the shape from ``initialize_from`` and begin with random weights: the comparison that
             shows what pre-training gave.
-        pooling: How a sequence's hidden states become one; see `SequenceHead`.
+        pooling: How a sequence's hidden states become one: ``cls``, the first one's (the only one that transformers
+            loads); ``mean`` over the residues; or ``attention``, a learnt mean of them.
         tune: ``full``: everything is trained. ``frozen``: the head alone (a probe). ``last``: the head and the last
             ``last_layers`` blocks. ``lora``: the head and a low-rank addition to every matrix of the blocks.
         last_layers: With ``last``, how many blocks; by default 1.
