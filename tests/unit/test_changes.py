@@ -33,7 +33,7 @@ trainer.max_steps trainer.gradient_clip_val trainer.gradient_clip_algorithm trai
 FREE = """
 model.activation_checkpointing model.compile model.flash_attention model.cpu_kernels
 data.train data.labels data.test data.label_column data.text_column data.id_column data.split_column data.pair_column
-data.label_separator data.mask_label data.group_shards
+data.label_separator data.mask_label data.positive_class data.group_shards
 data.validation_pack_tokens data.attention_cost data.static_shapes data.num_workers data.cache_gb
 validate_every_n_steps max_sick_steps_in_a_row hang_timeout_minutes early_stopping
 spikes.threshold spikes.window spikes.rewind spikes.margin spikes.max_rewinds

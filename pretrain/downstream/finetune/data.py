@@ -91,7 +91,7 @@ class FineTuneDataModule(PackedDataModule):
         split_column: str | None = None,
         pair_column: str | None = None,
         pair_order: PairOrder = "given",
-        positive_class: str | None = None,
+        positive_class: str | int | None = None,
         label_separator: str = ";",
         mask_label: str | None = None,
         tokenizer: str = "esm",
@@ -139,7 +139,8 @@ class FineTuneDataModule(PackedDataModule):
             )
         self._columns = Columns(label_column, text_column, id_column, split_column, pair_column)
         self._pair_order: PairOrder = pair_order
-        self._separator, self._mask, self._positive = label_separator, mask_label, positive_class
+        self._separator, self._mask = label_separator, mask_label
+        self._positive = None if positive_class is None else str(positive_class)
 
     @override
     def open(self) -> None:
