@@ -21,7 +21,7 @@ from jaxtyping import install_import_hook
 if TYPE_CHECKING:
     from pretrain.corpus.tokenizer import Tokenizer
 
-pytest_plugins = ("labelled",)  # fixtures of fine-tuning
+pytest_plugins = ("labelled", "exported")  # fixtures of fine-tuning, and of what becomes of a run
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: tests run side by side on few cores
