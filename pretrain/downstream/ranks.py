@@ -55,9 +55,9 @@ def varies(values: Float64, weights: Float64) -> NDArray[np.bool_]:
 
 
 def spearman(one: ArrayLike, other: ArrayLike) -> float:
-    """Spearman's rank correlation, as scipy's ``spearmanr``; NaN where a side is constant or holds a NaN."""
+    """Spearman's rank correlation, as scipy's ``spearmanr``; NaN of fewer than two, or of a constant or a NaN."""
     sides = [np.asarray(side, np.float64) for side in (one, other)]
-    if any(np.isnan(side).any() for side in sides):
+    if len(sides[0]) < 2 or any(np.isnan(side).any() for side in sides):
         return float("nan")
     weights = np.ones((1, len(sides[0])))
     x, y = (Ranks(side)(weights) for side in sides)

@@ -28,6 +28,7 @@ def test_a_correlation_with_what_is_constant_or_no_number_is_not_defined() -> No
         assert np.isnan(spearman(other, several))
     assert np.isnan(pearson(np.array(several), np.full(3, 0.1), np.ones((1, 3)))).all()
     assert np.isnan(spearman([1.0], [2.0]))
+    assert np.isnan(spearman([], []))
 
 
 def test_a_weight_is_a_number_of_copies() -> None:
