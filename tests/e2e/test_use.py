@@ -30,7 +30,8 @@ def command(tmp_path: Path) -> Callable[..., list[str]]:
         out.mkdir(exist_ok=True)
         (tmp_path / "my.fasta").write_text(f">one\n{sequence}\n")
         (tmp_path / "assay.csv").write_text("mutant\n" + f"{sequence[3]}4G\n{sequence[4]}5W\n")
-        write_regression(ContactRegression(torch.ones(6), torch.tensor(0.0)), tmp_path / "six.safetensors", {})
+        if not (tmp_path / "six.safetensors").exists():
+            write_regression(ContactRegression(torch.ones(6), torch.tensor(0.0)), tmp_path / "six.safetensors", {})
         fasta, regression = str(tmp_path / "my.fasta"), str(tmp_path / "six.safetensors")
         suffix, *given = {
             "embed": [".npz", fasta],
