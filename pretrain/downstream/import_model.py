@@ -96,7 +96,7 @@ def import_model(source: str, out: Path, seed: int = 0) -> str:
             *([f"  stored    in {', '.join(dtypes)}; written in float32"] if dtypes else []),
             f"  missing   {f'masked-LM head: initialised, seed {seed}' if headless else 'nothing'}",
             f"  left out  {', '.join(left_out) or 'nothing'}",
-            f"  next      pretrain fit -c {_recipe(config, tokenizer)} -c {out / OVERLAY}",
+            f"  next      pretrain fit -c {_recipe(config, tokenizer)} -c {out / OVERLAY} --data.train FILE",
         ]
     )
 
@@ -149,8 +149,8 @@ def _recipe(config: EncoderConfig, tokenizer: Tokenizer) -> str:
     """The recipe of the model's size, or the smallest of its kind: the overlay sets the shape in any case."""
     shape = (config.num_hidden_layers, config.hidden_size, config.num_attention_heads)
     recipes = {
-        **{size: f"configs/esm2_{name}.yaml" for name, size in ESM2_SIZES.items()},
-        **{size: f"configs/{name.lower().replace('-', '_')}.yaml" for name, size in BERT_SIZES.items()},
+        **{size: f"esm2_{name}" for name, size in ESM2_SIZES.items()},
+        **{size: name.lower().replace("-", "_") for name, size in BERT_SIZES.items()},
     }
     protein = isinstance(tokenizer, ProteinTokenizer)
-    return recipes.get(shape, "configs/esm2_8M.yaml" if protein else "configs/bert_base.yaml")
+    return recipes.get(shape, "esm2_8M" if protein else "bert_base")

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from pretrain.corpus.sources import known_kind
 from pretrain.corpus.tokenizer import Tokenizer, tokenizer_from_string
 from pretrain.downstream.finetune.lora import merge_lora
 from pretrain.downstream.pretrained_encoder import PretrainedEncoder
@@ -95,6 +96,8 @@ def checkpoint_of(path: Path) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    if path.is_file() and (kind := known_kind(path.name)):
+        raise UserError(f"{path}: is a file of sequences ({kind}), no model; the model is named first")
     if path.is_file():
         return read_checkpoint(path)
     if not path.exists():

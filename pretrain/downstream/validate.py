@@ -16,7 +16,7 @@ from pretrain.corpus.packing import validation_packs
 from pretrain.downstream.load import load_masked_lm, use_device
 from pretrain.downstream.pretrained_encoder import PACK_TOKENS, PretrainedEncoder
 from pretrain.errors import UserError
-from pretrain.files import refuse_existing, write_whole
+from pretrain.files import check_suffix, refuse_existing, write_whole
 from pretrain.model.encoder import check_finite
 from pretrain.train.changes import read_config
 from pretrain.train.run import CONFIG
@@ -50,10 +50,11 @@ def validate(
             not finite.
     """
     if out:
+        check_suffix(out, ".json")
         refuse_existing(out)
+    model = load_masked_lm(path)
     data = _data_settings(path)
     sets = {"": list(sources)} if sources else _own_sets(path, data)
-    model = load_masked_lm(path)
     longest = model.max_length if max_length is None else max_length
     if longest is not None and longest < 3:
         raise UserError(f"max_length is {longest}; give at least 3 tokens: <cls>, a residue, <eos>")

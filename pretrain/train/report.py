@@ -25,8 +25,10 @@ def header(run: Run, trainer: pl.Trainer, module: MLMModule, data: MLMDataModule
     config = module.encoder.config
     parameters = sum(p.numel() for p in module.parameters())
     corpus = data.train_corpus
-    sets = [f"{len(held):,}{f' ({name})' * bool(name)}" for name, held in data.validation_corpora.items()]
-    held_out = f", {' and '.join(sets)} for validation" if sets else ", no validation"
+    sets = [
+        f"{len(held):,} sequences of {', '.join(map(str, data.validation_sets[name]))}{f' ({name})' * bool(name)}"
+        for name, held in data.validation_corpora.items()
+    ]
     shape = f"{config.num_hidden_layers} layers, {config.hidden_size} wide, {config.num_attention_heads} heads"
     rate, source = peak_flops(trainer.strategy.root_device)
     hardware = described(execution(trainer, module))
@@ -39,8 +41,9 @@ def header(run: Run, trainer: pl.Trainer, module: MLMModule, data: MLMDataModule
             f"{run.directory}: {begin}",
             f"  model     {parameters:,} parameters: {shape}",
             *start,
-            f"  data      {corpus.num_sequences:,} sequences, {corpus.num_tokens:,} tokens{held_out}",
+            f"  data      {corpus.num_sequences:,} sequences, {corpus.num_tokens:,} tokens",
             *_visits(data, trainer.max_steps),
+            f"  validated on {' and '.join(sets) or 'nothing: give --data.validation'}",
             f"  step      {_growth(data)}{data.global_batch_tokens:,} tokens, crops of at most {data.max_length}",
             f"  hardware  {hardware}; MFU against {rate / 1e12:.3g} TFLOP/s ({source})",
         ]

@@ -125,6 +125,11 @@ class SettingsCLI(LightningCLI):
             raise UserError(
                 f"trainer.max_steps is {self.config.trainer.max_steps}; say how many optimizer steps the run takes"
             )
+        if (self.config.trainer.gradient_clip_val or 0) < 0:
+            raise UserError(
+                f"trainer.gradient_clip_val is {self.config.trainer.gradient_clip_val}; give a positive number, or "
+                "null for no clipping"
+            )
         precision = precision_name(self.config.trainer.precision)
         if precision not in COMPUTE_SIZES:  # of float16, Lightning would make bfloat16 on a CPU
             raise UserError(other_precision(precision))

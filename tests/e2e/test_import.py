@@ -105,7 +105,7 @@ def test_a_model_that_is_imported_trained_and_exported_comes_back_bit_for_bit(
     assert "brought   embedding, 3 blocks, final layer norm, masked-LM head, contact head, stored rotary" in printed
     assert "missing   nothing\n" in printed
     assert "left out  nothing\n" in printed
-    assert f"next      pretrain fit -c configs/esm2_8M.yaml -c {imported}/fit.yaml" in printed
+    assert f"next      pretrain fit -c esm2_8M -c {imported}/fit.yaml --data.train FILE" in printed
     assert fit("-c", tiny(), "-c", imported / "fit.yaml", "--run", run, *ONCE) == 0
     assert main(["export", str(run), "--out", str(out)]) == 0
     for directory in (imported, out):
@@ -127,7 +127,7 @@ def test_a_text_model_comes_back_with_its_tokenizer(
     original = save(tmp_path / "original", tokenizer=tokenizer, change={"token_dropout": False})
     report = import_model(str(original), tmp_path / "imported")
     assert f"tokenizer text, {tokenizer.vocab_size} ids" in report
-    assert "configs/bert_base.yaml" in report
+    assert "pretrain fit -c bert_base -c " in report
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in SENTENCES * 20))
     config = tiny(data__train=str(tmp_path / "text.jsonl"), data__validation=None, data__tokenizer="none.json")
     assert fit("-c", config, "-c", tmp_path / "imported" / "fit.yaml", "--run", tmp_path / "run", *ONCE) == 0

@@ -84,8 +84,9 @@ def test_texts_are_told_without_a_table_of_their_tokens(
         (["{model}", "nowhere.fasta"], "nowhere.fasta: no such file"),
         (["{model}", "{proteins}", "--max_length", "2"], "max_length is 2; give at least 3"),
         (["{model}", "{proteins}", "--long_sequences", "whole"], "long_sequences is 'whole'; give crop or split"),
-        (["{model}", "{proteins}", "--out", "{proteins}"], "exists already"),
-        (["{proteins}"], "proteins.fasta"),
+        (["{model}", "{proteins}", "--out", "{model}/config.json"], "exists already"),
+        (["{model}", "{proteins}", "--out", "figures.txt"], "figures.txt: the name must end in .json"),
+        (["{proteins}"], "proteins.fasta: is a file of sequences (fasta), no model; the model is named first"),
     ],
     ids=" ".join,
 )

@@ -12,6 +12,7 @@ from pretrain.cli import main
         ("--model.learning_rate -1", "(Invalid learning rate: -1.0); change this setting of the model"),
         ("--trainer.max_steps 1.5", "trainer.max_steps is 1.5; give a whole number"),
         ("--trainer.gradient_clip_val x", "trainer.gradient_clip_val is x; give a number or null"),
+        ("--trainer.gradient_clip_val -1", "trainer.gradient_clip_val is -1; give a positive number, or null"),
         ("--trainer.precision fp16", "trainer.precision is fp16; weights are kept in float32: give bf16-mixed"),
         ("--trainer.max_epochs 3", "trainer.max_epochs is 3, which a run cannot have; give --trainer.max_steps"),
         ("--data.mlm_probability [0.1]", "data.mlm_probability is [0.1]; give a number or a list of two numbers"),

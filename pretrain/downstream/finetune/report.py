@@ -25,6 +25,9 @@ _TUNED = {
 }
 
 
+_UNVALIDATED = "  validated on nothing: give a column split (or name it, --data.split_column), or --data.validation"
+
+
 def header(run: Run, trainer: pl.Trainer, module: FineTuneModule, data: FineTuneDataModule) -> str:
     """Model, labels, data and where the run begins, in a few lines."""
     config, spec = module.encoder.config, data.spec
@@ -45,6 +48,7 @@ def header(run: Run, trainer: pl.Trainer, module: FineTuneModule, data: FineTune
             f"  training  {trained:,} parameters ({_TUNED[module.tune]}); head: {head}",
             f"  labels    {spec.described}{classes}{', ...' if len(spec.classes) > 8 else ''}",
             f"  data      {what}: {sizes}",
+            *([] if "validation" in data.splits else [_UNVALIDATED]),
             f"  step      {data.global_batch_tokens:,} tokens, at most {data.max_length} of a sequence; an epoch is "
             f"about {max(1, round(epoch)):,} steps",
             f"  hardware  {described(execution(trainer, module))}",
