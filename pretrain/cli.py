@@ -75,10 +75,10 @@ def _run(options: argparse.Namespace) -> None:
         of_gpu = is_out_of_memory(error)
         if not (of_gpu or isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)):
             raise
-        cropped = " (--max_length N reads their beginning)" if "max_length" in options else ""
+        cropped = " (--max_length N takes N tokens of each)" if "max_length" in options else ""
         raise UserError(
-            f"{'the GPU' if of_gpu else 'this machine'} has too little memory for the longest sequence; give shorter "
-            f"ones{cropped} or leave it out{', or give --device cpu' if of_gpu else ''}"
+            f"{'the GPU' if of_gpu else 'this machine'} has too little memory for the model and the longest sequence; "
+            f"give shorter ones{cropped} or leave it out{', or give --device cpu' if of_gpu else ''}"
         ) from error
 
 

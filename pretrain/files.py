@@ -4,7 +4,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import IO
 
@@ -40,18 +40,15 @@ def only_writer(path: Path) -> Iterator[None]:
     """
     _make_parent(path)
     lock = path.with_name(f".{path.name}.lock")
-    try:
-        with locked(lock):
-            try:
-                yield
-            finally:
-                lock.unlink(missing_ok=True)
-    except BlockingIOError as error:
-        raise UserError(f"{path}: {error.strerror} is writing it; wait for it, or choose another name") from error
-    except OSError as error:
-        if error.filename != str(lock):
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from error
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(lock))
+        except BlockingIOError as error:
+            raise UserError(f"{path}: {error.strerror} is writing it; wait for it, or choose another name") from error
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        held.callback(lock.unlink, missing_ok=True)
+        yield
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import fcntl
 import os
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pretrain.errors import UserError
@@ -61,8 +61,9 @@ def locked(path: Path) -> Iterator[Lock]:
             raise BlockingIOError(error.errno, owner or "another process") from error
         if not lock.in_place():
             raise UserError(f"{path}: was removed or replaced meanwhile; give the command again")
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
+        with suppress(OSError):  # on a full disk nobody is told who holds it
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
         _held.add(descriptor)
         yield lock
     finally:

@@ -93,6 +93,8 @@ def contacts(
         check_suffix(save_to, ".safetensors")
     if picture:
         check_suffix(picture, PICTURE_SUFFIX)
+    if out and out == save_to:
+        raise UserError(f"{out}: is given for the maps and for the regression; choose another name for one of them")
     for file in (out, save_to):
         if file:
             refuse_existing(file)

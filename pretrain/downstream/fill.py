@@ -78,7 +78,7 @@ def fill(
     def fill_all() -> Iterator[tuple[_Text, list[Prediction]]]:
         for block in blocks:
             tokens = [encode_masked(model.tokenizer, one.text, one.what) for one in block]
-            lengths.extend(map(len, tokens))
+            lengths.extend(length for length in map(len, tokens) if model.max_length and length > model.max_length)
             yield from zip(block, _fill(model, tokens, top), strict=True)
 
     if out is None:

@@ -43,7 +43,8 @@ def validate(
         device: ``cpu`` or ``cuda``; by default a GPU if there is one.
 
     Returns:
-        The figures, for people. Those of a run's last checkpoint on its own validation set are its ``val/loss``, ...
+        The figures, for people. Those of a run's last checkpoint on its own validation set are its ``val/loss``, ...,
+        unless ``trainer.limit_val_batches`` left a part out.
 
     Raises:
         UserError: If there is no model or no sequence, a setting is none of those above, ``out`` exists, or a loss is
@@ -77,11 +78,10 @@ def validate(
 
 
 def _data_settings(path: Path) -> dict[str, Any]:
-    """The settings of a run's data; none of what is no run."""
-    if not (path / CONFIG).is_file():
-        return {}
-    data: dict[str, Any] = read_config(path / CONFIG)["data"]
-    return data if "long_sequences" in data else {}  # and not of fine-tuning, whose sequences have labels
+    """The settings of the data of a run, or of a checkpoint's run; none of what is no run."""
+    config = (path if path.is_dir() else path.absolute().parent.parent) / CONFIG
+    data: dict[str, Any] = read_config(config)["data"] if config.is_file() else {}
+    return data
 
 
 def _own_sets(path: Path, data: dict[str, Any]) -> dict[str, list[str]]:

@@ -151,8 +151,8 @@ class _Reader:
         if self.columns.wild_type is None and self.wild_type is None and changes is not None and mutated:
             self.wild_type = self.revert(mutated, changes)
         wild_type = self.wild_type or own
-        if set(mutated) - set(wild_type):  # what the wild type has, too, may stay where it is
-            self.check_known(self.columns.mutated_sequence, "".join(set(mutated) - set(wild_type)))
+        # What the wild type has, too, may stay where it is.
+        self.check_known(self.columns.mutated_sequence, "".join(set(mutated) - set(wild_type)))
         if not wild_type:
             if self.needs_wild_type or not mutated:
                 raise self.fail(

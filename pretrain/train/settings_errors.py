@@ -86,7 +86,7 @@ def _classes(types: list[str], given: str) -> str:
         return f"give its {', '.join(inspect.signature(bases[0]).parameters)}, or null"
     if close := difflib.get_close_matches(given, classes, n=1):
         return f"did you mean {close[0]}?"
-    nearest = sorted(cls.__name__ for cls in _below(bases[0]))
+    nearest = sorted(cls.__name__ for cls in _below(bases[0]) if cls.__module__ != "pretrain.train.logging")
     return f"give a class, such as {', '.join(nearest[:_SHOWN])}, or its import path"
 
 

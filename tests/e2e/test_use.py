@@ -135,7 +135,7 @@ def test_a_sequence_too_long_for_the_memory_is_one_line(
 
     monkeypatch.setattr(Encoder, "_embed", ask_for_too_much)
     line = refusal(command(name, protein_model), capfd)
-    assert "this machine has too little memory for the longest sequence; give shorter ones" in line
+    assert "this machine has too little memory for the model and the longest sequence; give shorter ones" in line
     assert ("(--max_length N" in line) == (name in ("embed", "validate"))
     monkeypatch.setattr(Encoder, "_embed", ask_a_gpu_for_too_much)
     line = refusal(command(name, protein_model), capfd)

@@ -317,12 +317,19 @@ def test_a_macro_f1_is_over_the_classes_that_are_there_or_were_predicted() -> No
     assert np.isnan(metrics(LabelSpec("multilabel", ("a", "b")), none)["f1"])
 
 
+def test_an_auroc_ranks_what_a_model_is_very_sure_of() -> None:
+    outputs = torch.tensor([[0.0, 20.0], [0.0, 30.0], [0.0, 40.0], [0.0, 50.0]])  # of which softmax in float32 makes 1
+    answers = answers_of(outputs, torch.tensor([0, 0, 1, 1]))
+    assert metrics(LabelSpec("binary", ("a", "b")), answers)["auroc"] == 1
+
+
 @pytest.mark.parametrize("spec", SPECS[1:4], ids=lambda spec: spec.task)
 def test_f1_and_auroc_are_scikit_learns(spec: LabelSpec) -> None:
     from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 
     answers = random_answers(spec)
-    scores = answers.outputs.sigmoid() if spec.task == "multilabel" else answers.outputs.softmax(-1)
+    outputs = answers.outputs.double()
+    scores = outputs.sigmoid() if spec.task == "multilabel" else outputs.softmax(-1)
     said = scores > 0.5 if spec.task == "multilabel" else scores.argmax(-1)
     average = "binary" if spec.task == "binary" else "macro"
     found = metrics(spec, answers)

@@ -61,7 +61,7 @@ class Answers:
         return whole.take(np.argsort(whole.indices))
 
     def take(self, rows: Int64) -> "Answers":
-        """Those of some sequences, by their places here; one may be taken repeatedly."""
+        """Those of some sequences, by their places here."""
         if len(self.outputs) == len(self.indices) and (self.counts == 1).all():
             places = rows
         else:
@@ -123,7 +123,7 @@ def f1_scores(right: NDArray[Any], claimed: NDArray[Any], true: NDArray[Any]) ->
 
 def _figures(spec: LabelSpec, answers: Answers) -> Figures:
     finite = answers.outputs.isfinite()
-    predicted = predictions(spec, answers.outputs.where(finite, 0)).numpy()
+    predicted = predictions(spec, answers.outputs.double().where(finite, 0)).numpy()  # or large ones become all equal
     targets = answers.targets.numpy()
     if spec.task == "regression":
         figures = _of_numbers(predicted.astype(np.float64), targets.astype(np.float64))
@@ -168,7 +168,7 @@ def _of_classes(spec: LabelSpec, counts: Int64, predicted: NDArray[Any], targets
             yes, claims, truths = right.sum(1), claimed.sum(1), true.sum(1)
             right = np.stack([total - claims - truths + yes, yes], axis=1)
             claimed, true = (np.stack([total - ones, ones], axis=1) for ones in (claims, truths))
-        found = {accuracy: right.sum(1) / total, "mcc": _mcc(right.sum(1), claimed, true), "f1": f1}
+        found = {accuracy: _ratio(right.sum(1), total), "mcc": _mcc(right.sum(1), claimed, true), "f1": f1}
         if aurocs:
             found["auroc"] = _mean(np.stack([auroc(weights) for auroc in aurocs], axis=1))
         return found

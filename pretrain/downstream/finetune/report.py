@@ -61,6 +61,8 @@ def final_figures(
 ) -> dict[str, Any]:
     """What ``result.json`` holds. The best checkpoint answers validation and, only now, the test split.
 
+    The figures of the test split are made on the first process only.
+
     Raises:
         UserError: If an output of it is not finite: there is no result then.
     """
