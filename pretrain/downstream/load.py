@@ -63,8 +63,7 @@ def load_masked_lm(path: Path) -> PretrainedEncoder:
     """
     model = load(path)
     if model.fine_tuned:
-        config = (path if path.is_dir() else path.absolute().parent.parent) / CONFIG
-        settings = read_settings(config)["model"] if config.is_file() else {}
+        settings = settings_of(path).get("model", {})
         start = None if settings.get("from_scratch") else settings.get("initialize_from")
         raise UserError(
             f"{path}: was fine-tuned: its masked-LM head no longer fits; give the pre-trained model"
@@ -84,6 +83,12 @@ def _tokenizer_of_run(serialized: str | None, source: str) -> Tokenizer:
     if serialized is None:
         raise UserError(f"{source}: trained without MLMDataModule, so it holds no tokenizer; give it ids instead")
     return tokenizer_from_string(serialized, source)
+
+
+def settings_of(path: Path) -> dict[str, Any]:
+    """The settings of a run, or of a checkpoint's run; empty for what is none."""
+    config = (path if path.is_dir() else path.absolute().parent.parent) / CONFIG
+    return read_settings(config) if config.is_file() else {}
 
 
 def checkpoint_of(path: Path) -> dict[str, Any]:

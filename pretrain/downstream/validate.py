@@ -13,13 +13,11 @@ from pretrain.corpus.datamodule import validation_planner
 from pretrain.corpus.opening import open_or_prepare
 from pretrain.corpus.packed import MAX_TOKENS_PER_SEQUENCE
 from pretrain.corpus.packing import validation_packs
-from pretrain.downstream.load import load_masked_lm, use_device
+from pretrain.downstream.load import load_masked_lm, settings_of, use_device
 from pretrain.downstream.pretrained_encoder import PACK_TOKENS, PretrainedEncoder
 from pretrain.errors import UserError
 from pretrain.files import check_suffix, refuse_existing, write_whole
 from pretrain.model.encoder import check_finite
-from pretrain.train.changes import read_config
-from pretrain.train.run import CONFIG
 from pretrain.train.validation import Findings, Tally
 
 
@@ -54,7 +52,7 @@ def validate(
         check_suffix(out, ".json")
         refuse_existing(out)
     model = load_masked_lm(path)
-    data = _data_settings(path)
+    data = settings_of(path).get("data", {})
     sets = {"": list(sources)} if sources else _own_sets(path, data)
     longest = model.max_length if max_length is None else max_length
     if longest is not None and longest < 3:
@@ -75,13 +73,6 @@ def validate(
         write_whole(out, json.dumps(told, indent=1) + "\n")
         lines.append(f"{out}: these, by length and by token")
     return "\n".join(lines)
-
-
-def _data_settings(path: Path) -> dict[str, Any]:
-    """The settings of the data of a run, or of a checkpoint's run; none of what is no run."""
-    config = (path if path.is_dir() else path.absolute().parent.parent) / CONFIG
-    data: dict[str, Any] = read_config(config)["data"] if config.is_file() else {}
-    return data
 
 
 def _own_sets(path: Path, data: dict[str, Any]) -> dict[str, list[str]]:
