@@ -1,10 +1,10 @@
-"""Variable-length attention on CPUs with AVX-512, by kernels that are compiled for a head size when it is first used.
+"""Variable-length attention on CPUs with AVX-512 or AVX2, by kernels that are compiled when a head size is first used.
 
 Torch's CPU kernel leaves its products to a library that is slow at matrices as narrow as a head (16 or 24 numbers at
-ESM-2 8M and 35M). Here a register holds 16 queries: maxima and sums are register by register, and any head size fills
-the registers. The gradients of keys and values are sums over queries, so for them a register holds numbers of a head.
-The backward pass computes the weights again from each query's log-sum (Dao 2023, FlashAttention-2, algorithm 2; but
-with all keys of a sequence at a time).
+ESM-2 8M and 35M). Here a register holds 16 queries, or 8: maxima and sums are register by register, and any head size
+fills the registers. The gradients of keys and values are sums over queries, so for them a register holds numbers of a
+head. The backward pass computes the weights again from each query's log-sum (Dao 2023, FlashAttention-2, algorithm 2;
+but with all keys of a sequence at a time).
 
 One sequence and head are done by one thread in a fixed order: results do not depend on the number of threads.
 """
@@ -19,17 +19,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pretrain.model.vector_code import Array, Compiled, Expression, Function, transposed, vector
+from pretrain.model.vector_code import LANES, REGISTERS, Array, Compiled, Expression, Function, transposed, vector
 
-LANES = 16
-"""Numbers in a register."""
-VECTORS = 2
-"""Registers of queries side by side: each number of a key that is read serves both."""
-QUERIES = LANES * VECTORS
-SUMS = 16
-"""Registers that sums are kept in, half of all."""
-KEYS = SUMS // VECTORS
+KEYS = REGISTERS // 4
 """Keys that queries are multiplied with at a time."""
+VECTORS = 2 if REGISTERS == 32 else 3
+"""Registers of queries side by side: each number of a key that is read serves all."""
+QUERIES = LANES * VECTORS
+SUMS = KEYS * VECTORS
+"""Registers that sums are kept in: 16 of 32, or 12 of 16."""
 ROOM = 16
 """Keys are filled up to a multiple of this."""
 
@@ -114,7 +112,7 @@ class Kernel(Function):
 
     def weighted(self, weights: Array, rows: Array, count: Expression, columns: Array) -> None:
         """``columns`` [head size, QUERIES] = ``rows`` [count, head size] summed by ``weights`` [count, QUERIES]."""
-        parts = -(-self.head_size // 12)
+        parts = -(-self.head_size // ((REGISTERS - VECTORS - 1) // VECTORS))
         for part in range(parts):
             places = range(self.head_size * part // parts, self.head_size * (part + 1) // parts)
             sums = self.sums(len(places))
@@ -130,23 +128,26 @@ class Kernel(Function):
         self, weights: Array, rows: Array, stride: Expression, count: Expression, sums: Array, room: Expression
     ) -> None:
         """Adds to each key's sum [room, head size] the queries' rows by their weights [room, QUERIES]."""
-        pieces = {start: vector(min(LANES, self.head_size - start)) for start in range(0, self.head_size, LANES)}
-        together = 2 ** int(math.log2(SUMS // len(pieces)))  # keys; ROOM is a multiple
-        with self.loop(room, together) as key:
-            places = [
-                [(sums + key * self.head_size + (j * self.head_size + start), kind) for start, kind in pieces.items()]
-                for j in range(together)
-            ]
-            totals = [[self.variable(place.load(kind)) for place, kind in of_key] for of_key in places]
-            with self.loop(count) as i:
-                row = [(rows + i * stride + start).load(kind) for start, kind in pieces.items()]
-                for j in range(together):
-                    weight = (weights + key * QUERIES + (i + j * QUERIES)).load()
-                    for total, piece in zip(totals[j], row, strict=True):
-                        _add_products([total], weight.spread(piece.value.type.count), [piece])
-            for of_key, its_totals in zip(places, totals, strict=True):
-                for (place, kind), total in zip(of_key, its_totals, strict=True):
-                    place.store(total.load(kind))
+        all_pieces = [(start, vector(size)) for start, size in self._pieces()]
+        parts = -(-len(all_pieces) * 4 // SUMS)
+        for part in range(parts):
+            pieces = all_pieces[len(all_pieces) * part // parts : len(all_pieces) * (part + 1) // parts]
+            together = 2 ** int(math.log2(SUMS // len(pieces)))  # keys; ROOM is a multiple
+            with self.loop(room, together) as key:
+                places = [
+                    [(sums + key * self.head_size + (j * self.head_size + start), kind) for start, kind in pieces]
+                    for j in range(together)
+                ]
+                totals = [[self.variable(place.load(kind)) for place, kind in of_key] for of_key in places]
+                with self.loop(count) as i:
+                    row = [(rows + i * stride + start).load(kind) for start, kind in pieces]
+                    for j in range(together):
+                        weight = (weights + key * QUERIES + (i + j * QUERIES)).load()
+                        for total, piece in zip(totals[j], row, strict=True):
+                            _add_products([total], weight.spread(piece.value.type.count), [piece])
+                for of_key, its_totals in zip(places, totals, strict=True):
+                    for (place, kind), total in zip(of_key, its_totals, strict=True):
+                        place.store(total.load(kind))
 
 
 def _add_products(sums: list[Array], factor: Expression, factors: list[Expression]) -> None:

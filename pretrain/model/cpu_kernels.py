@@ -28,7 +28,7 @@ class ByLLVM(NamedTuple):
 def by_llvm(kernels: CPUKernels, head_size: int) -> ByLLVM:
     """What the project's own kernels are to compute on a CPU.
 
-    Torch leaves products to MKL, which is the faster one on Intel's CPUs, and elsewhere leaves AVX-512 unused.
+    Torch leaves products to MKL, which is the faster one on Intel's CPUs, and does not use AVX-512 on others.
 
     Args:
         kernels: What is asked for.
@@ -64,6 +64,11 @@ def takes(*tensors: Tensor) -> bool:
     )
 
 
+def has_avx512() -> bool:
+    """Whether torch uses AVX-512 here: the CPU has it, and ``ATEN_CPU_CAPABILITY`` asks for nothing older."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
 def _of_intel() -> bool:
     return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
 
@@ -73,8 +78,8 @@ def _missing(head_size: int) -> str:
         return f"llvmlite, which compiles them, is not installed: {how_to_install('cpu')}"
     if tuple(map(int, version("llvmlite").split(".")[:2])) < _OLDEST_LLVMLITE:
         return f"llvmlite {version('llvmlite')} is too old: {how_to_install('cpu')}"
-    if sys.platform != "linux" or torch.backends.cpu.get_cpu_capability() != "AVX512":
-        return "they need Linux and a CPU with AVX-512"
+    if sys.platform != "linux" or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        return "they need Linux and a CPU with AVX2"
     if head_size > _LARGEST_HEAD:
         return f"heads of {head_size} dimensions are too large, {_LARGEST_HEAD} are the most"
     return ""

@@ -1,4 +1,4 @@
-"""Matrix products on CPUs with AVX-512, by kernels of the project's own.
+"""Matrix products on CPUs with AVX-512 or AVX2, by kernels of the project's own.
 
 Torch leaves them to MKL, which uses the registers of AVX-512 on Intel's CPUs only; there MKL is the faster one. The
 order of loops, and the copies that lie in memory as they are read, are Goto and van de Geijn's ("Anatomy of
@@ -18,14 +18,12 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pretrain.model.vector_code import Array, Compiled, Expression, Function, transposed, vector
+from pretrain.model.vector_code import LANES, REGISTERS, Array, Compiled, Expression, Function, transposed, vector
 
-LANES = 16
-"""Numbers in a register."""
 VECTORS = 2
 COLUMNS = LANES * VECTORS
-ROWS = 12
-"""With two registers for each of these, and two for numbers of the right matrix, 26 of 32 registers are in use."""
+ROWS = 3 * REGISTERS // 8
+"""With two registers for each of these, and two for numbers of the right matrix, 26 of 32 are in use, or 14 of 16."""
 UNROLLED = 4
 DEPTH = 640
 """Products that are summed up in a register, at most, before they are added to what is in memory: a longer sum would be
@@ -34,6 +32,8 @@ PANELS = 8
 """Largest number of panels, of ROWS rows each, that a task has of the left matrix."""
 PACKED_ROWS = 64
 """Of the right matrix, that a thread copies at a time."""
+LINE = 16
+"""Numbers in a line of the cache."""
 AHEAD = 16
 """How many rows ahead of the copy a row is asked for: each is in another page of memory, so that no cache would
 foresee it."""
@@ -89,7 +89,7 @@ def _pack_across_depth(
         for start in range(0, width, LANES):
             (row + stride * AHEAD + start).prefetch()
             numbers = (row + start).load_at((count - panel - start).first_places(LANES))
-            (there + start).store_at(kernel.number(width - start).first_places(LANES), numbers)
+            (there + start).store(numbers.mixed(numbers, list(range(min(LANES, width - start)))))
 
 
 def _write_pack(kernel: Function, along_depth: bool) -> None:
@@ -130,13 +130,16 @@ def _write_multiply(kernel: Function, along_depth: bool) -> None:
                 right = kernel.array("packed") + column * depth + start * COLUMNS
                 places = [(columns - column - v * LANES).first_places(LANES) for v in range(VECTORS)]
                 with kernel.loop(count, ROWS) as row:
+                    product = kernel.array("product") + (first + row) * product_stride + column
+                    for r in range(ROWS):  # ask for it now: what is in memory is added last
+                        for line in range(0, COLUMNS, LINE):
+                            (product + product_stride * r + line).prefetch()
                     sums = _sums_of_products(kernel, panels + row * length, right, length)
 
                     # A tile at an edge of the product is finished in memory of the thread's own.
                     here = count - row
                     inside = (here > ROWS - 1) & (columns - column > COLUMNS - 1)
                     at_edge = inside.choose(0, here.min(ROWS))
-                    product = kernel.array("product") + (first + row) * product_stride + column
                     out, out_stride = inside.choose_array(product, tile), inside.choose(product_stride, COLUMNS)
                     with kernel.loop(at_edge) as i:
                         for v in range(VECTORS):

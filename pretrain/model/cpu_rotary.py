@@ -1,4 +1,4 @@
-"""Rotation of queries and keys on CPUs with AVX-512: one pass over memory, where torch's operators take three."""
+"""Rotation of queries and keys on CPUs with AVX-512 or AVX2: one pass over memory, torch's operators take three."""
 
 import math
 from functools import cache

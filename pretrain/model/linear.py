@@ -5,10 +5,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from pretrain.model.cpu_kernels import takes
+from pretrain.model.cpu_kernels import has_avx512, takes
 
 MIN_ROWS = 256
 """Of fewer rows the project's own kernels are no faster."""
+MIN_MULTIPLICATIONS = 0 if has_avx512() else 2**27
+"""Likewise: with AVX2 they gain so little that calling them costs more in small products."""
 
 
 def linear(
@@ -28,6 +30,7 @@ def linear(
         and not torch.is_autocast_enabled("cpu")
         and x.dim() == 2
         and len(x) >= MIN_ROWS
+        and len(x) * weight.numel() >= MIN_MULTIPLICATIONS
         and x.shape[1:] == weight.shape[1:]
         and (bias is None or bias.shape == weight.shape[:1])
     ):

@@ -14,7 +14,12 @@ import llvmlite.binding as llvm
 import llvmlite.ir as ir
 import torch
 
+from pretrain.model.cpu_kernels import has_avx512
+
 FLOAT, I32, I64, POINTER = ir.FloatType(), ir.IntType(32), ir.IntType(64), ir.PointerType()
+
+LANES, REGISTERS = (16, 32) if has_avx512() else (8, 16)
+"""Numbers in a register of this CPU, and its registers: those of AVX-512, or of AVX2."""
 
 EXP2 = (
     1.535336188319500e-4,
@@ -103,8 +108,9 @@ class Expression:
 
     def first_places(self, size: int) -> "Expression":
         """Whether a place of a vector is among as many first ones as this integer says."""
-        places = ir.Constant(ir.VectorType(I64, size), list(range(size)))
-        return self._new(self.builder.icmp_signed("<", places, self.spread(size).value))
+        count = self._new(self.builder.trunc(self.min(size).value, I32))
+        places = ir.Constant(ir.VectorType(I32, size), list(range(size)))
+        return self._new(self.builder.icmp_signed("<", places, count.spread(size).value))
 
     def mixed(self, other: "Expression", places: list[int]) -> "Expression":
         """A vector of numbers of this one, by their places, and of another, whose places are counted on."""
@@ -123,8 +129,8 @@ class Expression:
         power = self.max(-126.0)
         shifted = power + 1.5 * 2**23  # of this size float32 has no places behind the point
         fraction = power - (shifted - 1.5 * 2**23)
-        series = fraction * EXP2[0] + EXP2[1]
-        for coefficient in EXP2[2:]:
+        series = self._new(self._constant(self.value.type, EXP2[0]))
+        for coefficient in EXP2[1:]:
             series = series.times_plus(fraction, coefficient)
         return series._shifted_into_exponent(shifted)
 
@@ -301,14 +307,17 @@ class Compiled:
     def __init__(self, module: Any) -> None:
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()
-        # Some CPUs' models would halve the registers of AVX-512.
-        features = f"{llvm.get_host_cpu_features().flatten()},-prefer-256-bit"
+        # Some CPUs' models would halve the registers of AVX-512. Torch can be told to leave them alone.
+        width = "-prefer-256-bit" if has_avx512() else "-avx512f"
+        features = f"{llvm.get_host_cpu_features().flatten()},{width}"
         machine = llvm.Target.from_default_triple().create_target_machine(llvm.get_host_cpu_name(), features, opt=3)
         parsed = llvm.parse_assembly(str(module))
         passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=2))
         passes.getModulePassManager().run(parsed, passes)
         self._engine = llvm.create_mcjit_compiler(parsed, machine)
         self._engine.finalize_object()
+        written = (function.name for function in module.functions if not function.is_declaration)
+        self._addresses = {name: self._engine.get_function_address(name) for name in written}
 
     def run(self, name: str, fields: tuple[str, ...], values: Mapping[str, int]) -> None:
         """Run a function in all of torch's threads, to each of which it passes the same fields.
@@ -319,8 +328,7 @@ class Compiled:
             values: What is in them.
         """
         arguments = (ctypes.c_int64 * len(fields))(*(values[field] for field in fields))
-        function = self._engine.get_function_address(name)
-        _in_every_thread()(function, ctypes.addressof(arguments), torch.get_num_threads(), 0)
+        _in_every_thread()(self._addresses[name], ctypes.addressof(arguments), torch.get_num_threads(), 0)
 
 
 @cache

@@ -1,6 +1,8 @@
 """The project's own attention kernels for CPUs, beside SDPA's and a softmax written out in float64."""
 
 import importlib.util
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,14 +17,15 @@ from pretrain import Encoder, EncoderConfig
 from pretrain.errors import UserError
 from pretrain.model import cpu_kernels
 from pretrain.model.attention import Layout, variable_length_attention
-from pretrain.model.cpu_kernels import by_llvm, require_llvm
+from pretrain.model.cpu_kernels import by_llvm, has_avx512, require_llvm
 from pretrain.model.linear import Linear
 from pretrain.train.fit import fit
 from pretrain.train.hardware import check_hardware
 
 pytest.importorskip("llvmlite")
 here = pytest.mark.skipif(
-    sys.platform != "linux" or torch.backends.cpu.get_cpu_capability() != "AVX512", reason="needs AVX-512 and Linux"
+    sys.platform != "linux" or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"),
+    reason="needs AVX2 and Linux",
 )
 
 LENGTHS = [1024, 511, 257, 100, 100, 33, 32, 31, 17, 16, 8, 2, 1]
@@ -158,13 +161,11 @@ def test_an_encoders_loss_and_gradients_are_those_of_torch() -> None:
 
 
 def test_what_the_kernels_need_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=r"256 dimensions are too large|Linux and a CPU with AVX-512"):
+    with pytest.raises(UserError, match=r"256 dimensions are too large|Linux and a CPU with AVX2"):
         require_llvm(256)
     assert not any(by_llvm("auto", 256))
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    with pytest.raises(
-        UserError, match=r"Linux and a CPU with AVX-512; or leave the choice: --model\.cpu_kernels auto"
-    ):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    with pytest.raises(UserError, match=r"Linux and a CPU with AVX2; or leave the choice: --model\.cpu_kernels auto"):
         require_llvm(16)
     monkeypatch.setattr(cpu_kernels, "version", lambda _: "0.49.1")
     with pytest.raises(UserError, match=r"llvmlite 0\.49\.1 is too old"):
@@ -173,6 +174,15 @@ def test_what_the_kernels_need_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"llvmlite, .* is not installed: `pip install '.\[cpu\]'"):
         require_llvm(16)
+
+
+@here
+@pytest.mark.skipif(not has_avx512(), reason="needs AVX-512")
+def test_where_torch_is_told_to_use_avx2_so_do_the_kernels() -> None:
+    tests = [f"{Path(__file__).parent}/test_cpu_{kernels}.py" for kernels in ("attention", "linear", "rotary")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "sdpas or float64", *tests]
+    done = subprocess.run(command, env={**os.environ, "ATEN_CPU_CAPABILITY": "avx2"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 @here

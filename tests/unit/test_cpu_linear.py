@@ -15,10 +15,16 @@ from pretrain.model.linear import MIN_ROWS, Linear, linear
 
 pytest.importorskip("llvmlite")
 pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or torch.backends.cpu.get_cpu_capability() != "AVX512", reason="needs AVX-512 and Linux"
+    sys.platform != "linux" or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"),
+    reason="needs AVX2 and Linux",
 )
 
 SHAPES = [(1, 1, 1), (300, 1, 5), (12, 16, 32), (13, 17, 33), (11, 515, 31), (257, 1030, 64), (100, 2500, 900)]
+
+
+@pytest.fixture(autouse=True)
+def small_products_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pretrain.model.linear.MIN_MULTIPLICATIONS", 0)
 
 
 def product(*given: Tensor) -> Tensor:
@@ -105,12 +111,15 @@ def test_gradients_are_torchs_and_only_those_that_are_asked_for(frozen: tuple[in
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-3)
 
 
-def test_other_precisions_and_few_rows_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_precisions_few_rows_and_small_products_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = Linear(20, 30)
     layer.llvm = True
     monkeypatch.setattr("pretrain.model.cpu_linear.cpu_linear", None)
     few, many = torch.randn(MIN_ROWS - 1, 20), torch.randn(MIN_ROWS, 20)
     assert torch.equal(layer(few), F.linear(few, layer.weight, layer.bias))
+    with monkeypatch.context() as patched:
+        patched.setattr("pretrain.model.linear.MIN_MULTIPLICATIONS", 1 + many.numel() * 30)
+        assert torch.equal(layer(many), F.linear(many, layer.weight, layer.bias))
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(many).dtype == torch.bfloat16
     assert layer.double()(many.double()).dtype == torch.float64
