@@ -16,6 +16,7 @@ import torch
 from results_file import write_results
 from torch import Tensor
 
+import pretrain.model.linear
 from pretrain import EncoderConfig
 from pretrain.model.allocator import keep_freed_memory
 from pretrain.model.cpu_kernels import require_llvm
@@ -62,6 +63,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a JSON file for all figures")
     options = parser.parse_args()
     require_llvm(1)
+    pretrain.model.linear.MIN_MULTIPLICATIONS = 0  # the small ones show why they are torch's
     keep_freed_memory()  # as `pretrain fit` does, for both
     results = []
     print(

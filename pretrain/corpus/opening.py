@@ -46,15 +46,15 @@ def open_or_prepare(
         if corpus.tokenizer.fingerprint != tokenizer.fingerprint:
             raise UserError(
                 f"{corpus}: made with tokenizer '{corpus.tokenizer.name}' ({corpus.tokenizer.vocab_size} ids, "
-                f"{corpus.tokenizer.fingerprint}), the config asks for '{tokenizer.name}' ({tokenizer.vocab_size} ids, "
-                f"{tokenizer.fingerprint}); set data.tokenizer to the corpus's, or prepare the sources again"
+                f"{corpus.tokenizer.fingerprint}), the model's is '{tokenizer.name}' ({tokenizer.vocab_size} ids, "
+                f"{tokenizer.fingerprint}); prepare the sources again, or train with data.tokenizer as the corpus's"
             )
         was = corpus.prepared.get("windows")
         if windows and not (was and was <= windows):
             given = f"with --windows {was}" if was else "without --windows"
             raise UserError(
-                f"{corpus}: was prepared {given}, data.long_sequences split needs at most {windows} "
-                f"tokens in each; prepare it again with --windows {windows}, or set data.long_sequences to crop"
+                f"{corpus}: was prepared {given}, long_sequences split needs at most {windows} "
+                f"tokens in each; prepare it again with --windows {windows}, or set long_sequences to crop"
             )
         return corpus
     key = hashlib.sha256(json.dumps([FORMAT_VERSION, tokenizer.fingerprint, windows]).encode())

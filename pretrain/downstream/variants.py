@@ -18,6 +18,7 @@ _WILD_TYPE_COLUMNS = ("target_seq", "wildtype_sequence", "wild_type", "wt_sequen
 _UNKNOWN_RESIDUES = frozenset("XBZ")
 """Letters for one of several residues; `J` is read as `X`."""
 _UNCHANGED = ("wt", "_wt")
+_NOT_MEASURED = ("", "na", "n/a", "nan", "null", "none")
 _TOKENIZER = ProteinTokenizer()
 _SUBSTITUTION = re.compile(r"([A-Za-z])(-?\d+)([A-Za-z])")
 
@@ -220,7 +221,7 @@ class _Reader:
 
     def measured(self, row: dict[str, str]) -> float | None:
         text = self.get(row, self.columns.measured)
-        if not text:
+        if text is None or text.lower() in _NOT_MEASURED:
             return None
         try:
             value = float(text)

@@ -50,8 +50,8 @@ class MLMModule(StepModule):
         flash_attention: Whose kernels attention on a GPU calls: ``FA2`` are torch's own; ``FA3`` those of the package
             ``flash_attn_interface``, for Hopper (H100, H200), where it is installed.
         cpu_kernels: Whose kernels compute matrix products and attention on a CPU: ``LLVM`` are the project's, for
-            AVX-512 and float32, compiled at the start by llvmlite (the extra ``cpu``); ``auto`` means those where they
-            run and are faster (products: not on Intel's CPUs), and torch's elsewhere.
+            AVX-512 or AVX2 and float32, compiled at the start by llvmlite (the extra ``cpu``); ``auto`` means those
+            where they run and are faster (products: not on Intel's CPUs), and torch's elsewhere.
         initialize_from: A directory with ``config.json`` and safetensors, as `pretrain import` or transformers'
             ``save_pretrained`` writes it, whose weights training starts from instead of random ones; its shape must be
             ``encoder``'s.

@@ -13,6 +13,7 @@ from pretrain.corpus.baselines import Baselines
 from pretrain.corpus.datamodule import MLMDataModule
 from pretrain.corpus.mixture import JoinedCorpus, MixtureOrder, shares
 from pretrain.model.cpu_kernels import by_llvm
+from pretrain.model.linear import MIN_MULTIPLICATIONS
 from pretrain.train.module import MLMModule
 from pretrain.train.run import Run
 from pretrain.train.step import StepModule
@@ -44,10 +45,18 @@ def header(run: Run, trainer: pl.Trainer, module: MLMModule, data: MLMDataModule
             f"  data      {corpus.num_sequences:,} sequences, {corpus.num_tokens:,} tokens",
             *_visits(data, trainer.max_steps),
             f"  validated on {' and '.join(sets) or 'nothing: give --data.validation'}",
+            *_also_trained_on(data),
             f"  step      {_growth(data)}{data.global_batch_tokens:,} tokens, crops of at most {data.max_length}",
             f"  hardware  {hardware}; MFU against {rate / 1e12:.3g} TFLOP/s ({source})",
         ]
     )
+
+
+def _also_trained_on(data: MLMDataModule) -> list[str]:
+    """A line about validation sources that are sources of training."""
+    trained = set(map(str, data.train))
+    both = [source for sources in data.validation_sets.values() for source in map(str, sources) if source in trained]
+    return [f"  warning   {', '.join(both)}: trained on, too; what validation says of it flatters"] if both else []
 
 
 def _growth(data: MLMDataModule) -> str:
@@ -80,6 +89,7 @@ def execution(trainer: pl.Trainer, module: StepModule) -> dict[str, Any]:
     accelerator, config = trainer.strategy.root_device.type, module.encoder.config
     float32_on_cpu = accelerator == "cpu" and trainer.precision == "32-true"
     llvm = by_llvm(module.cpu_kernels if float32_on_cpu else "torch", config.head_dim)
+    products = "LLVM kernels where large" if MIN_MULTIPLICATIONS else "LLVM kernels"
     on_cpu = "LLVM kernels" if llvm.attention and not config.attention_probs_dropout_prob else "SDPA by sequence"
     return {
         "processes": trainer.world_size,
@@ -87,7 +97,7 @@ def execution(trainer: pl.Trainer, module: StepModule) -> dict[str, Any]:
         "strategy": type(trainer.strategy).__name__,
         "precision": trainer.precision,
         "attention": f"varlen_attn ({module.flash_attention})" if accelerator == "cuda" else on_cpu,
-        "products": "LLVM kernels" if llvm.products and not module.compile_blocks else "torch",
+        "products": products if llvm.products and not module.compile_blocks else "torch",
         "compiled": module.compile_blocks,
         "activation_checkpointing": module.encoder.activation_checkpointing,
     }

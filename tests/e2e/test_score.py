@@ -36,7 +36,7 @@ def table(tmp_path: Path) -> Path:
         writer = csv.writer(file)
         writer.writerow(["mutant", "note", "mutated_sequence", "DMS_score"])
         for number, mutant in enumerate(MUTANTS):
-            writer.writerow([mutant, 'a "quoted",\nnote', mutate(mutant), ["0.5", "-1", "2", "", "0.1", "nan"][number]])
+            writer.writerow([mutant, 'a "quoted",\nnote', mutate(mutant), ["0.5", "-1", "2", "", "0.1", "NA"][number]])
     return path
 
 

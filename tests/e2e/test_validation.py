@@ -57,6 +57,23 @@ def test_every_set_has_its_figures_and_the_first_is_the_one_that_counts(
     assert set(result["validation"]["far"]["by_token"]) == set("LAGVSE")
 
 
+def test_who_validates_on_what_is_trained_on_is_told(
+    tiny: Callable[..., Path], tmp_path: Path, proteins: Path, far: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    warnings = []
+    for sources in (str(far), {"far": str(far), "near": [str(far), str(proteins)]}):
+        fit_here(
+            [
+                "-c",
+                str(tiny(data__validation=sources, trainer__max_steps=1)),
+                "--run",
+                str(tmp_path / f"{len(sources)}"),
+            ]
+        )
+        warnings += [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert warnings == [f"  warning   {proteins}: trained on, too; what validation says of it flatters"]
+
+
 def validated(module: MLMModule, data: MLMDataModule, *callbacks: pl.Callback) -> pl.Trainer:
     options = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = pl.Trainer(accelerator="cpu", logger=False, max_steps=1, callbacks=[*callbacks], **options)  # type: ignore[arg-type]

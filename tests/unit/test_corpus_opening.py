@@ -222,8 +222,8 @@ def test_a_prepared_corpus_is_opened_where_it_is(cache: Path, corpus: Corpus) ->
 
 def test_a_corpus_made_with_another_tokenizer_is_refused(corpus: Corpus) -> None:
     assert quiet_mistake(lambda: open_or_prepare([corpus.path], TEXT)) == (
-        f"{corpus.path}: made with tokenizer 'esm' (33 ids, {ESM.fingerprint}), the config asks for 'text' (261 ids, "
-        f"{TEXT.fingerprint}); set data.tokenizer to the corpus's, or prepare the sources again"
+        f"{corpus.path}: made with tokenizer 'esm' (33 ids, {ESM.fingerprint}), the model's is 'text' (261 ids, "
+        f"{TEXT.fingerprint}); prepare the sources again, or train with data.tokenizer as the corpus's"
     )
 
 

@@ -113,8 +113,8 @@ def test_a_prepared_corpus_must_have_been_cut(source: Path, tokenizer: TextToken
         with pytest.raises(UserError) as caught:
             open_or_prepare([out], tokenizer, 64)
         assert str(caught.value) == (
-            f"{out}: was prepared {given_as}, data.long_sequences split needs at most 64 tokens in each; prepare it "
-            "again with --windows 64, or set data.long_sequences to crop"
+            f"{out}: was prepared {given_as}, long_sequences split needs at most 64 tokens in each; prepare it "
+            "again with --windows 64, or set long_sequences to crop"
         )
 
 
