@@ -1,10 +1,10 @@
 """What a perplexity is to be compared with, on the very positions that validation asks about."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pretrain.corpus.batch import PackDataset
 from pretrain.corpus.blosum import RESIDUES, nats_given_homologue
@@ -54,10 +54,15 @@ def perplexities(train: Corpus, validation: PackDataset, packs: Iterable[Pack], 
         packs: The validation packs.
         order: What training visits: it is counted as often as in an epoch, or the first of that in a large corpus.
     """
-    questions = [_questions(validation, pack) for pack in packs]
-    left, target = (np.concatenate(column) for column in zip(*questions, strict=True))
     size = train.tokenizer.vocab_size
-    wanted, where = np.unique(left * size + target, return_inverse=True)
+    asked = Counter[int]()  # how often each target behind each neighbour
+    for pack in packs:
+        left, target = _questions(validation, pack)
+        keys, times = np.unique(left * size + target, return_counts=True)
+        asked.update(dict(zip(keys.tolist(), times.tolist(), strict=True)))
+    wanted = np.array(sorted(asked))
+    weights = np.array([asked[key] for key in wanted.tolist()]) / asked.total()
+    left, target = np.divmod(wanted, size)
 
     single = np.ones(size)  # add-one, so that nothing is impossible
     context = np.zeros(size)
@@ -78,14 +83,14 @@ def perplexities(train: Corpus, validation: PackDataset, packs: Iterable[Pack], 
         if seen > _SAMPLE_TOKENS:
             break
     unigram = single[target] / single.sum()
-    bigram = (pairs[where] + _PRIOR * unigram) / (context[left] + _PRIOR)
+    bigram = (pairs + _PRIOR * unigram) / (context[left] + _PRIOR)
     told = None
     if isinstance(train.tokenizer, ProteinTokenizer):
         nats = -np.log(single / single.sum())  # for what is none of the twenty
         places = [train.tokenizer.tokens.index(residue) for residue in RESIDUES]
         nats[places] = nats_given_homologue(single[places] / single[places].sum())
-        told = float(np.exp(nats[target].mean()))
-    return Baselines(_perplexity(unigram), _perplexity(bigram), told)
+        told = float(np.exp(weights @ nats[target]))
+    return Baselines(*(float(np.exp(-weights @ np.log(p))) for p in (unigram, bigram)), told)
 
 
 def _chunks(train: Corpus, order: AnyOrder, visits: int) -> Iterator[Int64]:
@@ -94,10 +99,6 @@ def _chunks(train: Corpus, order: AnyOrder, visits: int) -> Iterator[Int64]:
         _, indices = order(np.arange(first, min(first + _CHUNK, visits)))
         chunk_of = np.cumsum(train.lengths(indices)) // _CHUNK_TOKENS
         yield from np.split(indices, np.flatnonzero(np.diff(chunk_of)) + 1)
-
-
-def _perplexity(probabilities: NDArray[np.float64]) -> float:
-    return float(np.exp(-np.log(probabilities).mean()))
 
 
 def _questions(validation: PackDataset, pack: Pack) -> tuple[Int64, Int64]:

@@ -2,9 +2,8 @@
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,12 +41,6 @@ class JoinedCorpus(Corpus):
     @override
     def __reduce__(self) -> tuple[type["JoinedCorpus"], tuple[tuple[Corpus, ...]]]:  # type: ignore[override]
         return JoinedCorpus, (self.corpora,)
-
-    @property
-    @override
-    def shards(self) -> Iterable[Shard]:  # type: ignore[override]
-        """The shards, one after the other; those of a remote corpus come when their turn does."""
-        return chain.from_iterable(corpus.shards for corpus in self.corpora)
 
     @property
     @override

@@ -29,6 +29,7 @@ from pretrain.corpus.store import FORMAT_VERSION, check_shard_names, open_shard
 from pretrain.corpus.tokenizer import tokenizer_from_string
 from pretrain.corpus.whole import make_whole
 from pretrain.errors import UserError
+from pretrain.files import write_whole
 
 NO_CLUSTERS = "--clusters goes with neither --shard nor --merge; prepare the sources in one call"
 
@@ -128,10 +129,7 @@ def prepare_part(
             "sources": described,
             "entries": [entry._asdict() for entry in entries],
         }
-        with (partial / PART).open("w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
+        write_whole(partial / PART, json.dumps(content, indent=1), replace=True)
         ours = {PART, *(entry.file for entry in entries)}
         ours |= {report_file(partial, entry.number).name for entry in entries}
         for file_ in sorted(partial.iterdir(), key=lambda file: file.name == JOURNAL):

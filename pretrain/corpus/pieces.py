@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pretrain.corpus.sources import Source, SourceOptions, Stream, open_hub, open_raw
+from pretrain.corpus.sources import Source, SourceOptions, Stream, check_uncompressed, open_hub, open_raw
 from pretrain.errors import UserError, one_line
 
 PIECE_BYTES = 2**24
@@ -227,6 +227,7 @@ def _cut_table(source: Source, options: SourceOptions) -> Iterator[Piece]:
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
+        check_uncompressed(source)
         said = one_line(error, 200)
         raise UserError(f"{source}: damaged {source.kind} data ({said}); fetch or write the file again") from error
     if waiting:

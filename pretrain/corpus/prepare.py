@@ -50,10 +50,13 @@ class Settings:
         """Make sure that the lists are there, before the hours that reading the sources may take.
 
         Raises:
-            UserError: If one cannot be opened.
+            UserError: If one cannot be opened, or is a pipe: lists are read more than once.
         """
         for name in self.lists:
-            Stream(Source(name, "tsv")).close()
+            source = Source(name, "tsv")
+            if not source.is_regular_file and (name == "-" or Path(name).exists()):
+                raise UserError(f"{source}: is no file; write the list into one, since it is read more than once")
+            Stream(source).close()
 
     def is_ready(self, out: Path, sources: list[dict[str, Any]], read: Sequence[str]) -> bool:
         """Whether the corpus at ``out``, or the two of the split, are what would be made of these sources.
@@ -225,6 +228,7 @@ def prepared_record(entries: Sequence[ShardEntry], settings: Settings, sources: 
 
 def write_report(directory: Path, to: Path, entries: Sequence[ShardEntry]) -> None:
     """Join the lists of bad records, if there are any, into one in ``to``."""
+    (to / REPORT).unlink(missing_ok=True)  # a call that failed may have left one
     bad = [entry for entry in entries if entry.skipped.get("bad")]
     if not bad:
         return

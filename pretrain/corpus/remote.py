@@ -1,7 +1,6 @@
 """A remote corpus: its manifest and lengths first, its shards when they are needed."""
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -84,12 +83,6 @@ class RemoteCorpus(Corpus):
 
     @property
     @override
-    def shards(self) -> Iterable[Shard]:  # type: ignore[override]
-        """The shards, one after the other: each is fetched when its turn comes."""
-        return _Shards(self)
-
-    @property
-    @override
     def has_words(self) -> bool:
         return self._shard(0).word_starts is not None
 
@@ -161,14 +154,3 @@ class RemoteCorpus(Corpus):
 
 def _damaged_copy(file: Path, error: Exception) -> UserError:
     return UserError(f"{file}: damaged ({error}); delete this file and give the same command again")
-
-
-class _Shards:
-    def __init__(self, corpus: RemoteCorpus) -> None:
-        self._corpus = corpus
-
-    def __len__(self) -> int:
-        return len(self._corpus.manifest["shards"])
-
-    def __iter__(self) -> Iterator[Shard]:
-        return map(self._corpus._shard, range(len(self)))

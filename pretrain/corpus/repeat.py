@@ -49,6 +49,8 @@ def check_repeated(
     for name in before:
         if name not in now:
             raise refuse(f", prepared with {name}, too")
+    if len(made["sources"]) != len(wanted["sources"]):
+        raise refuse(f", prepared from {len(made['sources'])} sources instead of {len(wanted['sources'])}")
     if made["sources"] != wanted["sources"] and before == now:
         raise refuse(", prepared from the same sources in another order")
     for name, source in now.items():

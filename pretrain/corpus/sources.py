@@ -14,6 +14,7 @@ from typing import IO, Any, NamedTuple, cast
 import pyarrow as pa
 from typing_extensions import override
 
+from pretrain.corpus.store import is_corpus
 from pretrain.errors import UserError, one_line
 from pretrain.shipped import shipped
 
@@ -132,13 +133,13 @@ def _match(pattern: str) -> list[Path]:
 
 def _find_in_directory(name: str, kind: str | None) -> Iterator[Source]:
     directory = Path(name)
-    if (directory / "manifest.json").is_file():
+    if is_corpus(directory):
         raise UserError(f"{name}: is a prepared corpus; it stands alone, and cannot be a source")
     if (directory / PART).is_file():
         raise UserError(
             f"{name}: is a part of a corpus; join all parts with `pretrain prepare --merge PART... --out DIR`"
         )
-    if corpora := sorted(str(path.parent) for path in directory.glob("*/manifest.json")):
+    if corpora := sorted(str(path.parent) for path in directory.glob("*/manifest.json") if is_corpus(path.parent)):
         raise UserError(f"{name}: holds prepared corpora; name one of them: {', '.join(corpora[:5])}")
     if (directory / "dataset_dict.json").is_file():
         splits = ", ".join(sorted(path.parent.name for path in directory.glob("*/state.json")))
@@ -223,6 +224,17 @@ def open_raw(source: Source) -> IO[bytes]:
         return open(source.name, "rb")
     except OSError as error:
         raise UserError(f"{source}: cannot be read ({error.strerror}); check the file and its permissions") from error
+
+
+def check_uncompressed(source: Source) -> None:
+    """Refuse a table that is compressed as a whole, and so cannot be read from its end.
+
+    Raises:
+        UserError: If it is.
+    """
+    with Stream(source) as stream:
+        if stream.compression:
+            raise UserError(f"{source}: is compressed by {stream.compression} as a whole; decompress it first")
 
 
 class Stream(io.RawIOBase):

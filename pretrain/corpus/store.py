@@ -185,8 +185,14 @@ class Corpus:
 
 
 def is_corpus(path: str | Path) -> bool:
-    """Whether ``path`` is a prepared corpus rather than a raw source."""
-    return (Path(path) / MANIFEST).is_file()
+    """Whether ``path`` is a prepared corpus, be it a damaged one, rather than a raw source."""
+    try:
+        manifest = json.loads((Path(path) / MANIFEST).read_text(encoding="utf-8"))
+    except OSError:
+        return False
+    except ValueError:
+        return True
+    return "format_version" in manifest  # other data, too, has manifests
 
 
 def verify(path: Path) -> int:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pretrain.corpus.store import FORMAT_VERSION, LENGTHS, MANIFEST, file_checksum, fingerprint_of, open_shard
 from pretrain.corpus.tokenizer import Tokenizer
-from pretrain.files import atomic_path
+from pretrain.files import atomic_path, write_whole
 
 
 def write_shard(
@@ -112,10 +112,7 @@ def write_manifest(
         "lengths": _write_lengths(directory / LENGTHS, [shard["file"] for shard in shards], measure),
         "shards": [{**shard, "num_bytes": measure(shard["file"]).num_bytes} for shard in shards],
     }
-    with (directory / MANIFEST).open("w", encoding="utf-8") as file:
-        json.dump(manifest, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    write_whole(directory / MANIFEST, json.dumps(manifest, indent=1), replace=True)
 
 
 def _write_lengths(path: Path, shards: Sequence[str], measure: Callable[[str], Extent]) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """`pretrain export`: a run as a directory that transformers, and everything built on it, loads."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from pretrain.files import new_directory, refuse_existing
 from pretrain.model.contacts import ContactRegression
 from pretrain.model.encoder import Encoder
 from pretrain.train.logging import METRICS_FILE, read_metrics
-from pretrain.train.run import CONFIG, RESULT
+from pretrain.train.run import CONFIG, Run
 
 
 def export(run: Path, out: Path, regression: Path | None = None) -> str:
@@ -61,7 +60,7 @@ def export(run: Path, out: Path, regression: Path | None = None) -> str:
     with new_directory(out) as partial:
         write_model(encoder, tokenizer, max_length, partial, encoder.contacts)
         write_tokenizer(tokenizer, max_length, partial)
-        result = _result(home)
+        result = Run(home).result or {}
         settings, changes = settings_at(settings, home, checkpoint["global_step"])
         metrics = read_metrics(home / METRICS_FILE)
         curves = any(name == "train/loss" for _, name, _ in metrics)
@@ -85,7 +84,7 @@ def _export_fine_tuned(run: Path, home: Path, settings: dict[str, Any], out: Pat
     with new_directory(out) as partial:
         write_fine_tuned(model, partial)
         write_tokenizer(model.encoder.tokenizer, model.max_length, partial)
-        result = _result(home)
+        result = Run(home).result or {}
         if result.get("best_step") != model.step:
             result = {}
         card = fine_tuned_card(model, settings, result, home.absolute().name)
@@ -95,12 +94,6 @@ def _export_fine_tuned(run: Path, home: Path, settings: dict[str, Any], out: Pat
         f"{out}: step {model.step} of {home}, for transformers' {hf_class(model.spec)} and AutoTokenizer; logits agree "
         f"within {difference:.1e}"
     )
-
-
-def _result(home: Path) -> dict[str, Any]:
-    """A run's final figures, where it has any."""
-    path = home / RESULT
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def write_model(

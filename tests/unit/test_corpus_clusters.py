@@ -13,7 +13,7 @@ from pretrain.cli import main
 from pretrain.corpus.datamodule import MLMDataModule
 from pretrain.corpus.prepare import Settings, prepare
 from pretrain.corpus.shards import Filters
-from pretrain.corpus.store import CLUSTERS, Corpus, verify
+from pretrain.corpus.store import CLUSTERS, REPORT, Corpus, verify
 from pretrain.corpus.tokenizer import load_tokenizer
 from pretrain.errors import UserError
 from pretrain.shipped import shipped
@@ -154,3 +154,16 @@ def test_over_many_epochs_each_member_of_a_real_cluster_is_drawn_equally_often(t
     assert each.min() > 0.001 / len(each)
     assert 0.001 < scipy.stats.chi2.sf(statistic.sum(), freedom.sum()) < 0.999
     assert scipy.stats.kstest(each, "uniform").pvalue > 0.001
+
+
+def test_a_report_of_a_call_that_failed_is_none_of_the_next(fasta: Path, tmp_path: Path) -> None:
+    table, out = tmp_path / "table.tsv", tmp_path / "corpus"
+    command = ["prepare", str(fasta), "--out", str(out), "--skip_bad", "--clusters", str(table)]
+    whole = fasta.read_text()
+    fasta.write_text(whole + ">bad\nM1\n")
+    table.write_text("X\tnot in the corpus\n")
+    assert main(command) == 2
+    fasta.write_text(whole)
+    table.write_text(TABLE)
+    assert main(command) == 0
+    assert not (out / REPORT).exists()

@@ -41,6 +41,13 @@ WAYS = {
 }
 
 
+def test_a_source_that_is_named_twice_is_another_corpus(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prepare", "z.fasta", "z.fasta", "--out", "out"]) == 0
+    capsys.readouterr()
+    assert main(["prepare", "z.fasta", "--out", "out"]) == 2
+    assert "out: exists already, prepared from 2 sources instead of 1; choose" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_the_same_again_is_ready_and_does_nothing(
     way: str, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

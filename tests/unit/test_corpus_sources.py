@@ -60,6 +60,21 @@ def test_directories_and_patterns_stand_for_their_files_in_order(
     assert found(".", kind="txt")[:3] == ["README.md", "b.fasta", "c.fasta"]
 
 
+def test_a_manifest_of_something_else_makes_no_corpus(tmp_path: Path) -> None:
+    for place in ("set", "set/meta"):
+        (tmp_path / place).mkdir()
+        written(tmp_path, f"{place}/manifest.json", b'{"version": 3}')
+    written(tmp_path, "set/a.fasta", b">a\nMK\n")
+    assert [record.id for record in read_records(tmp_path / "set")] == ["a"]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_a_table_compressed_as_a_whole_is_told(kind: str, tmp_path: Path) -> None:
+    path = written(tmp_path, f"t.{kind}.gz", b"PAR1 and so on")
+    with pytest.raises(UserError, match=rf"t\.{kind}\.gz: is compressed by gzip as a whole; decompress it first"):
+        list(read_records(path))
+
+
 def test_a_name_with_a_star_that_is_a_file_is_that_file(tmp_path: Path) -> None:
     path = written(tmp_path, "x[1]*.fasta", b">a\nMK\n")
     written(tmp_path, "x1.fasta", b">b\nMK\n")

@@ -54,6 +54,14 @@ def content(directory: Path) -> dict[str, bytes]:
     return {str(file.relative_to(directory)): file.read_bytes() for file in directory.rglob("*") if file.is_file()}
 
 
+def test_a_list_is_no_pipe_since_it_is_read_more_than_once(source: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for name, shown in ((str(tmp_path / "pipe"), str(tmp_path / "pipe")), ("-", "standard input")):
+        with pytest.raises(UserError, match=f"^{shown}: is no file; write the list into one"):
+            prepare_split([source], tmp_path / "out", Settings(ESM, split=Split(ids=name)))
+    assert not list(tmp_path.glob("*out*"))
+
+
 def test_every_sequence_goes_to_one_side_and_keeps_its_order_and_tokens(source: Path, tmp_path: Path) -> None:
     whole = prepare([source], tmp_path / "whole", Settings(ESM))
     sides = prepare_split([source], tmp_path / "two", Settings(ESM, split=Split(share=0.2)))

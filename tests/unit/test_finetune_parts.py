@@ -20,6 +20,7 @@ from pretrain.downstream.finetune.module import FineTuneModule
 from pretrain.downstream.finetune.packs import LabelledBatch
 from pretrain.downstream.finetune.predict import _columns
 from pretrain.downstream.finetune.report import _bars
+from pretrain.errors import UserError
 from pretrain.model.config import EncoderConfig
 from pretrain.model.encoder import Encoder
 
@@ -63,6 +64,16 @@ def test_mean_and_attention_pooling_are_their_formulas_over_residues() -> None:
             expected.append((weight[:, None] * part).sum(0) / weight.sum())
         outputs = head.out_proj(torch.tanh(head.dense(torch.stack(expected))))
         torch.testing.assert_close(head(hidden, bounds), outputs)
+
+
+def test_attention_is_over_residues_whatever_the_other_tokens_score() -> None:
+    torch.manual_seed(0)
+    hidden, bounds = torch.randn(9, 16), torch.tensor([0, 2, 9], dtype=torch.int32)  # the first has no residue
+    head = SequenceHead(CONFIG, 3, "attention")
+    hidden[2] = 100 * head.score.weight[0] / head.score.weight.square().sum()  # <cls> scores 100
+    weight = head.score(hidden[3:8])[:, 0].softmax(0)
+    expected = torch.stack([torch.zeros(16), weight @ hidden[3:8]])
+    torch.testing.assert_close(head(hidden, bounds), head.out_proj(torch.tanh(head.dense(expected))))
 
 
 def test_low_rank_parts_begin_as_nothing_are_seen_at_rows_too_and_merge_into_the_same_function() -> None:
@@ -126,6 +137,14 @@ def test_balanced_classes_count_the_same_however_rare_they_are(
     module = FineTuneModule(encoder=CONFIG, class_weights="balanced")
     module.prepare(data)
     assert float(module._compare(torch.zeros(2, len(data.spec.classes)), targets)) == pytest.approx(loss)
+
+
+def test_a_class_that_every_row_has_cannot_be_balanced(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("sequence,label\nMKV,one;two\nMKL,two\n")
+    data = FineTuneDataModule(str(tmp_path / "t.csv"), task="multilabel")
+    data.setup("fit")
+    with pytest.raises(UserError, match="is balanced but all training rows have the class 'two'"):
+        FineTuneModule(encoder=CONFIG, class_weights="balanced").prepare(data)
 
 
 def test_targets_of_residues_are_at_their_places_in_every_crop(tmp_path: Path) -> None:

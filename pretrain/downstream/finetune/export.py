@@ -1,11 +1,13 @@
 """A fine-tuned run as transformers' ``EsmForSequenceClassification`` or ``EsmForTokenClassification``."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pretrain.corpus.tokenizer import ProteinTokenizer
 from pretrain.downstream.card import data_name, starting_point
 from pretrain.downstream.finetune.head import SequenceHead, TokenHead
 from pretrain.downstream.finetune.labels import LabelSpec
@@ -19,6 +21,9 @@ _PROBLEM = {
     "multiclass": "single_label_classification",
     "multilabel": "multi_label_classification",
 }
+
+_PROTEINS = ("MKTAYIAKQRQISFVKSHFSRQ", "MSLLLVALLAAPALAQ")
+_TEXTS = ("The state of the union is strong.", "It is.")
 
 _ANY_ORDER = """
 A pair's order has no meaning; the figures are those of pairs in alphabetical order: `tokenizer(*sorted([one, other]))`.
@@ -107,10 +112,13 @@ def model_card(model: FineTuned, settings: dict[str, Any], result: dict[str, Any
     if test := result.get("test"):
         for metric, figure in test.items():
             low, high = figure["interval"]
-            rows.append((f"Test {metric}", f"{figure['value']:.3f} (95 % interval {low:.3f} to {high:.3f})"))
+            told = f"{figure['value']:.3f} (95 % interval {low:.3f} to {high:.3f})"
+            rows.append((f"Test {metric}", "undefined" if math.isnan(figure["value"]) else told))
     table = "\n".join(f"| {label} | {value} |" for label, value in rows)
     kind = hf_class(spec).replace("Esm", "AutoModel")
-    example = '"MKTAYIAKQRQISFVKSHFSRQ"' + (', "MSLLLVALLAAPALAQ"' if model.pair_order else "")
+    protein = isinstance(model.encoder.tokenizer, ProteinTokenizer)
+    first, second = _PROTEINS if protein else _TEXTS
+    example = f'"{first}"' + (f', "{second}"' if model.pair_order else "")
     order = _ANY_ORDER if model.pair_order == "any" else ""
     tags = "token-classification" if spec.task == "token" else "text-classification"
     return f"""---

@@ -62,9 +62,10 @@ class SequenceHead(nn.Module):
         if self.score is None:
             weight = residue
         else:
-            score = self.score(hidden)[:, 0].float()
-            highest = score.new_full((count,), -torch.inf).scatter_reduce(0, sequence, score.detach(), "amax")
-            weight = residue * (score - highest[sequence]).exp()
+            score = self.score(hidden)[:, 0].float().masked_fill(residue == 0, -torch.inf)
+            lowest = torch.finfo(score.dtype).min  # of a sequence without residues
+            highest = score.new_full((count,), lowest).scatter_reduce(0, sequence, score.detach(), "amax")
+            weight = (score - highest[sequence]).exp()
         total = weight.new_zeros(count).index_add(0, sequence, weight)
         summed = weight.new_zeros(count, hidden.shape[1]).index_add(0, sequence, hidden.float() * weight[:, None])
         return (summed / total.clamp(min=1e-12)[:, None]).to(hidden.dtype)

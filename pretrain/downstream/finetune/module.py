@@ -154,6 +154,12 @@ class FineTuneModule(StepModule):
         if self.class_weights == "balanced":
             counts = torch.from_numpy(data.splits["train"].labels.counts(self.spec.num_outputs)).double()
             if self.spec.task == "multilabel":  # of each class by itself, those that have it against those that do not
+                if (everywhere := counts == len(data.train_corpus)).any():
+                    name = self.spec.classes[int(everywhere.nonzero()[0])]
+                    raise UserError(
+                        f"model.class_weights is balanced but all training rows have the class '{name}', which "
+                        "cannot be balanced: leave the class out, or the weights"
+                    )
                 weight = (len(data.train_corpus) - counts) / counts
             else:
                 weight = counts.sum() / (len(counts) * counts)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from pretrain.corpus.pieces import ID_COLUMNS, TEXT_COLUMNS, Piece, choose_column, read_whole
 from pretrain.corpus.readers import Flaw, parse, parse_fields
-from pretrain.corpus.sources import Source, SourceOptions, find_sources
+from pretrain.corpus.sources import Source, SourceOptions, check_uncompressed, find_sources
 from pretrain.errors import UserError
 
 _KINDS = ("csv", "tsv", "jsonl", "parquet", "fasta")
@@ -148,9 +148,12 @@ def _name(line: int, fields: dict[str, Any], column: str | None) -> str:
 
 def _sequence(where: str, name: str, column: str, fields: dict[str, Any]) -> bytes:
     text = fields[column]
-    if not isinstance(text, str) or not text:
+    if text is None or text in ("", b""):
         raise UserError(f"{where}: record '{name}' has nothing in '{column}'; fill it in or remove the row")
-    return text.encode("utf-8", "surrogateescape")  # what is no UTF-8 is for the tokenizer to refuse
+    if not isinstance(text, str | bytes):
+        raise UserError(f"{where}: '{column}' is {text!r}; a sequence is expected there: name another column")
+    # What is no UTF-8 is for the tokenizer to refuse.
+    return text if isinstance(text, bytes) else text.encode("utf-8", "surrogateescape")
 
 
 def _by_id(path: str, columns: Columns) -> dict[str, dict[str, Any]]:
@@ -230,4 +233,5 @@ def _read_parquet(source: Source) -> Iterator[tuple[int, dict[str, Any]]]:
         batches = pq.ParquetFile(source.name).iter_batches()
         yield from enumerate((fields for batch in batches for fields in batch.to_pylist()), 1)
     except (pa.ArrowException, OSError) as error:
+        check_uncompressed(source)
         raise UserError(f"{source}: not a Parquet file that can be read ({error})") from error

@@ -1,5 +1,7 @@
 """A fine-tuned run as transformers loads it, and back."""
 
+import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,16 +13,19 @@ from labelled import finetune, read_csv
 from test_resume import equal
 
 from pretrain.cli import main
+from pretrain.corpus.tokenizer import ProteinTokenizer, Tokenizer, train_tokenizer
 from pretrain.downstream import hf_files
 from pretrain.downstream.finetune.export import model_card
 from pretrain.downstream.finetune.head import build_head
 from pretrain.downstream.finetune.labels import LabelSpec
 from pretrain.downstream.finetune.model import FineTuned, load_fine_tuned
+from pretrain.downstream.finetune.pairs import PairOrder
+from pretrain.downstream.pretrained_encoder import PretrainedEncoder
 from pretrain.model.config import EncoderConfig
-from pretrain.model.encoder import Encoder
 from pretrain.train.checkpoint import read_checkpoint
 
 SLOW = pytest.mark.slow
+ESM = ProteinTokenizer()
 
 
 def states(run: Path) -> dict[str, Any]:
@@ -71,13 +76,25 @@ def test_an_export_is_readable_by_whoever_reads_its_config_in_shards_and_without
 ) -> None:
     run, out = tmp_path / "run", tmp_path / "export"
     assert finetune("-c", config(), "--from", pretrained, "--run", run) == 0
+    result = json.loads((run / "result.json").read_text())
+    for figure in result["test"].values():
+        figure.update(value=None, interval=[None, None])  # as of a test split of one class
+    (run / "result.json").write_text(json.dumps(result))
     monkeypatch.setattr(hf_files, "SHARD_SIZE", "10KB")
     capfd.readouterr()
     assert main(["export", str(run), "--out", str(out)]) == 0
     assert capfd.readouterr().err == ""
     assert len(list(out.glob("model-*.safetensors"))) > 2
-    assert "\n# run\n" in (out / "README.md").read_text()  # the run's name, as of a pre-trained one
+    card = (out / "README.md").read_text()
+    assert "\n# run\n" in card  # the run's name, as of a pre-trained one
+    assert card.count("| undefined |") == len(result["test"]) > 0
     assert {file.stat().st_mode for file in out.iterdir()} == {(out / "config.json").stat().st_mode}
+
+
+def tuned(tokenizer: Tokenizer = ESM, pair_order: PairOrder | None = None) -> FineTuned:
+    shape = EncoderConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    spec, encoder = LabelSpec("binary", ("no", "yes")), PretrainedEncoder(shape, lambda: tokenizer, 64)
+    return FineTuned(encoder, build_head(shape, spec, "cls"), spec, 64, pair_order, 3)
 
 
 @pytest.mark.parametrize(
@@ -89,12 +106,20 @@ def test_an_export_is_readable_by_whoever_reads_its_config_in_shards_and_without
     ],
 )
 def test_a_card_names_what_was_fine_tuned_and_not_where_it_lay(model: dict[str, Any], start: str) -> None:
-    shape = EncoderConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
-    spec = LabelSpec("binary", ("no", "yes"))
-    tuned = FineTuned(Encoder(shape), build_head(shape, spec, "cls"), spec, 64, None, 3)
-    card = model_card(tuned, {"model": {**model, "tune": "full"}, "data": {"train": "labels.csv"}}, {}, "x")
+    card = model_card(tuned(), {"model": {**model, "tune": "full"}, "data": {"train": "labels.csv"}}, {}, "x")
     assert f"| Fine-tuned from | {start} |" in card
     assert "| Task | binary (positive: yes): no, yes |" in card
+
+
+def test_a_card_tells_undefined_figures_and_an_example_of_its_kind() -> None:
+    settings = {"model": {"initialize_from": None, "from_scratch": True, "tune": "full"}, "data": {"train": "x.csv"}}
+    nothing = {"value": math.nan, "interval": [math.nan, math.nan]}
+    test = {"auroc": nothing, "mcc": {"value": 0.5, "interval": [0.25, 0.75]}}
+    card = model_card(tuned(train_tokenizer(["It is."], 262), "any"), settings, {"test": test}, "x")
+    assert "| Test auroc | undefined |" in card
+    assert "| Test mcc | 0.500 (95 % interval 0.250 to 0.750) |" in card
+    assert 'tokenizer("The state of the union is strong.", "It is."' in card
+    assert 'tokenizer("MKTAYIAKQRQISFVKSHFSRQ", return_tensors' in model_card(tuned(), settings, {}, "x")
 
 
 def test_what_cannot_be_exported_is_told_in_one_line(

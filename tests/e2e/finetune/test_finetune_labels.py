@@ -1,5 +1,6 @@
 """Labelled files: every kind, and every mistake in one line."""
 
+import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,11 @@ def parquet(labels: list[Any]) -> str:
     return "t.parquet"
 
 
+def compressed(name: str) -> str:
+    Path(f"{name}.gz").write_bytes(gzip.compress(Path(name).read_bytes()))
+    return f"{name}.gz"
+
+
 TOKENS = {"data__task": "token"}
 NUMBERS = {"data__task": "regression"}
 MANY = {"data__task": "multilabel"}
@@ -35,6 +41,11 @@ MISTAKES: dict[str, tuple[Callable[[], str], dict[str, Any], list[str]]] = {
     "label missing": (
         lambda: table("t.csv", "sequence,label\nMKV,1\nMKL,\n"), {}, ["t.csv:3: record '3' has no label; fill it in"]
     ),
+    "no sequence": (
+        lambda: table("t.jsonl", '{"sequence": 3, "label": 1}\n'), {},
+        ["t.jsonl:1: 'sequence' is 3; a sequence is expected there"],
+    ),
+    "compressed Parquet": (lambda: compressed(parquet([1, 2])), {}, ["t.parquet.gz: is compressed by gzip as a whole"]),
     "label is null": (lambda: parquet([1, None]), {}, ["t.parquet:2: record '2' has no label"]),
     "no label column": (
         lambda: table("t.csv", "sequence,stable\nMKV,1\n"), {}, ["t.csv: no column 'label'; it has sequence, stable"]
@@ -295,12 +306,17 @@ def test_a_csv_with_quotes_commas_and_line_ends_is_read(
 
 def test_every_kind_of_file_gives_the_same_labels(tmp_path: Path) -> None:
     rows = [{"id": f"s{i}", "sequence": s, "label": label("binary", s)} for i, s in enumerate(sequences(8, 1))]
-    files = {name: tmp_path / f"t.{name}" for name in ("csv", "tsv", "jsonl", "parquet", "fasta", "bare.fasta")}
+    files = {
+        name: tmp_path / f"t.{name}"
+        for name in ("csv", "tsv", "jsonl", "parquet", "bytes.parquet", "fasta", "bare.fasta")
+    }
     for name, mark in (("csv", ","), ("tsv", "\t")):
         lines = [mark.join(row.values()) for row in rows]
         files[name].write_text("\n".join([mark.join(rows[0]), *lines]) + "\n")
     files["jsonl"].write_text("".join(json.dumps(row) + "\n" for row in rows))
     pq.write_table(pa.Table.from_pylist(rows), files["parquet"])
+    of_bytes = [{**row, "sequence": row["sequence"].encode()} for row in rows]
+    pq.write_table(pa.Table.from_pylist(of_bytes), files["bytes.parquet"])
     headed = (f">{r['id']} label={r['label']}\n{r['sequence'][:5]}\n{r['sequence'][5:]}\n" for r in rows)
     files["fasta"].write_text("".join(headed))
     files["bare.fasta"].write_text("".join(f">{r['id']}\n{r['sequence']}\n" for r in rows))
