@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return plan(given[1:])
         options, unknown = parser().parse_known_args(given)
         if unknown:
-            raise UserError(f"unrecognized arguments: {' '.join(unknown)}; see `pretrain {given[0]} --help`")
+            raise UserError(f"unrecognized arguments: {' '.join(unknown)}; see `pretrain {options.command} --help`")
         _run(options)
         return 0
     except (UserError, CrashError) as error:

@@ -90,7 +90,7 @@ def perplexities(train: Corpus, validation: PackDataset, packs: Iterable[Pack], 
         places = [train.tokenizer.tokens.index(residue) for residue in RESIDUES]
         nats[places] = nats_given_homologue(single[places] / single[places].sum())
         told = float(np.exp(weights @ nats[target]))
-    return Baselines(*(float(np.exp(-weights @ np.log(p))) for p in (unigram, bigram)), told)
+    return Baselines(float(np.exp(-weights @ np.log(unigram))), float(np.exp(-weights @ np.log(bigram))), told)
 
 
 def _chunks(train: Corpus, order: AnyOrder, visits: int) -> Iterator[Int64]:

@@ -19,7 +19,7 @@ class EncoderConfig:
         num_attention_heads: Heads in each block; they divide ``hidden_size`` into even parts.
         intermediate_size: Width of the feed-forward layer; four times ``hidden_size`` if not given.
         vocab_size: Number of token ids.
-        pad_token_id: Id of the padding token; its embedding stays zero.
+        pad_token_id: Id of the padding token; its embedding begins as zero.
         mask_token_id: Id of the mask token, for token dropout.
         token_dropout: Zero the embeddings of masked tokens and rescale the rest (ESM-1b and ESM-2).
         layer_norm_eps: Epsilon of every layer norm.
@@ -110,7 +110,7 @@ class EncoderConfig:
             )
 
     def training_flops(self, lengths: Sequence[int] | np.ndarray, targets: Sequence[int] | np.ndarray) -> float:
-        """Floating-point operations of forward and backward over a pack, as executed: matrix products only.
+        """Floating-point operations of forward and backward over a pack, of its matrix products only.
 
         The last block's queries, output projection and feed-forward, and the head, run on target positions only. A
         multiplication and an addition are two operations; the backward pass costs twice the forward.

@@ -123,6 +123,8 @@ def _link_or_copy(file: Path, to: Path) -> None:
     """Checkpoints are never written to again, so two runs may share one."""
     try:
         os.link(file, to)
+    except FileNotFoundError as error:
+        raise UserError(f"{file}: the run has gone on and removed it; give the same command again") from error
     except OSError:
         shutil.copyfile(file, to)
         with to.open("rb") as copied:

@@ -182,7 +182,7 @@ class FitCLI(SettingsCLI):
 
     def finished(self, result: dict[str, Any]) -> bool:
         """Whether the run that left this result stands where the config wants it."""
-        return bool(self.run.step == self.config.trainer.max_steps)
+        return bool(result.get("steps") == self.run.step == self.config.trainer.max_steps)
 
     def header(self) -> str:
         """What will run."""

@@ -166,6 +166,11 @@ def _train(cli: FitCLI) -> int:
         # Memory may also run out while kernels are tried out, and then that is the reason.
         if is_out_of_memory(error):
             raise UserError(f"{run.directory}: {out_of_memory(trainer, module, data)}") from error
+        if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+            raise UserError(
+                f"{run.directory}: this machine has too little memory for a pack of this model; give more "
+                "--trainer.accumulate_grad_batches, which makes packs smaller, or a smaller model"
+            ) from error
         if module.compile_blocks and (reason := compile_failure(error)):
             raise UserError(
                 f"{run.directory}: model.compile failed ({reason}); install what it asks for, or train with "
@@ -209,7 +214,8 @@ def _requeue(job: str) -> None:
     try:
         subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.SubprocessError) as error:
-        reason = (getattr(error, "stderr", "") or "").strip().partition("\n")[0] or error
+        said = error.stderr if isinstance(error, subprocess.CalledProcessError) else ""
+        reason = said.strip().partition("\n")[0] or error
         print(f"pretrain: warning: job {job} is not requeued ({reason}); submit it again", file=sys.stderr, flush=True)
     else:
         _say(f"job {job} is requeued")

@@ -93,6 +93,8 @@ def _check_cpu_kernels(trainer: pl.Trainer, module: StepModule) -> None:
             "model.cpu_kernels is LLVM, whose kernels compute in float32 and drop no attention weights; give "
             "--trainer.precision 32-true and attention_probs_dropout_prob 0, or leave it out"
         )
+    if module.compile_blocks:
+        raise UserError("model.cpu_kernels is LLVM, but model.compile leaves no kernels but torch's: give one of them")
 
 
 def _has_flash_attention() -> bool:

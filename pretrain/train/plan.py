@@ -69,11 +69,12 @@ class PlanCLI(SettingsCLI):
             raise UserError(f"mfu is {config.mfu}; give a share above 0 and at most 1, such as 0.45")
         if config.price is not None and config.price < 0:
             raise UserError(f"price is {config.price}; give what a GPU costs for an hour, 0 or more")
+        config.model.initialize_from = None  # whose weights tell nothing here
         with torch.device("meta"):
             built = self.parser.instantiate_classes(config)
         self.datamodule, self.model = built.data, built.model
         self.datamodule.check_packs(gpus, config.trainer.accumulate_grad_batches)
-        length = config.mean_length or config.data.max_length
+        length = config.data.max_length if config.mean_length is None else config.mean_length
         if not 1 <= length <= config.data.max_length:
             raise UserError(f"mean_length is {length}; give 1 to data.max_length, which is {config.data.max_length}")
         strategy = config.trainer.strategy

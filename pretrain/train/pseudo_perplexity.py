@@ -1,7 +1,5 @@
 """Pseudo-perplexity on a sample: how well a token is predicted from all others of its sequence."""
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytorch_lightning as pl
 import torch
@@ -12,7 +10,7 @@ from typing_extensions import override
 from pretrain.corpus.batch import PackDataset
 from pretrain.corpus.counter import Int64
 from pretrain.corpus.datamodule import MLMDataModule
-from pretrain.corpus.packing import Pack, validation_packs
+from pretrain.corpus.packing import validation_packs
 from pretrain.errors import UserError
 from pretrain.train.module import MLMModule
 from pretrain.train.together import over_processes
@@ -86,19 +84,19 @@ def sample_targets(data: MLMDataModule, sample: int) -> list[tuple[Int64, int]]:
     dataset = PackDataset(planner.corpus, planner.masking)
     (packs,) = validation_packs(planner, data.validation_pack_tokens, 1)
     total = sum(int(pack.targets.sum()) for pack in packs)
-    chosen = set((np.arange(min(sample, total)) * total // min(sample, total)).tolist())
-    return [task for number, task in enumerate(_all(dataset, packs)) if number in chosen]
-
-
-def _all(dataset: PackDataset, packs: list[Pack]) -> Iterator[tuple[Int64, int]]:
+    chosen = np.arange(min(sample, total)) * total // min(sample, total)
+    tasks, first = [], 0
     for pack in packs:
         batch = dataset[pack]
         tokens = batch.input_ids.numpy().copy()
         tokens[batch.target_positions] = batch.targets
-        bounds = batch.cu_seqlens.numpy()
-        for place in batch.target_positions.tolist():
+        bounds, end = batch.cu_seqlens.numpy(), first + len(batch.targets)
+        for place in batch.target_positions[chosen[(first <= chosen) & (chosen < end)] - first].tolist():
             sequence = int(np.searchsorted(bounds, place, side="right")) - 1
-            yield tokens[bounds[sequence] : bounds[sequence + 1]].astype(np.int64), place - int(bounds[sequence])
+            crop = tokens[bounds[sequence] : bounds[sequence + 1]].astype(np.int64)
+            tasks.append((crop, place - int(bounds[sequence])))
+        first = end
+    return tasks
 
 
 def mask_singly(tasks: list[tuple[Int64, int]], mask_token_id: int) -> list[Tensor]:

@@ -88,7 +88,8 @@ def execution(trainer: pl.Trainer, module: StepModule) -> dict[str, Any]:
     """What the run is computed with: processes and their accelerator, strategy, precision, kernels, compilation."""
     accelerator, config = trainer.strategy.root_device.type, module.encoder.config
     float32_on_cpu = accelerator == "cpu" and trainer.precision == "32-true"
-    llvm = by_llvm(module.cpu_kernels if float32_on_cpu else "torch", config.head_dim)
+    own = float32_on_cpu and not module.compile_blocks  # which torch compiles in its own way
+    llvm = by_llvm(module.cpu_kernels if own else "torch", config.head_dim)
     products = "LLVM kernels where large" if MIN_MULTIPLICATIONS else "LLVM kernels"
     on_cpu = "LLVM kernels" if llvm.attention and not config.attention_probs_dropout_prob else "SDPA by sequence"
     return {
@@ -97,7 +98,7 @@ def execution(trainer: pl.Trainer, module: StepModule) -> dict[str, Any]:
         "strategy": type(trainer.strategy).__name__,
         "precision": trainer.precision,
         "attention": f"varlen_attn ({module.flash_attention})" if accelerator == "cuda" else on_cpu,
-        "products": products if llvm.products and not module.compile_blocks else "torch",
+        "products": products if llvm.products else "torch",
         "compiled": module.compile_blocks,
         "activation_checkpointing": module.encoder.activation_checkpointing,
     }

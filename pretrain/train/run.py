@@ -123,7 +123,7 @@ class Run:
         """Begin with another run's settings and checkpoint; for a run that has none of its own."""
         self.config, self.checkpoint, self.step = origin.config, origin.checkpoint, origin.step
         self.data_state, self._content = origin.data_state, origin._content
-        self.hyper_parameters = origin.hyper_parameters
+        self.hyper_parameters, self.problems = origin.hyper_parameters, origin.problems
         self.skips = [skip for skip in origin.skips if skip.step <= origin.step]
 
     def branched(self) -> None:
@@ -280,7 +280,11 @@ def _shapes(weights: Mapping[str, Any]) -> dict[str, list[int] | None]:
 
 
 def _git_commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    """The commit of the checkout that this package is in; none where it is installed, be it inside of another one."""
+    checkout = Path(__file__).parents[2]
+    if not (checkout / ".git").exists():
+        return None
+    command = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
     except (OSError, subprocess.SubprocessError):

@@ -20,7 +20,7 @@ from pretrain.train.hardware import other_precision
 from pretrain.train.memory import COMPUTE_SIZES
 from pretrain.train.module import MLMModule
 from pretrain.train.saving import StepCheckpoint
-from pretrain.train.settings_errors import MISFIT, explain
+from pretrain.train.settings_errors import MISFIT, explain, no_section
 from pretrain.train.settings_help import shorten_help, wants_help
 from pretrain.train.spikes import LossSpikes
 from pretrain.train.step import StepModule
@@ -112,7 +112,7 @@ class SettingsCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse what was given; Lightning's own version warns when that is also what stands in ``sys.argv``."""
         for given in paths_given(args, "-c", "--config"):
-            if given.is_file() and (problem := yaml_error(given)):
+            if given.is_file() and (problem := yaml_error(given) or no_section(given, parser)):
                 raise UserError(problem)
         if wants_help(args):
             print(shorten_help(parser.format_help(), args), end="")

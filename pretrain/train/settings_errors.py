@@ -4,8 +4,10 @@ import difflib
 import inspect
 import pkgutil
 import re
+from pathlib import Path
 from typing import Any
 
+import yaml
 from pytorch_lightning.cli import LightningArgumentParser
 
 from pretrain.train.hardware import other_precision
@@ -42,6 +44,21 @@ def explain(message: str, parser: LightningArgumentParser) -> str:
         said = re.sub(r"^Call to compute_fn of link .* failed: ", "", " ".join(message.split()))
         said += _meant_by(said, parser)
     return f"{said}; `{parser.prog} --help` lists the settings"
+
+
+def no_section(path: Path, parser: LightningArgumentParser) -> str | None:
+    """What a config has in the place of a section; None if all is well. Defaults would silently take its place."""
+    names = [key.split(".")[:-1] for key in list(parser.get_defaults().keys())]
+    sections = {".".join(name[:end]) for name in names for end in range(1, len(name) + 1)}
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    waiting = list(config.items()) if isinstance(config, dict) else []
+    for key, value in waiting:  # which grows
+        if key in sections and not isinstance(value, dict):
+            given = "empty" if value is None else f"{value}"
+            return f"{path}: {key} is {given}; settings are expected below it, indented: give some, or leave it out"
+        if key in sections:
+            waiting += [(f"{key}.{name}", inner) for name, inner in value.items()]
+    return None
 
 
 def _of_the_union(key: str, given: str, message: str) -> str:

@@ -105,7 +105,7 @@ class StepModule(pl.LightningModule):
         return {"train/loss": loss}
 
     def flops(self, pack: Pack) -> float:
-        """Floating-point operations of forward and backward over a pack, as executed."""
+        """The model's floating-point operations, forward and backward, over a pack; once, where any are done again."""
         return self.encoder.config.training_flops(pack.lengths, pack.targets)
 
     @override
@@ -256,9 +256,9 @@ class StepModule(pl.LightningModule):
         Lightning restores counters of micro-batches, which mean something else when ``accumulate_grad_batches``
         differs, and counts a window that was cut short. They follow from the step. It also restores the optimizer's
         hyper-parameters over those that were configured; the configured ones win (whether a run may change them is not
-        this module's business). Without a Trainer, in ``load_from_checkpoint``, nothing continues.
+        this module's business). Without a Trainer that fits, as in ``load_from_checkpoint``, nothing continues.
         """
-        if self._trainer is None:
+        if self._trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
             return
         if "loops" in checkpoint:
             checkpoint["loops"]["fit_loop"] = _fit_loop_at(

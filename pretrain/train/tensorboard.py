@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from pretrain.corpus.blosum import RESIDUES
 from pretrain.corpus.datamodule import MLMDataModule
+from pretrain.corpus.padding import IGNORED
 from pretrain.corpus.tokenizer import ProteinTokenizer, TextTokenizer
 from pretrain.errors import UserError
 from pretrain.train import substitutions
@@ -97,9 +98,10 @@ def fill_ins(module: MLMModule, tokenizer: TextTokenizer) -> str:
     """Beginnings of some validation texts as Markdown: each masked token, and what was predicted where that differs."""
     assert module.sample is not None
     batch, predictions = module.sample[0].to("cpu"), module.sample[1].cpu()
-    predicted = dict(zip(batch.target_positions.tolist(), predictions.tolist(), strict=True))
-    true = dict(zip(batch.target_positions.tolist(), batch.targets.tolist(), strict=True))
-    bounds = batch.cu_seqlens.tolist()
+    rows = zip(batch.target_positions.tolist(), batch.targets.tolist(), predictions.tolist(), strict=True)
+    asked = [row for row in rows if row[1] != IGNORED]
+    true, predicted = ({row[0]: row[i] for row in asked} for i in (1, 2))
+    bounds = batch.cu_seqlens.tolist()[: len(batch.pack.lengths) + 1]  # what follows is padding
     lines = []
     for start, end in list(pairwise(bounds))[:_SAMPLES]:
         parts, run = [], list[int]()

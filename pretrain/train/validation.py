@@ -1,6 +1,5 @@
 """What a validation finds: loss and accuracy over all targets, by length and by token, and what is taken for what."""
 
-import math
 from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
@@ -69,11 +68,10 @@ class Findings(NamedTuple):
 
     def figures(self, tokens: tuple[str, ...]) -> dict[str, Any]:
         """All of it as plain values; an alphabet's tokens one by one."""
-        loss = float(self.loss)
         figures: dict[str, Any] = {
             "targets": self.targets,
-            "loss": loss,
-            "perplexity": math.exp(loss),
+            "loss": float(self.loss),
+            "perplexity": float(self.loss.double().exp()),
             "accuracy": float(self.accuracy),
             "by_length": self.by_length(),
         }

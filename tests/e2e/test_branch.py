@@ -10,6 +10,7 @@ from test_ledger import audit
 from test_resume import equal, final_state, kill
 
 from pretrain.cli import main
+from pretrain.train import branch as branch_module
 from pretrain.train.checkpoint import read_checkpoint
 from pretrain.train.logging import read_metrics
 
@@ -70,6 +71,20 @@ def test_a_branch_takes_other_history_settings_and_logs_them(
     assert fit(*again, "--branch_from", run) == 2
     assert fit(*again, "--allow_change") == 0
     assert fit(*again, "--trainer.max_steps", 14, "--allow_change", "true") == 0
+
+
+def test_a_checkpoint_that_its_run_has_removed_meanwhile_is_told(
+    origin: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, run = origin
+    shutil.copytree(run, tmp_path / "origin", symlinks=True)
+    parts = branch_module.parts_of
+    monkeypatch.setattr(branch_module, "parts_of", lambda checkpoint: (checkpoint.unlink(), parts(checkpoint))[1])
+    arguments = ("-c", config, "--run", tmp_path / "new", "--branch_from", tmp_path / "origin")
+    assert main(["fit", *map(str, arguments)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.endswith(".ckpt: the run has gone on and removed it; give the same command again")
+    assert not (tmp_path / "new").exists()
 
 
 def test_what_cannot_be_branched_is_one_line_and_writes_nothing(

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
+import torch
 import yaml
 
 from pretrain.cli import main
@@ -283,6 +285,30 @@ def test_a_finished_run_says_so_and_changes_nothing(
     assert main(["fit", "-c", str(tiny()), "--run", str(run)]) == 0
     assert "finished already (step 10 of 10)" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_result_of_an_earlier_end_does_not_finish_a_run(
+    tiny: Callable[..., Path], fit: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert fit("-c", tiny(trainer__max_steps=4), "--run", run) == 0
+    earlier = (run / "result.json").read_text()
+    assert fit("-c", tiny(), "--run", run, "--allow_change") == 0
+    (run / "result.json").write_text(earlier)  # as where another machine went on, and ended before its result
+    assert main(["fit", "-c", str(tiny()), "--run", str(run)]) == 0
+    assert "finished already" not in capsys.readouterr().out
+    assert json.loads((run / "result.json").read_text())["steps"] == 10
+
+
+def test_too_little_memory_is_told_in_one_line(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        torch.empty(2**60)
+
+    monkeypatch.setattr(pl.Trainer, "fit", refuse)
+    assert main(["fit", "-c", str(tiny()), "--run", str(tmp_path / "run")]) == 2
+    assert "run: this machine has too little memory for a pack of this model; give more" in capsys.readouterr().err
 
 
 def test_debug_shows_the_traceback_and_without_it_there_is_none(tmp_path: Path) -> None:

@@ -259,6 +259,8 @@ def test_the_overlay_names_absolute_places_and_the_whole_shape(published: Path, 
     import_model(str(published), Path("imported"))
     settings = yaml.safe_load((tmp_path / "imported" / "fit.yaml").read_text())
     assert settings["model"]["initialize_from"] == str(tmp_path / "imported")
+    (tmp_path / "imported" / "model.safetensors").unlink()  # a plan needs no weights
+    assert main(["plan", "-c", "quickstart", "-c", str(tmp_path / "imported" / "fit.yaml")]) == 0
     assert settings["data"]["tokenizer"] == "esm"
     assert EncoderConfig(**settings["model"]["encoder"]) == SHAPE
 

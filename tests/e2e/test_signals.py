@@ -14,6 +14,7 @@ from test_resume import equal, figures, final_state
 from pretrain.cli import main
 from pretrain.train import saving
 from pretrain.train.checkpoint import read_checkpoint
+from pretrain.train.fit import _requeue
 
 
 def send(name: str, number: int) -> list[str]:
@@ -145,6 +146,17 @@ def test_a_job_that_cannot_be_requeued_says_so_and_is_saved_all_the_same(
     warning = capsys.readouterr().err.strip().splitlines()[-1]
     assert warning == "pretrain: warning: job 4711 is not requeued (slurm is down); submit it again"
     assert read_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 5
+
+
+def test_a_queue_that_does_not_answer_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def hang(command: list[str], **_: object) -> None:
+        raise subprocess.TimeoutExpired(command, 60, stderr=b"unable to contact controller\n")
+
+    monkeypatch.setattr(subprocess, "run", hang)
+    _requeue("4711")
+    assert "job 4711 is not requeued (Command '['scontrol', 'requeue', '4711']' timed out" in capsys.readouterr().err
 
 
 def test_the_help_lists_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:

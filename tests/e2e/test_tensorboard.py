@@ -12,16 +12,25 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 
+from pretrain.corpus.batch import PackDataset
 from pretrain.corpus.blosum import RESIDUES, blosum62
 from pretrain.corpus.command import train_tokenizer_file
+from pretrain.corpus.datamodule import validation_planner
+from pretrain.corpus.opening import open_or_prepare
+from pretrain.corpus.packing import validation_packs
+from pretrain.corpus.padding import StaticShape
+from pretrain.corpus.tokenizer import train_tokenizer
 from pretrain.train.substitutions import log_odds, picture
+from pretrain.train.tensorboard import fill_ins
 
 
 def events(run: Path) -> EventAccumulator:
@@ -71,6 +80,21 @@ def test_a_text_run_shows_fill_ins(
     assert step == 2
     assert "**" in shown
     assert "quick" in shown or "brown" in shown or "lazy" in shown
+
+
+def test_fill_ins_are_the_same_of_a_padded_batch(tmp_path: Path) -> None:
+    source, tokenizer = tmp_path / "text.txt", train_tokenizer(["the quick brown fox"], 270)
+    source.write_text("the quick brown fox jumps\nthe quick one\n")
+    corpus = open_or_prepare([source], tokenizer)
+    planner = validation_planner(corpus, tokenizer, 64)
+    ((pack,),) = validation_packs(planner, 4096, 1)
+    batch = PackDataset(corpus, planner.masking)[pack]
+    shown = []
+    for given in (batch, StaticShape(256, 200, 20, 64).pad(batch, tokenizer.pad_token_id)):
+        module: Any = SimpleNamespace(sample=(given, torch.full_like(given.targets, tokenizer.mask_token_id)))
+        shown.append(fill_ins(module, tokenizer))
+    assert shown[0] == shown[1]
+    assert shown[0].count("\n\n") == 2  # a line above them, and two texts
 
 
 def test_histograms_by_option(tiny: Callable[..., Path], fit: Callable[..., int], tmp_path: Path) -> None:

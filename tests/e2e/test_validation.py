@@ -17,7 +17,8 @@ from pretrain.cli import main
 from pretrain.errors import UserError
 from pretrain.train.fit import fit as fit_here
 from pretrain.train.pseudo_perplexity import PseudoPerplexity
-from pretrain.train.validation import LENGTH_BINS, RESIDUE_CLASSES
+from pretrain.train.schedule import LinearDecay
+from pretrain.train.validation import LENGTH_BINS, RESIDUE_CLASSES, Findings
 
 
 @pytest.fixture
@@ -55,6 +56,26 @@ def test_every_set_has_its_figures_and_the_first_is_the_one_that_counts(
             )
         assert found["bits_per_token"]["model"] == pytest.approx(found["loss"] / math.log(2))
     assert set(result["validation"]["far"]["by_token"]) == set("LAGVSE")
+
+
+def test_a_checkpoint_is_validated_by_anyones_trainer_which_has_no_steps(proteins: Path, tmp_path: Path) -> None:
+    shape = EncoderConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    data = MLMDataModule(str(proteins), str(proteins), max_length=40, global_batch_tokens=512)
+    quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    module = MLMModule(shape, schedule=LinearDecay())
+    trainer = pl.Trainer(max_steps=2, enable_checkpointing=False, **quiet)
+    trainer.fit(module, data)
+    trainer.save_checkpoint(tmp_path / "mine.ckpt")
+    other = pl.Trainer(enable_checkpointing=False, **quiet)
+    fresh = MLMModule(shape, schedule=LinearDecay())
+    (found,) = other.validate(fresh, data, tmp_path / "mine.ckpt", verbose=False, weights_only=True)
+    assert found["val/loss"] == float(validated(module, data).callback_metrics["val/loss"])
+
+
+def test_a_loss_too_large_for_a_perplexity_is_infinite() -> None:
+    found = Findings(torch.tensor([[8000.0, 0.0, 10.0]]), torch.empty(0), torch.empty(0, 0))
+    assert found.figures(())["perplexity"] == math.inf
+    assert found.figures(())["loss"] == 800
 
 
 def test_who_validates_on_what_is_trained_on_is_told(

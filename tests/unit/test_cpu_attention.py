@@ -21,6 +21,7 @@ from pretrain.model.cpu_kernels import by_llvm, has_avx512, require_llvm
 from pretrain.model.linear import Linear
 from pretrain.train.fit import fit
 from pretrain.train.hardware import check_hardware
+from pretrain.train.report import execution
 
 pytest.importorskip("llvmlite")
 here = pytest.mark.skipif(
@@ -215,6 +216,22 @@ def test_kernels_for_cpus_are_refused_on_a_gpu() -> None:
     module: Any = SimpleNamespace(compile_blocks=False, flash_attention="FA2", cpu_kernels="LLVM")
     with pytest.raises(UserError, match=r"model\.cpu_kernels is LLVM, whose kernels are for CPUs"):
         check_hardware(trainer, module, SimpleNamespace(static_shapes=False))  # type: ignore[arg-type]
+
+
+@here
+def test_compiled_blocks_have_torchs_kernels(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    compiled = {"model__compile": True, "data__static_shapes": True}
+    with pytest.raises(UserError, match=r"cpu_kernels is LLVM, but model\.compile leaves no kernels but torch's"):
+        fit(["-c", str(tiny(model__cpu_kernels="LLVM", **compiled)), "--run", str(tmp_path / "run")])
+    trainer: Any = SimpleNamespace(
+        strategy=SimpleNamespace(root_device=torch.device("cpu")), precision="32-true", world_size=1
+    )
+    shape, own = EncoderConfig(16, num_hidden_layers=1, num_attention_heads=2), []
+    encoder = SimpleNamespace(config=shape, activation_checkpointing=False)
+    for compile_blocks in (False, True):
+        module: Any = SimpleNamespace(compile_blocks=compile_blocks, cpu_kernels="auto", encoder=encoder)
+        own.append(execution(trainer, module)["attention"])
+    assert own == ["LLVM kernels", "SDPA by sequence"]
 
 
 @here

@@ -1,5 +1,7 @@
 """What is said about a setting that is none: what was given, what is allowed, and what was probably meant."""
 
+from pathlib import Path
+
 import pytest
 
 from pretrain.cli import main
@@ -35,3 +37,36 @@ def test_a_mistake_is_told_with_what_is_allowed(given: str, said: str, capsys: p
     (line,) = capsys.readouterr().err.splitlines()
     assert said in line
     assert "<class" not in line
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("model:", "model is empty"),
+        ("model: 3", "model is 3"),
+        ("data: [a, b]", "data is ['a', 'b']"),
+        ("model:\n  encoder: null", "model.encoder is empty"),
+        ("spikes: []", "spikes is []"),
+    ],
+)
+def test_what_is_no_section_takes_no_sections_place(
+    text: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    for command in ("plan", "fit"):
+        assert main([command, "-c", "quickstart", "-c", str(path)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        expected = f"{path}: {said}; settings are expected below it, indented: give some, or leave it out"
+        assert line == f"pretrain: error: {expected}"
+
+
+def test_a_setting_that_is_no_section_may_be_null(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("trainer:\n  callbacks: null\n")
+    assert main(["plan", "-c", "quickstart", "-c", str(path), "--picture", str(tmp_path / "plan.png")]) == 0
+
+
+def test_an_unknown_option_before_a_command_is_that_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--foo", "recipes"]) == 2
+    assert "unrecognized arguments: --foo; see `pretrain recipes --help`" in capsys.readouterr().err
