@@ -70,10 +70,10 @@ def _run(options: argparse.Namespace) -> None:
     except (MemoryError, RuntimeError) as error:
         if "device" not in options:  # which all those that apply a model have
             raise
-        from pretrain.train.hardware import is_out_of_memory
+        from pretrain.train.hardware import is_out_of_host_memory, is_out_of_memory
 
         of_gpu = is_out_of_memory(error)
-        if not (of_gpu or isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)):
+        if not (of_gpu or is_out_of_host_memory(error)):
             raise
         cropped = " (--max_length N takes N tokens of each)" if "max_length" in options else ""
         raise UserError(

@@ -192,7 +192,7 @@ def is_corpus(path: str | Path) -> bool:
         return False
     except ValueError:
         return True
-    return "format_version" in manifest  # other data, too, has manifests
+    return isinstance(manifest, dict) and "format_version" in manifest  # other data, too, has manifests
 
 
 def verify(path: Path) -> int:

@@ -21,7 +21,13 @@ from pretrain.corpus.store import LENGTHS, Corpus, verify
 from pretrain.errors import CrashError, UserError
 from pretrain.model.allocator import keep_freed_memory
 from pretrain.train.build import FitCLI
-from pretrain.train.hardware import check_hardware, compile_failure, is_out_of_memory, out_of_memory
+from pretrain.train.hardware import (
+    check_hardware,
+    compile_failure,
+    is_out_of_host_memory,
+    is_out_of_memory,
+    out_of_memory,
+)
 from pretrain.train.report import execution
 from pretrain.train.run import Run
 from pretrain.train.saving import RunInterruptedError
@@ -166,7 +172,7 @@ def _train(cli: FitCLI) -> int:
         # Memory may also run out while kernels are tried out, and then that is the reason.
         if is_out_of_memory(error):
             raise UserError(f"{run.directory}: {out_of_memory(trainer, module, data)}") from error
-        if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+        if is_out_of_host_memory(error):
             raise UserError(
                 f"{run.directory}: this machine has too little memory for a pack of this model; give more "
                 "--trainer.accumulate_grad_batches, which makes packs smaller, or a smaller model"

@@ -111,6 +111,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def is_out_of_host_memory(error: BaseException) -> bool:
+    """Whether the machine's own memory ran out, in Python or in torch's allocator."""
+    return isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
 def out_of_memory(trainer: pl.Trainer, module: StepModule, data: PackedDataModule) -> str:
     """What to do about a pack that the GPU cannot hold: only what is not done already, and works."""
     if not module.training:  # the Trainer itself has forgotten by now what it did

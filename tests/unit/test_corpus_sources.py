@@ -61,9 +61,9 @@ def test_directories_and_patterns_stand_for_their_files_in_order(
 
 
 def test_a_manifest_of_something_else_makes_no_corpus(tmp_path: Path) -> None:
-    for place in ("set", "set/meta"):
+    for place, content in (("set", b'{"version": 3}'), ("set/meta", b"3")):
         (tmp_path / place).mkdir()
-        written(tmp_path, f"{place}/manifest.json", b'{"version": 3}')
+        written(tmp_path, f"{place}/manifest.json", content)
     written(tmp_path, "set/a.fasta", b">a\nMK\n")
     assert [record.id for record in read_records(tmp_path / "set")] == ["a"]
 
